@@ -1,0 +1,352 @@
+"""The law of the house, read from the source: who imports whom, and where arithmetic may live.
+
+Every checker is a function from source text to a list of complaints, and every checker has a test
+that it complains when it should.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "steadynorm"
+
+FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "flax")
+TOOLS = tuple(
+    f"steadynorm.{tool}" for tool in ("surgery", "calibration", "doctor", "lab", "bench", "cli")
+)
+KERAS, JAX = "steadynorm.keras", "steadynorm.jax"
+KERNELS, NN = "steadynorm.kernels", "steadynorm.nn"
+NOT_TORCH = ("keras", "tensorflow", "jax", "flax", KERAS, JAX)
+
+FORBIDDEN = {
+    "statistics": (*FRAMEWORKS, KERNELS, NN, KERAS, JAX, *TOOLS),
+    "kernels": (*NOT_TORCH, NN, *TOOLS),
+    "nn": (*NOT_TORCH, *TOOLS),
+    "keras": ("torch", "flax", KERNELS, NN, JAX, *TOOLS),
+    "jax": ("torch", "keras", "tensorflow", KERNELS, NN, KERAS, *TOOLS),
+}
+
+
+# Imports --------------------------------------------------------------------------------------
+
+
+def imported(source: str, module: str) -> Iterator[str]:
+    """Dotted names of all that a module imports, at any depth, `importlib` with a literal too."""
+    package = module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            origin = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args:
+            function, first = node.func, node.args[0]
+            name = getattr(function, "id", getattr(function, "attr", ""))
+            if name in {"import_module", "__import__"} and isinstance(first, ast.Constant):
+                yield str(first.value)
+
+
+def forbidden_imports(source: str, module: str, forbidden: tuple[str, ...]) -> list[str]:
+    return [
+        f"{module} imports {name}"
+        for name in imported(source, module)
+        if any(name == no or name.startswith(f"{no}.") for no in forbidden)
+    ]
+
+
+def modules(folder: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted((PACKAGE / folder).rglob("*.py")):
+        dotted = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        yield dotted, path
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_obey_the_law(folder: str) -> None:
+    complaints = []
+    for module, path in modules(folder):
+        complaints += forbidden_imports(path.read_text(), module, FORBIDDEN[folder])
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch",
+        "import torch.nn as anything",
+        "from torch import Tensor",
+        "def late():\n    import torch",
+        "if TYPE_CHECKING:\n    from torch import Tensor",
+        "importlib.import_module('torch.nn')",
+        "__import__('torch')",
+        "from steadynorm import nn",
+        "from .. import nn",
+        "from ..nn import functional",
+        "from steadynorm.doctor.rules import anything",
+    ],
+)
+def test_a_forbidden_import_is_seen(source: str) -> None:
+    law = FORBIDDEN["statistics"]
+    assert forbidden_imports(source, "steadynorm.statistics.moments", law) != []
+
+
+@pytest.mark.parametrize(
+    "source", ["import torchlike", "from .moments import Moments", "from . import running", "torch"]
+)
+def test_an_allowed_import_is_left_alone(source: str) -> None:
+    law = FORBIDDEN["statistics"]
+    assert forbidden_imports(source, "steadynorm.statistics.running", law) == []
+
+
+# Arithmetic on tensors of the input's size ----------------------------------------------------
+
+INPUT_SIZED = {"input", "x", "residual", "grad", "grad_output", "output", "y", "mask"}
+# Ways to look at a tensor without computing on it: the result is still of the input's size.
+VIEWS = {
+    *("to", "type", "float", "double", "half", "bool", "contiguous", "detach", "clone"),
+    *("reshape", "view", "transpose", "permute", "movedim", "flatten", "unflatten", "squeeze"),
+    *("unsqueeze", "expand", "expand_as", "broadcast_to", "requires_grad_"),
+}
+COMPUTES = {
+    *("sum", "mean", "var", "var_mean", "std", "std_mean", "norm", "vector_norm", "prod", "amax"),
+    *("nansum", "nanmean", "cumsum", "add", "sub", "mul", "div", "pow", "square", "sqrt", "rsqrt"),
+    *("addcmul", "addcdiv", "lerp", "exp", "log", "abs", "neg", "reciprocal", "clamp", "where"),
+    *("masked_fill", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "elu", "sigmoid"),
+    *("tanh", "einsum", "matmul", "dot", "batch_norm", "native_batch_norm", "normalize"),
+}
+COMPUTES |= {f"{name}_" for name in COMPUTES}
+
+
+class ArithmeticFinder(ast.NodeVisitor):
+    """Operators, and calls named in `COMPUTES`, on what one can tell is of the input's size.
+
+    That is: the names in `INPUT_SIZED`, views and slices of them, and local names bound to such.
+    A tensor that travels through a container, an attribute or another function is not followed;
+    for those stands the reviewer.
+    """
+
+    def __init__(self) -> None:
+        self.sized = set(INPUT_SIZED)
+        self.found: list[str] = []
+
+    def is_sized(self, node: ast.AST) -> bool:
+        match node:
+            case ast.Name(id=name):
+                return name in self.sized
+            case ast.Subscript(value=value) | ast.NamedExpr(value=value):
+                return self.is_sized(value)
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)):
+                return attr in VIEWS and self.is_sized(value)
+            case ast.BinOp(left=left, right=right):
+                return self.is_sized(left) or self.is_sized(right)
+            case ast.UnaryOp(operand=operand):
+                return self.is_sized(operand)
+            case ast.IfExp(body=body, orelse=orelse):
+                return self.is_sized(body) or self.is_sized(orelse)
+        return False
+
+    def complain(self, node: ast.expr | ast.stmt) -> None:
+        self.found.append(f"line {node.lineno}: {ast.unparse(node)}")
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if self.is_sized(node.value):
+            self.sized |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        # `mask | other` joins masks or types; both are wiring.
+        if not isinstance(node.op, ast.BitOr) and self.is_sized(node):
+            self.complain(node)
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        if not isinstance(node.op, ast.Not) and self.is_sized(node):
+            self.complain(node)
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        if self.is_sized(node.target) or self.is_sized(node.value):
+            self.complain(node)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        match node.func:
+            case ast.Attribute(value=value, attr=attr) if attr in COMPUTES:
+                by_library = ast.unparse(value).split(".")[0] in {"torch", "F"}
+                arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+                if self.is_sized(value) or (by_library and any(map(self.is_sized, arguments))):
+                    self.complain(node)
+        self.generic_visit(node)
+
+
+def arithmetic_on_inputs(source: str) -> list[str]:
+    finder = ArithmeticFinder()
+    finder.visit(ast.parse(source))
+    return finder.found
+
+
+def wiring() -> list[Path]:
+    """The files that pass tensors of the input's size on, and must not compute with them."""
+    return [*sorted((PACKAGE / "nn").rglob("*.py")), PACKAGE / "kernels" / "operators.py"]
+
+
+def test_only_kernels_compute_on_tensors_of_the_inputs_size() -> None:
+    complaints = [
+        f"{path.relative_to(ROOT)} {found}"
+        for path in wiring()
+        for found in arithmetic_on_inputs(path.read_text())
+    ]
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "y = x - mean",
+        "z = scale * input",
+        "z = (x.float() - mean) * scale",
+        "x += residual",
+        "m = x.mean(0)",
+        "m = torch.var_mean(x, dim=0)",
+        "y = torch.relu(input=x)",
+        "y = F.batch_norm(x, a, b)",
+        "flat = input.transpose(0, 1).flatten(1)\ntotal = flat.sum(1)",
+        "total = grad[0].sum()",
+        "z = -grad",
+        "total = mask.sum()",
+        "y.mul_(2)",
+    ],
+)
+def test_arithmetic_on_the_input_is_seen(source: str) -> None:
+    assert arithmetic_on_inputs(source) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "n = x.shape[0] * x.shape[2]",
+        "n = x.numel() // x.size(1)",
+        "m = running_mean * 2",
+        "y = eager.apply(x, center, scale, shift)",
+        "y = x.to(torch.float32).movedim(1, -1)",
+        "if x.dim() != 2 and not x.is_cuda: pass",
+        "def f(x: Tensor | None, mask=None): return x[0], x is None",
+    ],
+)
+def test_wiring_is_left_alone(source: str) -> None:
+    assert arithmetic_on_inputs(source) == []
+
+
+# Sizes ----------------------------------------------------------------------------------------
+
+FILE_LIMIT, FUNCTION_LIMIT = 300, 60
+
+
+def code_lines(node: ast.AST) -> int:
+    """Lines that hold code: no blank line, comment or docstring, so that prose costs nothing."""
+    code: set[int] = set()
+    text: set[int] = set()
+    for inner in ast.walk(node):
+        first = getattr(inner, "lineno", None)
+        if first is None:
+            continue
+        last = inner.end_lineno or first
+        code |= {first, last}
+        match inner:
+            case ast.Expr(value=ast.Constant(value=str())):
+                text |= set(range(first, last + 1))
+    return len(code - text)
+
+
+def oversized(source: str) -> list[str]:
+    tree = ast.parse(source)
+    complaints = []
+    if (lines := code_lines(tree)) > FILE_LIMIT:
+        complaints.append(f"{lines} lines of code; {FILE_LIMIT} is the limit")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = code_lines(node)
+            if lines > FUNCTION_LIMIT:
+                complaints.append(
+                    f"{node.name}: {lines} lines; about {FUNCTION_LIMIT} is the limit"
+                )
+    return complaints
+
+
+def test_files_and_functions_are_short() -> None:
+    complaints = [
+        f"{path.relative_to(ROOT)}: {found}"
+        for folder in ("src", "tests", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for found in oversized(path.read_text())
+    ]
+    assert complaints == []
+
+
+def test_a_long_file_and_a_long_function_are_seen() -> None:
+    assert oversized("x = 1\n" * (FILE_LIMIT + 1)) != []
+    assert oversized("def f():\n" + "    x = 1\n" * FUNCTION_LIMIT) != []
+    assert oversized("def f():\n" + "    # why\n\n" * 500 + "    x = 1\n") == []
+    assert oversized('def f():\n    """Text.\n' + "    more\n" * 500 + '    """\n') == []
+
+
+# The project speaks of itself alone -----------------------------------------------------------
+
+SPEAKS_OF_ELSEWHERE = {
+    "path of one machine": re.compile(r"(?<![\w.])/(?:home|root|Users|work|opt|mnt|srv)/\w"),
+    "package registry": re.compile(
+        r"https?://[\w.-]*(?:pypi|registry|mirror|wheels|packages)|(?:index-url|find-links|trusted-host)\b"
+    ),
+}
+
+
+def elsewhere(text: str) -> list[str]:
+    return [
+        f"line {number}: {what}: {line.strip()[:100]}"
+        for number, line in enumerate(text.splitlines(), 1)
+        for what, pattern in SPEAKS_OF_ELSEWHERE.items()
+        if pattern.search(line)
+    ]
+
+
+def own_files() -> list[Path]:
+    """Sources, tests, docs and the files of the root, but for this one, which must name names."""
+    folders = ("src", "tests", "benchmarks", "docs", ".ci")
+    inner = [path for folder in folders for path in sorted((ROOT / folder).rglob("*"))]
+    files = [path for path in [*inner, *sorted(ROOT.iterdir())] if path.is_file()]
+    return [path for path in files if path.suffix != ".pyc" and path != Path(__file__).resolve()]
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    complaints = []
+    for path in own_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # pictures and other binaries
+            continue
+        complaints += [f"{path.relative_to(ROOT)} {found}" for found in elsewhere(text)]
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data = '/home/somebody/digits'",
+        "see /root/project/notes.md",
+        "pip install --extra-index-url=somewhere x",
+        "--find-links wheels/",
+        "from https://registry.example.org/simple",
+    ],
+)
+def test_speaking_of_elsewhere_is_seen(text: str) -> None:
+    assert elsewhere(text) != []
+
+
+@pytest.mark.parametrize("text", ["tests/work/file", "/tmp/x", "https://example.org/home/x", "a/b"])
+def test_speaking_of_itself_is_left_alone(text: str) -> None:
+    assert elsewhere(text) == []
