@@ -1,0 +1,43 @@
+"""The command line: `steadynorm COMMAND`.
+
+Every tool keeps its command in `steadynorm/<tool>/_cli.py`, a module that imports typer and rich
+at the top and everything else inside the command, and is named here by one line.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from steadynorm.tour._cli import tour
+
+app = typer.Typer(
+    name="steadynorm",
+    help="Batch normalization that stays steady.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(installed_version("steadynorm"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Batch normalization that stays steady."""
+
+
+app.command()(tour)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Small experiments on real digits: the data, the networks and the training they share."""

@@ -1,0 +1,120 @@
+"""Independent runs spread over worker processes, with progress, ended cleanly by Ctrl-C.
+
+Networks this small are ruled by the overhead of single operations, so one process with one thread
+per core is faster than one process with many threads, and gives the same figures on any machine
+with the same processor.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+
+class Cancelled(Exception):
+    """Raised inside a worker whose run is no longer wanted."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: `function(*arguments, tick=...)`, all of it picklable.
+
+    `key` names it among the others of its `group`; `steps` is about how many steps it takes, for
+    the order (longest first) and the progress.
+    """
+
+    group: str
+    key: tuple[Any, ...]
+    steps: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+
+
+Progress = Callable[[str, int], None]
+"""Told the steps done so far in a group."""
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(
+    jobs: Sequence[Job], *, workers: int | None = None, progress: Progress | None = None
+) -> Iterator[tuple[Job, Any]]:
+    """Run the jobs, longest first, and yield each with what it returned as soon as it is there.
+
+    `workers` is the number of processes, all cores by default. What a job raises is raised here,
+    after the others have been told to stop; so is KeyboardInterrupt.
+    """
+    jobs = sorted(jobs, key=lambda job: -job.steps)
+    groups = sorted({job.group for job in jobs})
+    workers = min(cores() if workers is None else workers, len(jobs))
+    if workers < 1:
+        return
+    context = multiprocessing.get_context("spawn")  # fork and OpenMP's threads do not mix
+    done = context.Array("q", len(groups))
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, context, _begin, (done, stop))
+    finished = dict.fromkeys(groups, 0)
+    pending: dict[Future[Any], Job] = {}
+    try:
+        for job in jobs:
+            pending[pool.submit(_work, job, groups.index(job.group))] = job
+        while pending:
+            ready, _ = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+            if progress is not None:
+                for group, steps in zip(groups, done, strict=True):
+                    progress(group, steps)
+            for future in ready:
+                job = pending.pop(future)
+                yield job, future.result()
+                finished[job.group] += job.steps
+        if progress is not None:
+            for group in groups:
+                progress(group, finished[group])
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_done: Any = None
+_stop: Any = None
+
+
+def _begin(done: Any, stop: Any) -> None:
+    global _done, _stop
+    _done, _stop = done, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _work(job: Job, group: int) -> Any:
+    told = 0
+
+    def tick(steps: int) -> None:
+        nonlocal told
+        if _stop.is_set():
+            raise Cancelled
+        steps = min(steps, job.steps - told)
+        told += steps
+        with _done.get_lock():
+            _done[group] += steps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # a refusal or a hint belongs in the result, not between bars
+        result = job.function(*job.arguments, tick=tick)
+    tick(job.steps - told)  # a run that ended early is done all the same
+    return result

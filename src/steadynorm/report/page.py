@@ -1,0 +1,144 @@
+"""A self-contained HTML page: sections of text, tables and interactive charts.
+
+>>> from steadynorm.report.page import Page, Section, Table
+>>> table = Table("Error of inference", ("policy", "error, %"), [("Batch", 38.3), ("Steady", 2.1)])
+>>> page = Page("Small batches", [Section("Batch 2", ["Steady holds."], [table])])
+>>> "<caption>Error of inference</caption>" in page.html()
+True
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from steadynorm.report.files import replace_file
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns. Numbers are right-aligned and shown with `digits` decimals; None
+    shows as a dash. `note` stands below. `emphasis` are indices of rows to set in bold.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+    digits: int = 1
+    emphasis: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"Table {self.title!r}: every row must have {len(self.columns)} cells, one "
+                    f"per column; got {list(row)!r}."
+                )
+
+    def text(self, cell: Cell) -> str:
+        """A cell as it is shown."""
+        if cell is None:
+            return "–"
+        if isinstance(cell, float):
+            return f"{cell:,.{self.digits}f}"
+        return f"{cell:,}" if isinstance(cell, int) else cell
+
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds numbers (and perhaps gaps), and so is aligned to the right."""
+        cells = [row[column] for row in self.rows if row[column] is not None]
+        return bool(cells) and all(isinstance(cell, int | float) for cell in cells)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A Vega-Lite specification (`altair.Chart.to_dict()`) with its title, and a description for
+    those who cannot see it. Colours are left to the page, which has a light and a dark set.
+    """
+
+    title: str
+    spec: dict[str, Any]
+    description: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, paragraphs, tables and charts, in this order unless `blocks` says otherwise."""
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    charts: Sequence[Chart] = ()
+
+    @property
+    def anchor(self) -> str:
+        """The section's address within the page."""
+        words = "".join(letter if letter.isalnum() else " " for letter in self.title.lower())
+        return "-".join(words.split()) or "section"
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that needs nothing but itself: no network request, readable in light and dark, on a
+    phone, by keyboard and by a screen reader. All text is escaped.
+    """
+
+    title: str
+    sections: Sequence[Section]
+    lead: str = ""
+    details: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+    def html(self) -> str:
+        """The page as text. Raises ModuleNotFoundError when a chart needs vl-convert-python."""
+        charts = [chart for section in self.sections for chart in section.charts]
+        environment = Environment(
+            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters["spec"] = _inside_script
+        return environment.from_string(_resource("template.html.j2")).render(
+            page=self,
+            style=Markup(_resource("page.css")),
+            theme=Markup(_resource("theme.js")),
+            charts_script=Markup(_resource("charts.js")),
+            vega=Markup(_vega()) if charts else "",
+        )
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page to `path`, whole or not at all; returns the path."""
+        return replace_file(path, self.html())
+
+
+def _inside_script(value: object) -> Markup:
+    """JSON that no content can break out of a script element with."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))
+
+
+def _resource(name: str) -> str:
+    return resources.files("steadynorm.report").joinpath(name).read_text("utf-8")
+
+
+@lru_cache(maxsize=1)
+def _vega() -> str:
+    import vl_convert
+
+    version = _vega_lite_version()
+    bundle: str = vl_convert.javascript_bundle(vl_version=version)
+    # In strings and regular expressions `<\/script` is the same, and does not end the element.
+    return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _vega_lite_version() -> str:
+    import altair
+
+    return ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
