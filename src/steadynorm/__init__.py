@@ -1,0 +1,65 @@
+"""Batch normalization that stays steady: at any batch size, in training and in inference.
+
+Importing this package loads no framework; the names below load what they need on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steadynorm.nn import (
+        BatchNorm1d,
+        BatchNorm2d,
+        BatchNorm3d,
+        LazyBatchNorm1d,
+        LazyBatchNorm2d,
+        LazyBatchNorm3d,
+        functional,
+    )
+    from steadynorm.statistics import Batch, Frozen, Ghost, Renorm, Running, Steady
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "steadynorm.nn": (
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "BatchNorm3d",
+        "LazyBatchNorm1d",
+        "LazyBatchNorm2d",
+        "LazyBatchNorm3d",
+        "functional",
+    ),
+    "steadynorm.statistics": ("Batch", "Frozen", "Ghost", "Renorm", "Running", "Steady"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604 - the names are those of _HOMES, which tests/test_imports.py checks
+    "Batch",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Frozen",
+    "Ghost",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "Renorm",
+    "Running",
+    "Steady",
+    "functional",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'steadynorm' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

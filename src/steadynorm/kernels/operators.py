@@ -1,0 +1,338 @@
+"""The one autograd node of every policy, and the choice of who computes it. No arithmetic here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch.nn import functional as F
+
+from steadynorm.kernels import eager, native
+from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.statistics import (
+    Coefficients,
+    Moments,
+    Normalizer,
+    RunningStatistics,
+    attach,
+    coefficients,
+    gradient_coefficients,
+    of_running,
+    parameter_gradients,
+)
+
+# Values in the input up to which PyTorch's own operator about a pivot beats a Python autograd node.
+NATIVE_LIMIT = 1 << 14
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of the layer, but for the tensors that gradient flows to.
+
+    `settle` takes the moments of this process's batch (None unless `moments_needed`) and returns
+    the moments and the normalizer to use: replicas pool there, the policy decides there, running
+    statistics move there. Called once a forward.
+
+    With replicas, `sum_over_replicas` adds the sums of the backward reduction over them, and
+    `link_replicas` turns differentiable moments of this process into differentiable pooled ones.
+    """
+
+    settle: Callable[[Moments | None], tuple[Moments | None, Normalizer]]
+    eps: float
+    moments_needed: bool = True
+    groups: eager.Groups = None
+    activation: str | None = None
+    sum_over_replicas: Callable[[Tensor], Tensor] | None = None
+    link_replicas: Callable[[Moments], Moments] | None = None
+
+
+class _Settled(NamedTuple):
+    """What a forward leaves for its backward, all channel-sized."""
+
+    batch: Moments | None
+    normalizer: Normalizer
+    known: Coefficients
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    call: Call,
+) -> Tensor:
+    """`activation(γ·x̂ + β + residual)` by the statistics that `call` settles on."""
+    if needs_plain_operations():
+        return _traceable(x, weight, bias, residual, mask, call)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    ):
+        y: Tensor = _Normalize.apply(x, weight, bias, residual, mask, call)
+        return y
+    return _forward(x, weight, bias, residual, mask, call)[0]
+
+
+def native_is_best(x: Tensor, weight: Tensor | None, running: Tensor | None) -> bool:
+    """Whether PyTorch's own operator should serve a plain call on x."""
+    if x.__class__ is not Tensor and not isinstance(x, torch.nn.Parameter):
+        return False  # subclasses may not have the strides the pivot is read by
+    size = x.numel()
+    if size == 0 or (x.device.type == "cpu" and size > NATIVE_LIMIT) or needs_plain_operations():
+        return False
+    return weight is None or running is None or weight.dtype is running.dtype
+
+
+def normalize_natively(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """A plain training call by PyTorch's own operator; moves the running statistics."""
+    y = native.normalize_by_batch(x, weight, bias, running_mean, running_var, momentum, eps)
+    return _finished(y, residual, activation)
+
+
+def normalize_by_running(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Inference, and training on frozen statistics: nothing moves."""
+    if _is_exporting():  # one operator that runtimes know and fold
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+        return _finished(y, residual, activation)
+    if native_is_best(x, weight, running_mean):
+        y = native.normalize_by_running(x, weight, bias, running_mean, running_var, eps)
+        return _finished(y, residual, activation)
+
+    def settle(_: Moments | None) -> tuple[None, Normalizer]:
+        dtype = eager.statistics_dtype(x)
+        # A copy: the buffer itself may change between this forward and its backward.
+        mean = running_mean.to(dtype, copy=True)
+        return None, of_running(RunningStatistics(mean, running_var.to(dtype), None))
+
+    call = Call(settle=settle, eps=eps, moments_needed=False, activation=activation)
+    return normalize(x, weight, bias, residual, None, call)
+
+
+def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATIONS[activation].forward(y)
+
+
+def _is_exporting() -> bool:
+    return (
+        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    )
+
+
+def needs_plain_operations() -> bool:
+    """Whether PyTorch has to see through the layer: compilation, transforms, forward mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _wide(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(eager.statistics_dtype(x))
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    call: Call,
+) -> tuple[Tensor, _Settled]:
+    local = eager.moments(x, mask=mask, groups=call.groups) if call.moments_needed else None
+    batch, normalizer = call.settle(local)
+    known = coefficients(normalizer, _wide(weight, x), _wide(bias, x), call.eps)
+    y = eager.apply(
+        x,
+        known.center,
+        known.scale,
+        known.shift,
+        residual=residual,
+        activation=call.activation,
+        groups=call.groups,
+    )
+    return y, _Settled(batch, normalizer, known)
+
+
+def _traceable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    call: Call,
+) -> Tensor:
+    """The same in operations that PyTorch itself differentiates, transforms and compiles."""
+    live = eager.moments(x, mask=mask, groups=call.groups) if call.moments_needed else None
+    _, normalizer = call.settle(None if live is None else _constant(live))
+    return _differentiable(x, weight, bias, residual, call, live, normalizer, call.activation)
+
+
+def _constant(live: Moments) -> Moments:
+    return live._replace(var=live.var.detach(), mean_low=live.mean_low.detach())
+
+
+def _differentiable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+    live: Moments | None,
+    normalizer: Normalizer,
+    activation: str | None,
+) -> Tensor:
+    """The map over x by a settled normalizer, joined to moments that carry gradient."""
+    if live is not None:
+        if call.link_replicas is not None:
+            live = call.link_replicas(live)
+        normalizer = attach(normalizer, _constant(live), live)
+    known = coefficients(normalizer, _wide(weight, x), _wide(bias, x), call.eps)
+    return eager.apply(
+        x,
+        known.center,
+        known.scale,
+        known.shift,
+        residual=residual,
+        activation=activation,
+        groups=call.groups,
+    )
+
+
+class _Normalize(torch.autograd.Function):
+    """Forward: `moments`, `apply`. Backward: `reduce_grad`, `apply_grad`, by the closed form.
+
+    Keeps the input, the output or the residual where the activation's derivative needs it, and
+    channel-sized statistics.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        y, ctx.settled = _forward(x, weight, bias, residual, mask, call)
+        ctx.call = call
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        from_output = call.activation is None or ACTIVATIONS[call.activation].from_output
+        ctx.save_for_backward(
+            x,
+            weight,
+            bias,
+            None if from_output else residual,
+            mask,
+            y if call.activation is not None and from_output else None,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            return _second_order_backward(ctx, grad)
+        x, weight, bias, residual, mask, y = ctx.saved_tensors
+        call: Call = ctx.call
+        batch, normalizer, known = ctx.settled
+        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+        branch = {
+            "y": y,
+            "residual": residual,
+            "activation": call.activation,
+            "groups": call.groups,
+        }
+        through = need_x and batch is not None
+        dx = dweight = dbias = dresidual = None
+        slope = constant = torch.zeros_like(known.scale)
+        if through or need_weight or need_bias:
+            sums = eager.reduce_grad(grad, x, known.center, known.scale, known.shift, **branch)
+            dweight, dbias = parameter_gradients(normalizer, known.rho, *sums)
+            if through and batch is not None:
+                if call.sum_over_replicas is not None:
+                    sums = tuple(call.sum_over_replicas(torch.stack(sums)))
+                slope, constant = gradient_coefficients(
+                    normalizer, batch, known.scale, known.rho, *sums
+                )
+        if need_x or need_residual:
+            dx, dresidual = eager.apply_grad(
+                grad,
+                x,
+                known.center,
+                known.scale,
+                known.shift,
+                slope,
+                constant,
+                mask=mask,
+                want_residual=need_residual,
+                **branch,
+            )
+        return (
+            dx if need_x else None,
+            _parameter_gradient(dweight, weight, need_weight),
+            _parameter_gradient(dbias, bias, need_bias),
+            None if dresidual is None else dresidual.to(ctx.residual_dtype),
+            None,
+            None,
+        )
+
+
+def _parameter_gradient(
+    gradient: Tensor | None, parameter: Tensor | None, needed: bool
+) -> Tensor | None:
+    if gradient is None or parameter is None or not needed:
+        return None
+    return gradient.sum_to_size(parameter.shape).to(parameter.dtype)
+
+
+def _second_order_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward in differentiable operations, for `create_graph=True`."""
+    x, weight, bias, residual, mask, y = ctx.saved_tensors
+    call: Call = ctx.call
+    batch, normalizer, _ = ctx.settled
+    live = None if batch is None else eager.moments(x, mask=mask, groups=call.groups)
+    z = _differentiable(x, weight, bias, None, call, live, normalizer, None)
+    if call.activation is None:
+        g = grad
+    else:
+        kind = ACTIVATIONS[call.activation]
+        rebuilt = z if residual is None else z + residual
+        g = kind.gradient(grad, y if kind.from_output else rebuilt)
+    wanted = [
+        t if needed else None
+        for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False)
+    ]
+    inputs = [t for t in wanted if t is not None]
+    gradients = iter(
+        torch.autograd.grad(z, inputs, g.to(z.dtype), create_graph=True) if inputs else ()
+    )
+    dx, dweight, dbias = (None if t is None else next(gradients) for t in wanted)
+    dresidual = g.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
+    return dx, dweight, dbias, dresidual, None, None

@@ -1,0 +1,262 @@
+"""Batch normalization layers that drop in for `torch.nn.BatchNorm1d`, `2d` and `3d`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _LazyNormBase
+
+from steadynorm.nn import checks
+from steadynorm.nn.functional import batch_norm
+from steadynorm.nn.synchronize import Synchronize
+from steadynorm.statistics import Policy, policy_from
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the three layers share; see `BatchNorm2d` for the documentation."""
+
+    _axes: ClassVar[dict[int, str]]  # number of input axes -> their names
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        statistics: Policy | str = "batch",
+        activation: str | None = None,
+        synchronize: Synchronize = False,
+        nonfinite: str = "propagate",
+    ) -> None:
+        self._check_settings(statistics, activation, nonfinite, track_running_stats)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if affine and not bias:  # torch before 2.13 has no `bias` argument
+            self.register_parameter("bias", None)
+        self._widen_statistics()
+        self.statistics = policy_from(statistics)
+        self.activation = activation
+        self.synchronize = synchronize
+        self.nonfinite = nonfinite
+
+    def _check_settings(
+        self, statistics: Policy | str, activation: str | None, nonfinite: str, tracked: bool
+    ) -> None:
+        owner = type(self).__name__
+        policy = policy_from(statistics)
+        checks.activation_name(activation, owner)
+        checks.nonfinite_name(nonfinite, owner)
+        if policy.needs_running and not tracked:
+            raise ValueError(
+                f"{owner}: statistics={policy!r} needs running statistics; got "
+                f"track_running_stats=False. Track them, or use sn.Batch() or sn.Ghost()."
+            )
+
+    def forward(
+        self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalize `input`; see the class."""
+        if input.ndim not in self._axes:
+            self._check_input_dim(input)
+        training = self.training
+        tracked = self.track_running_stats or not training
+        return batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            training,
+            self.momentum,
+            self.eps,
+            num_batches_tracked=self.num_batches_tracked if tracked else None,
+            statistics=self.statistics,
+            activation=self.activation,
+            residual=residual,
+            mask=mask,
+            synchronize=self.synchronize,
+            nonfinite=self.nonfinite,
+            owner=type(self).__name__,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim in self._axes:
+            return
+        wanted = " or ".join(f"{n} axes {names}" for n, names in self._axes.items())
+        fits = {2: "1d for (N, C)", 3: "1d for (N, C, L)", 4: "2d for (N, C, H, W)"}
+        fits[5] = "3d for (N, C, D, H, W)"
+        hint = f" Use BatchNorm{fits[input.ndim]}." if input.ndim in fits else ""
+        raise ValueError(
+            f"{type(self).__name__}: `input` must have {wanted}; got shape "
+            f"{tuple(input.shape)}.{hint}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Keep the running statistics float32 or wider when the module is cast to half."""
+        names = ("running_mean", "running_var")
+        wide = {name: self._buffers.get(name) for name in names}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            after = self._buffers.get(name)
+            if before is None or after is None or after.dtype not in _HALF:
+                continue
+            if before.dtype not in _HALF:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def _widen_statistics(self) -> None:
+        for name in ("running_mean", "running_var"):
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.dtype in _HALF:
+                self._buffers[name] = buffer.float()
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"statistics={self.statistics!r}"]
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
+        if self.synchronize is not False:
+            parts.append("synchronize=True")
+        if self.nonfinite != "propagate":
+            parts.append(f"nonfinite={self.nonfinite!r}")
+        return ", ".join(parts)
+
+
+class BatchNorm1d(SteadyNorm, torch.nn.BatchNorm1d):
+    """Batch normalization of (N, C) or (N, C, L); see `BatchNorm2d`.
+
+    >>> import torch, steadynorm as sn
+    >>> layer = sn.BatchNorm1d(3, statistics="steady")
+    >>> layer(torch.tensor([[1.0, 2.0, 3.0]])).shape      # a batch of one
+    torch.Size([1, 3])
+    """
+
+    _axes = {2: "(N, C)", 3: "(N, C, L)"}
+
+
+class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
+    """Batch normalization of (N, C, H, W), in place of `torch.nn.BatchNorm2d`.
+
+        x̂ = (x - m)/√(u + eps)        y = activation(weight·x̂ + bias + residual)
+
+    per channel. In training the policy `statistics` chooses m and u; in inference they are the
+    running statistics. Same parameters, buffers, `state_dict` keys and defaults as torch's layer,
+    and a subclass of it. Every training forward updates `running_mean`, `running_var` and
+    `num_batches_tracked` once; `momentum` a means `running = (1 - a)·running + a·batch`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of the new batch in the running statistics; None averages over all batches.
+        affine: learn weight and bias; without, they are 1 and 0.
+        track_running_stats: keep running statistics; without, the batch serves in inference too.
+        device: where parameters and buffers are made.
+        dtype: type of the parameters; running statistics are float32 or wider in any case.
+        bias: False learns a weight without a bias.
+        statistics: `sn.Batch()`, `sn.Steady()`, `sn.Running()`, `sn.Renorm()`, `sn.Ghost()`,
+            `sn.Frozen()`, or a lower-case name.
+        activation: one that runs inside the layer (relu, relu6, leaky_relu, silu, gelu, hardswish,
+            elu, sigmoid, tanh), or None.
+        synchronize: True (the default process group) or a group: pool moments over replicas, on any
+            backend of torch.distributed.
+        nonfinite: "skip" keeps batches with NaN or infinity out of the running statistics.
+
+    Shapes: input, residual and output (N, C, H, W); mask broadcasts against (N, H, W).
+
+    Raises:
+        ValueError: wrong number of axes or channels, wrong mask or residual shape, unknown names,
+            one value per channel in training under `Batch` or `Ghost`. Nothing is updated then.
+        TypeError: a mask that is not boolean, a policy that is none.
+
+    >>> import torch, steadynorm as sn
+    >>> layer = sn.BatchNorm2d(8, statistics=sn.Steady(), activation="relu")
+    >>> x = torch.randn(2, 8, 4, 4)
+    >>> y = layer(x, residual=x)
+    >>> bool((y >= 0).all()), int(layer.num_batches_tracked)
+    (True, 1)
+
+    Differs from torch: the mean is subtracted before scaling, so that a large mean costs no
+    precision; running statistics stay float32 under `.half()` and `.bfloat16()`; an empty batch or
+    a refused one updates nothing; activation checkpointing updates once. Keras and flax mean by
+    `momentum` the weight of the old average, and keep the biased variance.
+
+    Source: Ioffe & Szegedy 2015; the policies name theirs.
+    """
+
+    _axes = {4: "(N, C, H, W)"}
+
+
+class BatchNorm3d(SteadyNorm, torch.nn.BatchNorm3d):
+    """Batch normalization of (N, C, D, H, W); see `BatchNorm2d`.
+
+    >>> import torch, steadynorm as sn
+    >>> sn.BatchNorm3d(2)(torch.randn(2, 2, 3, 4, 5)).shape
+    torch.Size([2, 2, 3, 4, 5])
+    """
+
+    _axes = {5: "(N, C, D, H, W)"}
+
+
+class _Lazy(_LazyNormBase):
+    """Waits for the first input to learn its number of channels; then becomes the plain layer."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        statistics: Policy | str = "batch",
+        activation: str | None = None,
+        synchronize: Synchronize = False,
+        nonfinite: str = "propagate",
+    ) -> None:
+        self._check_settings(statistics, activation, nonfinite, track_running_stats)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        if affine and not bias:
+            self.register_parameter("bias", None)
+        self.statistics = policy_from(statistics)
+        self.activation = activation
+        self.synchronize = synchronize
+        self.nonfinite = nonfinite
+
+    def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]
+        """Make parameters and statistics for input's channels."""
+        super().initialize_parameters(input)
+        self._widen_statistics()
+
+
+class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d, BatchNorm1d):
+    """`BatchNorm1d` that learns `num_features` from its first input.
+
+    >>> import torch, steadynorm as sn
+    >>> layer = sn.LazyBatchNorm1d()
+    >>> layer(torch.randn(4, 7)).shape, layer.num_features
+    (torch.Size([4, 7]), 7)
+    """
+
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+
+
+class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d, BatchNorm2d):
+    """`BatchNorm2d` that learns `num_features` from its first input."""
+
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+
+
+class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d, BatchNorm3d):
+    """`BatchNorm3d` that learns `num_features` from its first input."""
+
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]

@@ -1,0 +1,145 @@
+"""Batch normalization as a function over PyTorch tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels import operators
+from steadynorm.nn import checks, recomputation
+from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
+from steadynorm.nn.training import Buffers, TrainingStep
+from steadynorm.statistics import Batch, Frozen, Ghost, Policy, policy_from
+
+BATCH = Batch()
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    statistics: Policy | str = BATCH,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    synchronize: Synchronize = False,
+    nonfinite: str = "propagate",
+    owner: str = "batch_norm",
+) -> Tensor:
+    """Normalize each channel, scale and shift it; then add a residual and apply an activation.
+
+        x̂ = (x - m)/√(u + eps)        y = activation(weight·x̂ + bias + residual)
+
+    In inference, and with `Frozen()`, m and u are the running statistics; in training the policy
+    `statistics` says (see `steadynorm.statistics.policies`). In training `running_mean`,
+    `running_var` and `num_batches_tracked` are updated in place, once, even if activation
+    checkpointing runs the call again; with `momentum` a: `running = (1 - a)·running + a·batch`,
+    with the unbiased variance unless the policy keeps the biased one.
+
+    Args:
+        input: (N, C) or (N, C, *), any float type and memory format.
+        running_mean: (C,), or None, with running_var, to use the batch in inference too.
+        running_var: (C,) or None.
+        weight: (C,), or None for 1.
+        bias: (C,), or None for 0.
+        training: whether the policy decides and the running statistics move.
+        momentum: weight of the new batch; None averages over all batches.
+        eps: added to the variance.
+        num_batches_tracked: how many batches the running statistics have seen; integer scalar.
+        statistics: a policy or its lower-case name.
+        activation: None, or one of relu, relu6, leaky_relu, silu, gelu, hardswish, elu, sigmoid,
+            tanh.
+        residual: of input's shape; added before the activation.
+        mask: boolean, True where valid; broadcasts against input without its channel axis. Moments
+            come from valid positions; every position is normalized.
+        synchronize: True or a process group to pool moments over replicas.
+        nonfinite: "propagate", or "skip" to keep a batch with NaN or infinity out of the running
+            statistics.
+        owner: the name that errors begin with.
+
+    Returns:
+        Tensor of input's shape and type.
+
+    Raises:
+        ValueError: wrong shapes or values; one value per channel in training under a policy that
+            needs two. Running statistics are untouched then.
+        TypeError: wrong kinds of arguments.
+        RuntimeError: types of input and parameters that do not go together (as in torch); a replica
+            that stopped answering.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    >>> batch_norm(x, None, None, training=True, eps=0.0)
+    tensor([[-1., -1.],
+            [ 1.,  1.]])
+
+    Differs from `torch.nn.functional.batch_norm`: subtracts the mean before scaling, so that a large
+    mean costs no precision; an empty batch updates nothing. Keras and flax weigh the old average
+    with `momentum` and keep the biased variance.
+
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the policies name theirs.
+    """
+    policy = statistics if statistics.__class__ is Batch else policy_from(statistics)
+    checks.channels_and_types(input, running_mean, running_var, weight, bias, owner)
+    if activation is not None:
+        checks.activation_name(activation, owner)
+    if residual is not None:
+        checks.residual_shape(residual, input, owner)
+    if mask is not None:
+        mask = checks.expanded_mask(mask, input, owner)
+    if nonfinite != "propagate":
+        checks.nonfinite_name(nonfinite, owner)
+    if not training or policy.__class__ is Frozen:
+        if running_mean is not None and running_var is not None:
+            return operators.normalize_by_running(
+                input, weight, bias, running_mean, running_var, eps, residual, activation
+            )
+        if training:
+            _require_running(policy, running_mean, owner)
+        policy, synchronize = BATCH, False  # nothing tracked: the batch serves, as in torch
+    _require_running(policy, running_mean, owner)
+    group = None if synchronize is False else process_group(synchronize, owner)
+    groups = policy.lengths(input.shape[0]) if isinstance(policy, Ghost) else None
+    if mask is None and group is None:
+        checks.values_per_channel(input, checks.smallest_group(input, groups), policy, owner)
+        if (
+            policy.__class__ is Batch
+            and nonfinite == "propagate"
+            and momentum is not None
+            and operators.native_is_best(input, weight, running_mean)
+        ):
+            if recomputation.is_recomputation():
+                running_mean = running_var = num_batches_tracked = None
+            y = operators.normalize_natively(
+                input, weight, bias, running_mean, running_var, momentum, eps, residual, activation
+            )
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            return y
+    replicas = None if group is None else Replicas(group, owner)
+    buffers = Buffers(running_mean, running_var, num_batches_tracked)
+    step = TrainingStep(input, policy, buffers, momentum, eps, replicas, nonfinite, owner)
+    call = operators.Call(
+        settle=step.settle,
+        eps=eps,
+        groups=groups,
+        activation=activation,
+        sum_over_replicas=None if replicas is None else replicas.sum,
+        link_replicas=None if replicas is None else replicas.link,
+    )
+    return operators.normalize(input, weight, bias, residual, mask, call)
+
+
+def _require_running(policy: Policy, running_mean: Tensor | None, owner: str) -> None:
+    if policy.needs_running and running_mean is None:
+        raise ValueError(
+            f"{owner}: statistics={policy!r} needs running statistics; got none "
+            f"(track_running_stats=False). Track them, or use sn.Batch() or sn.Ghost()."
+        )

@@ -1,0 +1,51 @@
+"""Activation checkpointing runs a forward twice; statistics must move once.
+
+The second run happens inside the backward pass, which is how it is told apart. A policy that leans
+on running statistics must also meet them as they were the first time: what normalized the first
+run is remembered per running mean, and found again by the batch's own moments.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from steadynorm.statistics import Moments, Normalizer
+
+# Forwards of one layer that may wait for their recomputation at a time; channel-sized each.
+REMEMBERED = 64
+_seen: Any = WeakIdKeyDictionary()
+
+
+def is_recomputation() -> bool:
+    """Whether this forward runs inside a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def may_be_recomputed() -> bool:
+    """Whether this forward looks like the first run of a checkpointed region.
+
+    Reentrant checkpointing runs it without gradient, the other kind under saved-tensor hooks.
+    """
+    if not torch.is_grad_enabled():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def remember(running_mean: Tensor, batch: Moments, normalizer: Normalizer) -> None:
+    """Keep what normalized this batch, in case it is recomputed."""
+    waiting = _seen.setdefault(running_mean, deque(maxlen=REMEMBERED))
+    waiting.append((batch, normalizer))
+
+
+def recall(running_mean: Tensor, batch: Moments) -> Normalizer | None:
+    """What normalized a batch of the same moments in the first run, if it is remembered."""
+    for known, normalizer in reversed(_seen.get(running_mean, ())):
+        if torch.equal(known.mean, batch.mean) and torch.equal(known.var, batch.var):
+            found: Normalizer = normalizer
+            return found
+    return None

@@ -1,0 +1,168 @@
+"""What happens to statistics in one training forward: pool, decide, remember, update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels import eager, operators
+from steadynorm.nn import checks, recomputation
+from steadynorm.nn.synchronize import Replicas
+from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
+
+
+class Buffers:
+    """A layer's running statistics: read in the statistics' type, written in place."""
+
+    def __init__(
+        self, mean: Tensor | None, var: Tensor | None, num_batches_tracked: Tensor | None
+    ) -> None:
+        self.mean = mean
+        self.var = var
+        self.num_batches_tracked = num_batches_tracked
+
+    def read(self, dtype: torch.dtype) -> RunningStatistics | None:
+        """The statistics now; None where nothing is tracked."""
+        if self.mean is None or self.var is None:
+            return None
+        batches: Any = self.num_batches_tracked
+        if batches is not None and batches.device.type == "cpu":
+            if not operators.needs_plain_operations():
+                batches = int(batches)  # plain numbers are cheaper than scalar tensors
+        return RunningStatistics(self.mean.to(dtype), self.var.to(dtype), batches)
+
+    @torch.no_grad()
+    def write(self, after: RunningStatistics) -> None:
+        """Store the statistics after a batch."""
+        if self.mean is None or self.var is None:
+            return
+        if torch._C._are_functorch_transforms_active():
+            _WriteThroughTransforms.apply(
+                self.mean, self.var, self.num_batches_tracked, after.mean, after.var, after.batches
+            )
+            return
+        self.mean.copy_(after.mean)
+        self.var.copy_(after.var)
+        if self.num_batches_tracked is not None and after.batches is not None:
+            if isinstance(after.batches, Tensor):
+                self.num_batches_tracked.copy_(after.batches)
+            else:
+                self.num_batches_tracked.fill_(after.batches)
+
+
+class _WriteThroughTransforms(torch.autograd.Function):
+    """Writes buffers below torch.func's transforms, which refuse to change what they captured.
+
+    Under `vmap` over buffers that are not batched themselves, the examples' updates are averaged:
+    each example is one batch of its own, and all start from the same statistics.
+    """
+
+    @staticmethod
+    def forward(
+        mean: Tensor,
+        var: Tensor,
+        tracked: Tensor | None,
+        new_mean: Tensor,
+        new_var: Tensor,
+        new_tracked: Tensor | None,
+    ) -> Tensor:
+        with torch.no_grad():
+            mean.copy_(new_mean)
+            var.copy_(new_var)
+            if tracked is not None and new_tracked is not None:
+                tracked.copy_(new_tracked)
+        return new_mean.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        return (None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:  # type: ignore[override]
+        return None
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, int | None]:
+        old, new = tensors[:3], list(tensors[3:])
+        old_dims, new_dims = in_dims[:3], in_dims[3:]
+        for i, (kept, kept_dim, value, dim) in enumerate(
+            zip(old, old_dims, new, new_dims, strict=True)
+        ):
+            if kept is None or value is None:
+                continue
+            if kept_dim is None and dim is not None:
+                new[i] = value.to(torch.float64).mean(dim).to(value.dtype)
+            elif kept_dim is not None:
+                spread = value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
+                old_first = kept.movedim(kept_dim, 0)
+                new[i] = spread.expand_as(old_first).movedim(0, kept_dim)
+        return _WriteThroughTransforms.apply(*old, *new), None
+
+
+class TrainingStep:
+    """One training forward's statistics."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        policy: Policy,
+        buffers: Buffers,
+        momentum: float | None,
+        eps: float,
+        replicas: Replicas | None,
+        nonfinite: str,
+        owner: str,
+    ) -> None:
+        self.input = input
+        self.policy = policy
+        self.buffers = buffers
+        self.momentum = momentum
+        self.eps = eps
+        self.replicas = replicas
+        self.nonfinite = nonfinite
+        self.owner = owner
+        traced = torch.compiler.is_compiling()  # the compiler keeps or recomputes by itself
+        self.repeated = not traced and recomputation.is_recomputation()
+        self.may_repeat = (
+            not traced
+            and policy.needs_running
+            and not self.repeated
+            and recomputation.may_be_recomputed()
+        )
+
+    def settle(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
+        """Moments pooled over replicas and what normalizes; moves the running statistics."""
+        assert batch is not None  # a training step always measures its batch
+        samples: Any = self.input.shape[0]
+        if self.replicas is not None:
+            batch, samples = self.replicas.pool(batch, samples)
+        self._check(batch)
+        running = self.buffers.read(eager.statistics_dtype(self.input))
+        context = Context(samples, self.momentum, self.eps, torch)
+        normalizer, after = step(
+            self.policy, batch, running, context, skip_nonfinite=self.nonfinite == "skip"
+        )
+        mean = self.buffers.mean
+        if self.repeated:
+            if mean is not None and self.policy.needs_running:
+                normalizer = recomputation.recall(mean, batch) or normalizer
+        elif after is not None and after is not running:
+            if self.may_repeat and mean is not None:
+                recomputation.remember(mean, batch, normalizer)
+            self.buffers.write(after)
+        return batch, normalizer
+
+    def _check(self, batch: Moments) -> None:
+        """Refuse one value per channel where only the data tell, if reading them is cheap."""
+        if isinstance(batch.count, int) or operators.needs_plain_operations():
+            return
+        if batch.count.device.type == "cpu" and batch.count.ndim == 1:
+            checks.values_per_channel(self.input, int(batch.count), self.policy, self.owner)

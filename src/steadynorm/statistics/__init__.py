@@ -1,0 +1,71 @@
+"""Channel-sized mathematics of batch normalization, written once for every array library.
+
+Nothing here imports a framework. The functions use operators, and where a function of the array
+library is needed it is taken from `xp`: `numpy`, `torch`, `jax.numpy` or `keras.ops`.
+"""
+
+from steadynorm.statistics.moments import Moments, merge, pool
+from steadynorm.statistics.normalizer import (
+    Coefficients,
+    GradientCoefficients,
+    Normalizer,
+    attach,
+    coefficients,
+    fold,
+    gradient_coefficients,
+    parameter_gradients,
+)
+from steadynorm.statistics.policies import (
+    Batch,
+    Context,
+    Frozen,
+    Ghost,
+    Policy,
+    Renorm,
+    Running,
+    Steady,
+    of_running,
+    policy_from,
+    step,
+)
+from steadynorm.statistics.running import (
+    CONVENTIONS,
+    Convention,
+    RunningStatistics,
+    convert_momentum,
+    convert_variance,
+    new_batch_weight,
+    update_average,
+)
+
+__all__ = [
+    "CONVENTIONS",
+    "Batch",
+    "Coefficients",
+    "Context",
+    "Convention",
+    "Frozen",
+    "Ghost",
+    "GradientCoefficients",
+    "Moments",
+    "Normalizer",
+    "Policy",
+    "Renorm",
+    "Running",
+    "RunningStatistics",
+    "Steady",
+    "attach",
+    "coefficients",
+    "convert_momentum",
+    "convert_variance",
+    "fold",
+    "gradient_coefficients",
+    "merge",
+    "new_batch_weight",
+    "of_running",
+    "parameter_gradients",
+    "policy_from",
+    "pool",
+    "step",
+    "update_average",
+]

@@ -1,0 +1,127 @@
+"""The one normal form of every policy, its gradient in closed form, and folding it away."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from steadynorm.statistics.moments import Array, Moments
+
+
+class Normalizer(NamedTuple):
+    """What normalizes a batch: `x̂ = (x - m)·ρ·r + d` with `ρ = 1/√(u + ε)`.
+
+    `m = mean + mean_low` (see `Moments`), `u = var`, `r = gain`, `d = offset`. `share` (α) says how
+    much of m and u came from the batch: gradient flows as if `m = m₀ + α·μ` and `u = u₀ + α·v` with
+    all else constant. All but `mean` and `var` may be plain numbers.
+    """
+
+    mean: Array
+    mean_low: Array
+    var: Array
+    gain: Array
+    offset: Array
+    share: Array
+
+
+class Coefficients(NamedTuple):
+    """`z = (x - center)·scale + shift`, and the `rho` of the normal form, each (C,) or (G, C)."""
+
+    center: Array
+    scale: Array
+    shift: Array
+    rho: Array
+
+
+class GradientCoefficients(NamedTuple):
+    """`dx = scale·g + slope·(x - center) + constant`, the last two at valid positions only."""
+
+    slope: Array
+    constant: Array
+
+
+def coefficients(
+    normalizer: Normalizer, weight: Array | None, bias: Array | None, eps: float
+) -> Coefficients:
+    """Scale and shift per channel for the map over x.
+
+        scale = γ·r·ρ        shift = β + γ·d - mean_low·scale
+
+    The map subtracts first (`x - center`), so that a large mean cancels exactly, and the part of
+    the mean that float32 cannot hold enters through the shift. Without a weight γ is 1, without a
+    bias β is 0.
+    """
+    rho = (normalizer.var + eps) ** -0.5
+    scale = rho * normalizer.gain
+    shift = -normalizer.mean_low * scale
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    if not (isinstance(normalizer.offset, int | float) and normalizer.offset == 0):
+        offset = normalizer.offset
+        shift = shift + (offset if weight is None else weight * offset)
+    if bias is not None:
+        shift = shift + bias
+    return Coefficients(normalizer.mean, scale, shift, rho)
+
+
+def attach(normalizer: Normalizer, batch: Moments, live: Moments) -> Normalizer:
+    """The same values, joined to moments that carry gradient, by the share that flows.
+
+    `live` equals `batch` in value but belongs to a framework's graph; for where a framework
+    differentiates by itself instead of by the closed form. Its mean's gradient sits in `mean_low`.
+    """
+    return normalizer._replace(
+        mean_low=normalizer.mean_low + normalizer.share * (live.mean_low - batch.mean_low),
+        var=normalizer.var + normalizer.share * (live.var - batch.var),
+    )
+
+
+def parameter_gradients(
+    normalizer: Normalizer, rho: Array, sum_grad: Array, sum_grad_x: Array
+) -> tuple[Array, Array]:
+    """Gradients of weight and bias from the two sums of the backward reduction.
+
+        dγ = r·ρ·S₂ + d·S₁        dβ = S₁        S₁ = Σg, S₂ = Σg·(x - m)
+
+    `sum_grad_x` is about the rounded mean, Σg·(x - center); S₂ follows from it.
+    With groups the caller sums both results over the first axis.
+    """
+    about_mean = sum_grad_x - normalizer.mean_low * sum_grad
+    return normalizer.gain * rho * about_mean + normalizer.offset * sum_grad, sum_grad
+
+
+def gradient_coefficients(
+    normalizer: Normalizer,
+    batch: Moments,
+    scale: Array,
+    rho: Array,
+    sum_grad: Array,
+    sum_grad_x: Array,
+) -> GradientCoefficients:
+    """The two terms that reach x through the batch's own mean and variance.
+
+        dx = scale·( g - α·S₁/n - α·(x - μ)·ρ²·S₂/n )
+
+    written about the center of the forward map: `slope·(x - center) + constant`. With several
+    replicas `sum_grad` and `sum_grad_x` are sums over all of them, and `batch` the pooled moments.
+    """
+    about_mean = sum_grad_x - normalizer.mean_low * sum_grad
+    per_value = scale * (normalizer.share / (batch.count + (batch.count == 0)))
+    slope = -per_value * rho * rho * about_mean
+    gap = (batch.mean - normalizer.mean) + batch.mean_low
+    return GradientCoefficients(slope, -per_value * sum_grad - slope * gap)
+
+
+def fold(
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float
+) -> tuple[Array, Array]:
+    """Batch normalization in inference as one scale and one shift: `y = scale·x + shift`.
+
+        scale = γ/√(var + ε)        shift = β - mean·scale
+
+    Compute it in float64: here the mean is not subtracted first.
+    """
+    scale = (var + eps) ** -0.5
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias

@@ -1,0 +1,135 @@
+"""Running averages of the moments, and what every framework means by `momentum`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from steadynorm.statistics.moments import Array, Moments, difference
+
+
+class RunningStatistics(NamedTuple):
+    """Averages kept over training.
+
+    `mean` and `var` are (C,). `batches` is how many batches they have seen: a number or a scalar
+    array; None where that is not known, which reads as "many".
+    """
+
+    mean: Array
+    var: Array
+    batches: Array | None
+
+
+class Convention(NamedTuple):
+    """What one framework's batch normalization means by its settings.
+
+    `momentum_weighs`: whether `momentum` is the weight of the "new" batch or of the "old" average.
+    `keeps`: whether the running variance is "biased" (divided by n) or "unbiased" (by n - 1).
+    """
+
+    momentum_weighs: Literal["new", "old"]
+    momentum: float
+    eps: float
+    keeps: Literal["biased", "unbiased"]
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "torch": Convention("new", 0.1, 1e-5, "unbiased"),
+    "keras": Convention("old", 0.99, 1e-3, "biased"),
+    "flax": Convention("old", 0.99, 1e-5, "biased"),
+    "equinox": Convention("old", 0.99, 1e-5, "biased"),
+    "mlx": Convention("new", 0.1, 1e-5, "unbiased"),
+}
+
+
+def _convention(name: str) -> Convention:
+    try:
+        return CONVENTIONS[name]
+    except KeyError:
+        known = ", ".join(CONVENTIONS)
+        raise ValueError(f"convention must be one of {known}; got {name!r}.") from None
+
+
+def convert_momentum(momentum: float, source: str, target: str) -> float:
+    """`momentum` of one framework in the words of another.
+
+    torch and MLX: `running = (1 - momentum)·running + momentum·batch`.
+    Keras, flax, equinox: `running = momentum·running + (1 - momentum)·batch`.
+
+    >>> convert_momentum(0.1, "torch", "keras")
+    0.9
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must lie in [0, 1]; got {momentum!r}.")
+    same = _convention(source).momentum_weighs == _convention(target).momentum_weighs
+    return momentum if same else 1 - momentum
+
+
+def bessel(count: Array, *, xp: Any) -> Array:
+    """n / (n - 1), the factor from a biased to an unbiased variance; 1 where n is 1 or less."""
+    if isinstance(count, int | float):
+        return count / (count - 1) if count > 1 else 1.0
+    return xp.where(count > 1, count / (count - 1 + (count == 1)), xp.ones_like(count))
+
+
+def convert_variance(var: Array, count: Array, source: str, target: str, *, xp: Any) -> Array:
+    """A running variance of one framework in the words of another.
+
+    `count` is the number of values per channel in the batches that fed it: the factor
+    n / (n - 1) between biased and unbiased depends on it.
+
+    >>> import numpy as np
+    >>> convert_variance(np.array([2.0]), 5, "torch", "flax", xp=np)
+    array([1.6])
+    """
+    have, want = _convention(source).keeps, _convention(target).keeps
+    if have == want:
+        return var
+    factor = bessel(count, xp=xp)
+    return var * factor if want == "unbiased" else var / factor
+
+
+def larger(a: Array, b: Array, *, xp: Any) -> Array:
+    """The larger of two weights, each a number or a scalar array."""
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return max(a, b)
+    return xp.where(a > b, a, b)
+
+
+def new_batch_weight(momentum: float | None, batches: Array | None) -> Array:
+    """Weight `a` of the new batch in `running = (1 - a)·running + a·batch`, torch's way.
+
+    `momentum`, or with `momentum=None` the cumulative average's `1 / (batches + 1)`, where
+    `batches` is the number of batches seen before this one.
+    """
+    if momentum is not None:
+        return momentum
+    if batches is None:
+        raise ValueError(
+            "momentum=None averages over all batches and needs their number; "
+            "got num_batches_tracked=None. Pass it, or a momentum."
+        )
+    return 1 / (batches + 1)
+
+
+def first_alone(weight: Array, batches: Array | None, *, xp: Any) -> Array:
+    """`max(weight, 1 / (batches + 1))`: the first batch stands alone, nothing leans on 0 and 1."""
+    return weight if batches is None else larger(weight, 1 / (batches + 1), xp=xp)
+
+
+def update_average(
+    running: RunningStatistics, batch: Moments, weight: Array, *, unbiased: bool, xp: Any
+) -> RunningStatistics:
+    """Running averages after one more batch.
+
+        mean ← (1 - a)·mean + a·batch.mean        var ← (1 - a)·var + a·batch.var·(n / (n - 1))
+
+    with a = `weight`; the factor n / (n - 1) only if `unbiased`, and left out for n = 1.
+    Pure: returns new statistics whose `batches` is one higher.
+    """
+    delta, delta_low = difference(batch, running.mean)
+    var = batch.var * bessel(batch.count, xp=xp) if unbiased else batch.var
+    return RunningStatistics(
+        running.mean + weight * (delta + delta_low),
+        running.var + weight * (var - running.var),
+        None if running.batches is None else running.batches + 1,
+    )
