@@ -1,0 +1,178 @@
+"""Activations and their gradients, inside the compiled CPU kernels.
+
+Written with comparisons that let a NaN through (`0 if z <= 0 else z`). A kernel names its activation
+by a literal integer, so that only the one asked for is compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba.core import types
+from numba.core.extending import overload, register_jitable
+
+from .cpu_memory import like
+
+IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, GELU, HARDSWISH, ELU, SIGMOID, TANH = range(10)
+CODES = {
+    None: IDENTITY,
+    "relu": RELU,
+    "relu6": RELU6,
+    "leaky_relu": LEAKY_RELU,
+    "silu": SILU,
+    "gelu": GELU,
+    "hardswish": HARDSWISH,
+    "elu": ELU,
+    "sigmoid": SIGMOID,
+    "tanh": TANH,
+}
+FROM_INPUT = frozenset({SILU, GELU, HARDSWISH})
+"""The activations whose derivative the output does not determine: they need z."""
+
+LEAKY_SLOPE = 0.01
+ROOT_HALF = math.sqrt(0.5)
+DENSITY = 1 / math.sqrt(2 * math.pi)
+
+
+def identity(z: Any) -> Any:
+    return z
+
+
+def relu(z: Any) -> Any:
+    return like(0.0, z) if z <= like(0.0, z) else z
+
+
+def relu6(z: Any) -> Any:
+    low = like(0.0, z) if z <= like(0.0, z) else z
+    return like(6.0, z) if low >= like(6.0, z) else low
+
+
+def leaky_relu(z: Any) -> Any:
+    return z if z > like(0.0, z) else z * like(LEAKY_SLOPE, z)
+
+
+@register_jitable  # type: ignore[untyped-decorator]
+def logistic(z: Any) -> Any:
+    return like(1.0, z) / (like(1.0, z) + math.exp(-z))
+
+
+def silu(z: Any) -> Any:
+    return z * logistic(z)
+
+
+def gelu(z: Any) -> Any:
+    return z * like(0.5, z) * (like(1.0, z) + math.erf(z * like(ROOT_HALF, z)))
+
+
+def hardswish(z: Any) -> Any:
+    gate = z + like(3.0, z)
+    gate = like(0.0, z) if gate <= like(0.0, z) else gate
+    gate = like(6.0, z) if gate >= like(6.0, z) else gate
+    return z * gate * like(1 / 6, z)
+
+
+def elu(z: Any) -> Any:
+    return z if z > like(0.0, z) else math.expm1(z)
+
+
+def sigmoid(z: Any) -> Any:
+    return logistic(z)
+
+
+def tanh(z: Any) -> Any:
+    return math.tanh(z)
+
+
+def identity_grad(g: Any, y: Any) -> Any:
+    return g
+
+
+def relu_grad(g: Any, y: Any) -> Any:
+    return like(0.0, g) if y <= like(0.0, y) else g
+
+
+def relu6_grad(g: Any, y: Any) -> Any:
+    rising = like(0.0, g) if y <= like(0.0, y) else g
+    return like(0.0, g) if y >= like(6.0, y) else rising
+
+
+def leaky_relu_grad(g: Any, y: Any) -> Any:
+    return g if y > like(0.0, y) else g * like(LEAKY_SLOPE, g)
+
+
+def silu_grad(g: Any, z: Any) -> Any:
+    gate = logistic(z)
+    return g * gate * (like(1.0, z) + z * (like(1.0, z) - gate))
+
+
+def gelu_grad(g: Any, z: Any) -> Any:
+    below = like(0.5, z) * (like(1.0, z) + math.erf(z * like(ROOT_HALF, z)))
+    return g * (below + z * like(DENSITY, z) * math.exp(like(-0.5, z) * z * z))
+
+
+def hardswish_grad(g: Any, z: Any) -> Any:
+    between = g * (z * like(1 / 3, z) + like(0.5, z))
+    rising = like(0.0, g) if z <= like(-3.0, z) else between
+    return g if z >= like(3.0, z) else rising
+
+
+def elu_grad(g: Any, y: Any) -> Any:
+    return g if y > like(0.0, y) else g * (y + like(1.0, y))
+
+
+def sigmoid_grad(g: Any, y: Any) -> Any:
+    return g * y * (like(1.0, y) - y)
+
+
+def tanh_grad(g: Any, y: Any) -> Any:
+    return g * (like(1.0, y) - y * y)
+
+
+FORWARD = (identity, relu, relu6, leaky_relu, silu, gelu, hardswish, elu, sigmoid, tanh)
+GRADIENT = (
+    identity_grad,
+    relu_grad,
+    relu6_grad,
+    leaky_relu_grad,
+    silu_grad,
+    gelu_grad,
+    hardswish_grad,
+    elu_grad,
+    sigmoid_grad,
+    tanh_grad,
+)
+
+
+def activate(z: Any, code: int) -> Any:
+    """The activation with this code of z."""
+    return FORWARD[code](z)
+
+
+def gradient(g: Any, v: Any, code: int) -> Any:
+    """g times the activation's derivative at v: z for those in FROM_INPUT, else the output y."""
+    return GRADIENT[code](g, v)
+
+
+@overload(activate, prefer_literal=True)  # type: ignore[untyped-decorator]
+def _activate(z: Any, code: Any) -> Any:
+    if not isinstance(code, types.IntegerLiteral):
+        return None
+    chosen = register_jitable(FORWARD[code.literal_value])
+
+    def implementation(z: Any, code: Any) -> Any:
+        return chosen(z)
+
+    return implementation
+
+
+@overload(gradient, prefer_literal=True)  # type: ignore[untyped-decorator]
+def _gradient(g: Any, v: Any, code: Any) -> Any:
+    if not isinstance(code, types.IntegerLiteral):
+        return None
+    chosen = register_jitable(GRADIENT[code.literal_value])
+
+    def implementation(g: Any, v: Any, code: Any) -> Any:
+        return chosen(g, v)
+
+    return implementation

@@ -1,0 +1,113 @@
+"""Raw memory for the compiled CPU kernels: typed pointers, scratch on the stack, an atomic counter.
+
+Kernels get addresses, not arrays: a call then costs a few microseconds instead of the tens that
+unboxing a dozen arrays takes, and indexing has no wrap-around check in the way of the vectorizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.extending import intrinsic
+
+WIDTH = 1024
+"""Columns of a strip: the most elements an inner loop runs over. Six float32 arrays of this width
+(24 KiB) stay in a first-level cache of 32 KiB."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typing: Any, address: Any, scalar: Any) -> Any:
+    """The address, an integer, as a pointer to `scalar` (a NumPy scalar class)."""
+    kind = types.CPointer(scalar.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(kind))
+
+    return kind(address, scalar), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def scratch(typing: Any, scalar: Any) -> Any:
+    """Room for WIDTH elements of `scalar` on the stack, aligned to a cache line, uninitialized."""
+    kind = types.CPointer(scalar.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        room = ir.ArrayType(context.get_data_type(scalar.dtype), WIDTH)
+        with builder.goto_entry_block():
+            place = builder.alloca(room)
+        place.align = 64
+        return builder.bitcast(place, context.get_value_type(kind))
+
+    return kind(scalar), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def take(typing: Any, counter: Any) -> Any:
+    """Return the integer at `counter` and add one to it, atomically: the next piece of work."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one = ir.Constant(ir.IntType(64), 1)
+        return builder.atomic_rmw("add", arguments[0], one, "seq_cst")
+
+    return types.int64(counter), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def like(typing: Any, value: Any, model: Any) -> Any:
+    """`value` in the type of `model`, so that a literal does not widen float32 to float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], value, model)
+
+    return model(value, model), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def widen(typing: Any, value: Any) -> Any:
+    """The stored value as one to compute with: bfloat16, held as uint16, becomes float32."""
+    if value != types.uint16:
+        return value(value), lambda context, builder, signature, arguments: arguments[0]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(value), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def narrow(typing: Any, value: Any, scalar: Any) -> Any:
+    """The computed value as one to store: to bfloat16's bits by rounding to nearest, ties to even."""
+    stored = scalar.dtype
+    if stored != types.uint16:
+
+        def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return context.cast(builder, arguments[0], value, stored)
+
+        return stored(value, scalar), cast
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, half = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+        # Rounding up could carry a NaN's bits over into an infinity or a zero.
+        nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        bits = builder.select(nan, word(0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(bits, word(16)), half)
+
+    return stored(value, scalar), generate
+
+
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_float(typing: Any, bits: Any) -> Any:
+    """The float64 whose bits the integer holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
