@@ -36,7 +36,7 @@ types: $(VENV)/.dev  ## mypy --strict on src
 	$(BIN)/mypy --strict src
 
 docs: $(VENV)/.dev  ## the documentation, into site/; any warning is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev  ## speed against torch.nn, side by side in one run
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
