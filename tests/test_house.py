@@ -70,7 +70,7 @@ def modules(folder: str) -> Iterator[tuple[str, Path]]:
 def test_imports_obey_the_law(folder: str) -> None:
     complaints = []
     for module, path in modules(folder):
-        complaints += forbidden_imports(path.read_text(), module, FORBIDDEN[folder])
+        complaints += forbidden_imports(path.read_text(encoding="utf-8"), module, FORBIDDEN[folder])
     assert complaints == []
 
 
@@ -199,7 +199,7 @@ def test_only_kernels_compute_on_tensors_of_the_inputs_size() -> None:
     complaints = [
         f"{path.relative_to(ROOT)} {found}"
         for path in wiring()
-        for found in arithmetic_on_inputs(path.read_text())
+        for found in arithmetic_on_inputs(path.read_text(encoding="utf-8"))
     ]
     assert complaints == []
 
@@ -244,14 +244,16 @@ def test_wiring_is_left_alone(source: str) -> None:
 
 # Sizes ----------------------------------------------------------------------------------------
 
-FILE_LIMIT, FUNCTION_LIMIT = 300, 60
+FILE_LIMIT, FUNCTION_LIMIT = 330, 66  # about 300 and 60: a tenth more passes
+# "path" or "path function" -> why it is better whole.
+BETTER_WHOLE: dict[str, str] = {}
 
 
-def code_lines(node: ast.AST) -> int:
+def code_lines(*nodes: ast.AST) -> int:
     """Lines that hold code: no blank line, comment or docstring, so that prose costs nothing."""
     code: set[int] = set()
     text: set[int] = set()
-    for inner in ast.walk(node):
+    for inner in (inner for node in nodes for inner in ast.walk(node)):
         first = getattr(inner, "lineno", None)
         if first is None:
             continue
@@ -263,36 +265,39 @@ def code_lines(node: ast.AST) -> int:
     return len(code - text)
 
 
-def oversized(source: str) -> list[str]:
+def oversized(source: str, name: str = "file") -> dict[str, int]:
+    """Files and functions (their bodies: a long list of arguments is not a long function)."""
     tree = ast.parse(source)
-    complaints = []
-    if (lines := code_lines(tree)) > FILE_LIMIT:
-        complaints.append(f"{lines} lines of code; {FILE_LIMIT} is the limit")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = code_lines(node)
-            if lines > FUNCTION_LIMIT:
-                complaints.append(
-                    f"{node.name}: {lines} lines; about {FUNCTION_LIMIT} is the limit"
-                )
-    return complaints
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    functions = {
+        # A function inside another is counted by itself.
+        f"{name} {node.name}": code_lines(*(p for p in node.body if not isinstance(p, kinds)))
+        for node in ast.walk(tree)
+        if isinstance(node, kinds)
+    }
+    long = {place: lines for place, lines in functions.items() if lines > FUNCTION_LIMIT}
+    return {name: code_lines(tree), **long} if code_lines(tree) > FILE_LIMIT else long
 
 
 def test_files_and_functions_are_short() -> None:
-    complaints = [
-        f"{path.relative_to(ROOT)}: {found}"
-        for folder in ("src", "tests", "benchmarks")
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        for found in oversized(path.read_text())
-    ]
-    assert complaints == []
+    found: dict[str, int] = {}
+    for folder in ("src", "tests", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found |= oversized(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
+    assert {place: lines for place, lines in found.items() if place not in BETTER_WHOLE} == {}
+    assert BETTER_WHOLE.keys() <= found.keys(), "an exception that is no longer needed"
 
 
 def test_a_long_file_and_a_long_function_are_seen() -> None:
-    assert oversized("x = 1\n" * (FILE_LIMIT + 1)) != []
-    assert oversized("def f():\n" + "    x = 1\n" * FUNCTION_LIMIT) != []
-    assert oversized("def f():\n" + "    # why\n\n" * 500 + "    x = 1\n") == []
-    assert oversized('def f():\n    """Text.\n' + "    more\n" * 500 + '    """\n') == []
+    def function(body: str) -> str:
+        return "def f(a,\n      b):\n" + body
+
+    line = "    x = 1\n"
+    assert oversized("x = 1\n" * (FILE_LIMIT + 1)) == {"file": FILE_LIMIT + 1}
+    assert oversized(function(line * (FUNCTION_LIMIT + 1))) == {"file f": FUNCTION_LIMIT + 1}
+    assert oversized(function(line * FUNCTION_LIMIT)) == {}
+    assert oversized(function("    # why\n\n" * 500 + line)) == {}
+    assert oversized(function('    """Text.\n' + "    more\n" * 500 + '    """\n')) == {}
 
 
 # The project speaks of itself alone -----------------------------------------------------------
