@@ -1,0 +1,60 @@
+"""How far from float64 a result may be, by type and direction, each with its reason."""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+Direction = Literal["forward", "backward", "statistics"]
+
+
+class Tolerance(NamedTuple):
+    """Largest error allowed, in units of the largest expected magnitude, or of 1 if that is less."""
+
+    limit: float
+    reason: str
+
+
+TABLE: dict[tuple[torch.dtype, Direction], Tolerance] = {
+    (torch.float64, "forward"): Tolerance(1e-12, "a few thousand roundings of 1e-16"),
+    (torch.float64, "backward"): Tolerance(1e-11, "sums of products; cancellation in g - mean(g)"),
+    (torch.float64, "statistics"): Tolerance(1e-12, "as forward"),
+    (torch.float32, "forward"): Tolerance(
+        2e-6, "the project's bar at std 1; the output's own rounding is 2.4e-7 at |y| in 4..8"
+    ),
+    (torch.float32, "backward"): Tolerance(
+        4e-6, "two sums over the batch, each as exact as the forward, enter on top of it"
+    ),
+    (torch.float32, "statistics"): Tolerance(5e-7, "stored in float32: 6e-8 a rounding, a few"),
+    (torch.bfloat16, "forward"): Tolerance(4e-3, "8 bits: the output's rounding is 2e-3"),
+    (torch.bfloat16, "backward"): Tolerance(
+        8e-3, "as forward, and the output, rounded, stands for the activation's input"
+    ),
+    (torch.float16, "forward"): Tolerance(1e-3, "11 bits: the output's rounding is 5e-4"),
+    (torch.float16, "backward"): Tolerance(2e-3, "as bfloat16's, with three bits more"),
+}
+
+
+def error(actual: Any, expected: Any) -> float:
+    """Largest absolute error over the largest expected magnitude, or over 1 if that is less."""
+    if isinstance(actual, torch.Tensor):
+        actual = actual.detach().to("cpu", torch.float64).numpy()
+    actual, expected = (np.asarray(t, dtype=np.float64) for t in (actual, expected))
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shape {actual.shape} where {expected.shape} is right")
+    if expected.size == 0:
+        return 0.0
+    if not np.isfinite(expected).all():
+        raise AssertionError("the expected values are not finite")
+    scale = max(1.0, float(np.abs(expected).max()))
+    return float(np.abs(actual - expected).max()) / scale  # NaN stays NaN
+
+
+def close(actual: torch.Tensor, expected: Any, direction: Direction, what: str = "") -> None:
+    """Fail unless `actual` is within the table's tolerance for its type and this direction."""
+    tolerance = TABLE[actual.dtype, direction]
+    found = error(actual, expected)
+    if not found <= tolerance.limit:
+        raise AssertionError(
+            f"{what or direction}: error {found:.3g} above {tolerance.limit:.3g} ({tolerance.reason})"
+        )
