@@ -36,7 +36,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604 - the names are those of _HOMES, which tests/test_imports.py checks
+__all__ = [
     "Batch",
     "BatchNorm1d",
     "BatchNorm2d",

@@ -23,7 +23,8 @@ class Activation(NamedTuple):
 def _gelu_gradient(grad: Tensor, z: Tensor) -> Tensor:
     normal_cdf = 0.5 * (1 + torch.erf(z * 0.5**0.5))
     normal_pdf = torch.exp(-0.5 * z * z) * (2 * torch.pi) ** -0.5
-    return grad * (normal_cdf + z * normal_pdf)
+    slope: Tensor = normal_cdf + z * normal_pdf
+    return grad * slope
 
 
 def _silu_gradient(grad: Tensor, z: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def _over_groups(
         frame = _frame(x, (count, size))
         parts = [t if t is None else t.narrow(0, sample, count * size) for t in x_sized]
         rows = [t.narrow(0, row, count) for t in per_channel]
-        results.append(stage(frame, *map(lambda t: t if t is None else frame.view(t), parts), *rows))
+        results.append(stage(frame, *(t if t is None else frame.view(t) for t in parts), *rows))
         sample, row = sample + count * size, row + count
     joined = zip(*results, strict=True)
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in joined)
@@ -87,43 +87,44 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
     Two passes: a mean `high`, then mean `low` and variance of `x - high`; the mean is high + low.
     """
     wide = x.to(statistics_dtype(x))
-    if mask is not None:
-        mask = mask.unsqueeze(1)
-
-    def stage(frame: _Frame, values: Tensor, valid: Tensor | None) -> tuple[Tensor, ...]:
-        def mean(t: Tensor) -> Tensor:
-            if valid is None:
-                return t.mean(frame.axes, keepdim=True)
-            return torch.where(valid, t, 0).sum(frame.axes, keepdim=True) / known
-
-        axes = tuple(axis for axis in frame.axes)
-        count = None if valid is None else valid.sum(axes, keepdim=True).to(values.dtype)
-        known = 1 if count is None else count.clamp(min=1)
-        high = mean(values).detach()  # a pivot; the gradient of the mean flows through `low`
-        centered = values - high
-        low = mean(centered)
-        var = mean((centered - low).square())
-        low = torch.where(high.isfinite(), low, 0)  # the mean of an infinity is it, as in torch
-        rows = (-1, values.shape[-(x.ndim - 1)]) if frame.split else (-1,)
-        results = (high.reshape(rows), var.reshape(rows), low.reshape(rows))
-        return results if count is None else (*results, count.reshape((-1, 1) if frame.split else (1,)))
-
     if x.numel() == 0:
         zero = wide.new_zeros((len(groups), x.shape[1]) if groups else (x.shape[1],))
         return Moments(0, zero, zero, zero)
-    if mask is None:
-        high, var, low = _over_groups(
-            lambda frame, t: stage(frame, t, None), [wide], [], groups
-        )
+    valid = None if mask is None else mask.unsqueeze(1)
+    counts, high, var, low = _over_groups(_moments_of_run, [wide, valid], [], groups)
+    count: int | Tensor | None = counts
+    if counts is None:
         per_sample = x.numel() // (x.shape[0] * x.shape[1])
         count = (
             x.shape[0] * per_sample
             if groups is None
             else torch.tensor(groups, dtype=wide.dtype, device=x.device)[:, None] * per_sample
         )
-    else:
-        high, var, low, count = _over_groups(stage, [wide, mask], [], groups)
     return Moments(count, high, var, low)
+
+
+def _moments_of_run(
+    frame: _Frame, values: Tensor, valid: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Valid counts (None without a mask), rounded mean, variance and what the rounding lost."""
+    count = None
+    if valid is not None:
+        count = valid.sum(frame.axes, keepdim=True).to(values.dtype)
+
+    def mean(t: Tensor) -> Tensor:
+        if valid is None or count is None:
+            return t.mean(frame.axes, keepdim=True)
+        return torch.where(valid, t, 0).sum(frame.axes, keepdim=True) / count.clamp(min=1)
+
+    high = mean(values).detach()  # a pivot; the gradient of the mean flows through `low`
+    centered = values - high
+    low = mean(centered)
+    var = mean((centered - low).square())
+    low = torch.where(high.isfinite(), low, 0)  # the mean of an infinity is it, as in torch
+    rows = (frame.split[0], -1) if frame.split else (-1,)
+    if count is not None:
+        count = count.reshape(rows)
+    return count, high.reshape(rows), var.reshape(rows), low.reshape(rows)
 
 
 def apply(
@@ -215,7 +216,8 @@ def reduce_grad(
         return total, (g * moved).sum(frame.axes).reshape(rows)
 
     total, moved = _over_groups(stage, [grad, x, y, residual], [center, scale, shift], groups)
-    assert total is not None and moved is not None
+    assert total is not None
+    assert moved is not None
     return total, moved
 
 

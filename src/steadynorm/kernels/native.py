@@ -10,10 +10,14 @@ Half precision goes without: what float32 loses inside is below what half keeps 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+# Number of axes -> the shape in which a channel array broadcasts.
+BESIDE = {n: (-1,) + (1,) * (n - 2) for n in range(2, 65)}
 
 
 def normalize_by_batch(
@@ -27,9 +31,10 @@ def normalize_by_batch(
 ) -> Tensor:
     """Normalize by the batch's moments about its first sample's first value; update in place."""
     pivot = None
-    if x.dtype not in _HALF:
-        pivot = x.detach().as_strided((x.shape[1],), (x.stride(1),))
-        x = x - pivot.view(_beside(x))
+    if x.dtype not in HALF:
+        source = x.detach() if x.requires_grad else x
+        pivot = source.as_strided((x.size(1),), (x.stride(1),))
+        x = x - pivot.view(BESIDE[x.ndim])
     if running_mean is None or running_var is None:
         return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
     # `.data` aliases have version counters of their own: PyTorch saves these two for backward,
@@ -51,16 +56,16 @@ def normalize_by_running(
     eps: float,
 ) -> Tensor:
     """Normalize by running statistics, which stay as they are."""
-    if x.dtype not in _HALF:
-        x, running_mean = x - running_mean.view(_beside(x)), torch.zeros_like(running_mean)
+    if x.dtype in HALF:
+        mean = running_mean.clone()
     else:
-        running_mean = running_mean.clone()
-    # Copies, since PyTorch's backward reads them and the buffers may have moved by then.
-    return torch.batch_norm(
-        x, weight, bias, running_mean, running_var.clone(), False, 0.0, eps, True
-    )
+        mean = _zeros(running_mean.numel(), x.dtype, x.device)
+        x = x - running_mean.view(BESIDE[x.ndim])
+    # A copy where there may be a backward: it reads the variance, and the buffer may have moved.
+    var = running_var.clone() if torch.is_grad_enabled() else running_var
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, True)
 
 
-def _beside(x: Tensor) -> tuple[int, ...]:
-    """The shape in which a channel array broadcasts against x."""
-    return (-1,) + (1,) * (x.ndim - 2)
+@lru_cache(maxsize=256)
+def _zeros(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(channels, dtype=dtype, device=device)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
 from torch.nn import functional as F
 
 from steadynorm.kernels import eager, native
@@ -29,25 +26,59 @@ from steadynorm.statistics import (
 NATIVE_LIMIT = 1 << 14
 
 
-@dataclass(frozen=True, eq=False)
+class Exchange(Protocol):
+    """What one forward and its backward exchange with other replicas."""
+
+    def sum(self, sums: Tensor) -> Tensor:
+        """The sums of the backward reduction, added over replicas."""
+
+    def link(self, live: Moments) -> Moments:
+        """Differentiable moments of this process as differentiable pooled ones."""
+
+
 class Call:
     """One call of the layer, but for the tensors that gradient flows to.
 
-    `settle` takes the moments of this process's batch (None unless `moments_needed`) and returns
-    the moments and the normalizer to use: replicas pool there, the policy decides there, running
-    statistics move there. Called once a forward.
-
-    With replicas, `sum_over_replicas` adds the sums of the backward reduction over them, and
-    `link_replicas` turns differentiable moments of this process into differentiable pooled ones.
+    A subclass says in `settle` what normalizes: replicas pool there, the policy decides there,
+    running statistics move there. (A class and not a bundle of functions, for the compiler's sake.)
     """
 
-    settle: Callable[[Moments | None], tuple[Moments | None, Normalizer]]
-    eps: float
-    moments_needed: bool = True
-    groups: eager.Groups = None
-    activation: str | None = None
-    sum_over_replicas: Callable[[Tensor], Tensor] | None = None
-    link_replicas: Callable[[Moments], Moments] | None = None
+    moments_needed = True
+
+    def __init__(
+        self,
+        eps: float,
+        *,
+        groups: eager.Groups = None,
+        activation: str | None = None,
+        replicas: Exchange | None = None,
+    ) -> None:
+        self.eps = eps
+        self.groups = groups
+        self.activation = activation
+        self.replicas = replicas
+
+    def settle(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
+        """Moments and normalizer to use; called once a forward.
+
+        `batch` is what this process's batch measures, None unless `moments_needed`.
+        """
+        raise NotImplementedError
+
+
+class _ByRunning(Call):
+    """The running statistics normalize, whatever the batch."""
+
+    moments_needed = False
+
+    def __init__(self, mean: Tensor, var: Tensor, eps: float, activation: str | None) -> None:
+        super().__init__(eps, activation=activation)
+        self.mean = mean
+        self.var = var
+
+    def settle(self, batch: Moments | None) -> tuple[None, Normalizer]:
+        """The buffers as they are now."""
+        return None, of_running(RunningStatistics(self.mean, self.var, None))
 
 
 class _Settled(NamedTuple):
@@ -72,22 +103,32 @@ def normalize(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     ):
-        y: Tensor = _Normalize.apply(x, weight, bias, residual, mask, call)
+        y: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, residual, mask, call
+        )
         return y
     return _forward(x, weight, bias, residual, mask, call)[0]
 
 
-def native_is_best(x: Tensor, weight: Tensor | None, running: Tensor | None) -> bool:
-    """Whether PyTorch's own operator should serve a plain call on x."""
-    if x.__class__ is not Tensor and not isinstance(x, torch.nn.Parameter):
+def native_is_best(
+    x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> bool:
+    """Whether PyTorch's own operator should serve a plain call; False also for what is amiss."""
+    if x.__class__ is not Tensor:
         return False  # subclasses may not have the strides the pivot is read by
-    size = x.numel()
-    if size == 0 or (x.device.type == "cpu" and size > NATIVE_LIMIT) or needs_plain_operations():
+    if (x.numel() > NATIVE_LIMIT and x.is_cpu) or x.ndim < 2 or needs_plain_operations():
         return False
-    return weight is None or running is None or weight.dtype is running.dtype
+    channels = x.size(1)
+    kind = x.dtype if weight is None else weight.dtype
+    if kind is not x.dtype and (kind is not torch.float32 or x.dtype not in native.HALF):
+        return False
+    for channel in (weight, running_mean, running_var):
+        if channel is not None and (channel.dtype is not kind or channel.numel() != channels):
+            return False
+    return (running_mean is None) is (running_var is None)
 
 
-def normalize_natively(
+def train_natively(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -100,6 +141,21 @@ def normalize_natively(
 ) -> Tensor:
     """A plain training call by PyTorch's own operator; moves the running statistics."""
     y = native.normalize_by_batch(x, weight, bias, running_mean, running_var, momentum, eps)
+    return _finished(y, residual, activation)
+
+
+def infer_natively(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Inference by PyTorch's own operator."""
+    y = native.normalize_by_running(x, weight, bias, running_mean, running_var, eps)
     return _finished(y, residual, activation)
 
 
@@ -117,17 +173,11 @@ def normalize_by_running(
     if _is_exporting():  # one operator that runtimes know and fold
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
         return _finished(y, residual, activation)
-    if native_is_best(x, weight, running_mean):
-        y = native.normalize_by_running(x, weight, bias, running_mean, running_var, eps)
-        return _finished(y, residual, activation)
 
-    def settle(_: Moments | None) -> tuple[None, Normalizer]:
-        dtype = eager.statistics_dtype(x)
-        # A copy: the buffer itself may change between this forward and its backward.
-        mean = running_mean.to(dtype, copy=True)
-        return None, of_running(RunningStatistics(mean, running_var.to(dtype), None))
-
-    call = Call(settle=settle, eps=eps, moments_needed=False, activation=activation)
+    dtype = eager.statistics_dtype(x)
+    # A copy: the buffer itself may change between this forward and its backward.
+    mean = running_mean.to(dtype, copy=True)
+    call = _ByRunning(mean, running_var.to(dtype), eps, activation)
     return normalize(x, weight, bias, residual, None, call)
 
 
@@ -138,9 +188,7 @@ def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Ten
 
 
 def _is_exporting() -> bool:
-    return (
-        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
-    )
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch._C._is_tracing()
 
 
 def needs_plain_operations() -> bool:
@@ -209,8 +257,8 @@ def _differentiable(
 ) -> Tensor:
     """The map over x by a settled normalizer, joined to moments that carry gradient."""
     if live is not None:
-        if call.link_replicas is not None:
-            live = call.link_replicas(live)
+        if call.replicas is not None:
+            live = call.replicas.link(live)
         normalizer = attach(normalizer, _constant(live), live)
     known = coefficients(normalizer, _wide(weight, x), _wide(bias, x), call.eps)
     return eager.apply(
@@ -256,7 +304,7 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _second_order_backward(ctx, grad)
         x, weight, bias, residual, mask, y = ctx.saved_tensors
@@ -276,8 +324,8 @@ class _Normalize(torch.autograd.Function):
             sums = eager.reduce_grad(grad, x, known.center, known.scale, known.shift, **branch)
             dweight, dbias = parameter_gradients(normalizer, known.rho, *sums)
             if through and batch is not None:
-                if call.sum_over_replicas is not None:
-                    sums = tuple(call.sum_over_replicas(torch.stack(sums)))
+                if call.replicas is not None:
+                    sums = tuple(call.replicas.sum(torch.stack(sums)))
                 slope, constant = gradient_coefficients(
                     normalizer, batch, known.scale, known.rho, *sums
                 )

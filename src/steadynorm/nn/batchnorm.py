@@ -104,7 +104,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         """Keep the running statistics float32 or wider when the module is cast to half."""
         names = ("running_mean", "running_var")
         wide = {name: self._buffers.get(name) for name in names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in wide.items():
             after = self._buffers.get(name)
             if before is None or after is None or after.dtype not in _HALF:
@@ -120,7 +120,8 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
                 self._buffers[name] = buffer.float()
 
     def extra_repr(self) -> str:
-        parts = [super().extra_repr(), f"statistics={self.statistics!r}"]
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        parts = [plain, f"statistics={self.statistics!r}"]
         if self.activation is not None:
             parts.append(f"activation={self.activation!r}")
         if self.synchronize is not False:
@@ -135,7 +136,7 @@ class BatchNorm1d(SteadyNorm, torch.nn.BatchNorm1d):
 
     >>> import torch, steadynorm as sn
     >>> layer = sn.BatchNorm1d(3, statistics="steady")
-    >>> layer(torch.tensor([[1.0, 2.0, 3.0]])).shape      # a batch of one
+    >>> layer(torch.tensor([[1.0, 2.0, 3.0]])).shape  # a batch of one
     torch.Size([1, 3])
     """
 
@@ -205,7 +206,7 @@ class BatchNorm3d(SteadyNorm, torch.nn.BatchNorm3d):
     _axes = {5: "(N, C, D, H, W)"}
 
 
-class _Lazy(_LazyNormBase):
+class _Lazy(_LazyNormBase, SteadyNorm):
     """Waits for the first input to learn its number of channels; then becomes the plain layer."""
 
     def __init__(
@@ -247,16 +248,16 @@ class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d, BatchNorm1d):
     (torch.Size([4, 7]), 7)
     """
 
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d, BatchNorm2d):
     """`BatchNorm2d` that learns `num_features` from its first input."""
 
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d, BatchNorm3d):
     """`BatchNorm3d` that learns `num_features` from its first input."""
 
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    cls_to_become = BatchNorm3d

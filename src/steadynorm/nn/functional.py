@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from steadynorm.kernels import operators
@@ -80,23 +79,45 @@ def batch_norm(
     tensor([[-1., -1.],
             [ 1.,  1.]])
 
-    Differs from `torch.nn.functional.batch_norm`: subtracts the mean before scaling, so that a large
-    mean costs no precision; an empty batch updates nothing. Keras and flax weigh the old average
-    with `momentum` and keep the biased variance.
+    Differs from `torch.nn.functional.batch_norm`: subtracts the mean before scaling, so that a
+    large mean costs no precision; an empty batch updates nothing. Keras and flax weigh the old
+    average with `momentum` and keep the biased variance.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the policies name theirs.
     """
     policy = statistics if statistics.__class__ is Batch else policy_from(statistics)
-    checks.channels_and_types(input, running_mean, running_var, weight, bias, owner)
     if activation is not None:
         checks.activation_name(activation, owner)
     if residual is not None:
         checks.residual_shape(residual, input, owner)
+    learning = training and policy.__class__ is not Frozen
+    if operators.native_is_best(input, weight, running_mean, running_var):
+        if not learning and running_mean is not None and running_var is not None and mask is None:
+            return operators.infer_natively(
+                input, weight, bias, running_mean, running_var, eps, residual, activation
+            )
+        if (
+            learning
+            and policy.__class__ is Batch
+            and mask is None
+            and synchronize is False
+            and nonfinite == "propagate"
+            and momentum is not None
+            and input.numel() > input.size(1)
+            and not recomputation.is_recomputation()
+        ):
+            y = operators.train_natively(
+                input, weight, bias, running_mean, running_var, momentum, eps, residual, activation
+            )
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            return y
+    checks.channels_and_types(input, running_mean, running_var, weight, bias, owner)
     if mask is not None:
         mask = checks.expanded_mask(mask, input, owner)
     if nonfinite != "propagate":
         checks.nonfinite_name(nonfinite, owner)
-    if not training or policy.__class__ is Frozen:
+    if not learning:
         if running_mean is not None and running_var is not None:
             return operators.normalize_by_running(
                 input, weight, bias, running_mean, running_var, eps, residual, activation
@@ -106,35 +127,18 @@ def batch_norm(
         policy, synchronize = BATCH, False  # nothing tracked: the batch serves, as in torch
     _require_running(policy, running_mean, owner)
     group = None if synchronize is False else process_group(synchronize, owner)
-    groups = policy.lengths(input.shape[0]) if isinstance(policy, Ghost) else None
-    if mask is None and group is None:
-        checks.values_per_channel(input, checks.smallest_group(input, groups), policy, owner)
-        if (
-            policy.__class__ is Batch
-            and nonfinite == "propagate"
-            and momentum is not None
-            and operators.native_is_best(input, weight, running_mean)
-        ):
-            if recomputation.is_recomputation():
-                running_mean = running_var = num_batches_tracked = None
-            y = operators.normalize_natively(
-                input, weight, bias, running_mean, running_var, momentum, eps, residual, activation
-            )
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(1)
-            return y
     replicas = None if group is None else Replicas(group, owner)
+    groups = None
+    if isinstance(policy, Ghost):
+        alone = policy.lengths(input.shape[0]) or None  # an empty batch has no groups
+        groups = alone if replicas is None else replicas.divide(policy, input)
+    if mask is None and replicas is None:
+        checks.values_per_channel(input, checks.smallest_group(input, groups), policy, owner)
     buffers = Buffers(running_mean, running_var, num_batches_tracked)
-    step = TrainingStep(input, policy, buffers, momentum, eps, replicas, nonfinite, owner)
-    call = operators.Call(
-        settle=step.settle,
-        eps=eps,
-        groups=groups,
-        activation=activation,
-        sum_over_replicas=None if replicas is None else replicas.sum,
-        link_replicas=None if replicas is None else replicas.link,
+    step = TrainingStep(
+        input, policy, buffers, momentum, eps, replicas, nonfinite, owner, groups, activation
     )
-    return operators.normalize(input, weight, bias, residual, mask, call)
+    return operators.normalize(input, weight, bias, residual, mask, step)
 
 
 def _require_running(policy: Policy, running_mean: Tensor | None, owner: str) -> None:

@@ -12,7 +12,7 @@ class Moments(NamedTuple):
 
     `mean` is rounded to the array's type; `mean_low` is what the rounding lost, so that
     `mean + mean_low` is the mean to about twice the precision. With data near 1e6 and a standard
-    deviation of 1 a float32 mean alone is off by up to 0.03, which would be the error of the output.
+    deviation of 1 a float32 mean alone is off by up to 0.03, and so would be the output.
 
     Shapes: `mean`, `mean_low`, `var` are (C,), or (G, C) for G groups; `count` is a number, or an
     array that broadcasts against them ((G, 1) for groups).
@@ -48,9 +48,9 @@ def merge(a: Moments, b: Moments) -> Moments:
     Two empty parts give an empty part.
 
     >>> import numpy as np
-    >>> left = Moments(2, np.array([1.0]), np.array([1.0]), np.array([0.0]))   # of 0 and 2
+    >>> left = Moments(2, np.array([1.0]), np.array([1.0]), np.array([0.0]))  # of 0 and 2
     >>> right = Moments(1, np.array([4.0]), np.array([0.0]), np.array([0.0]))  # of 4
-    >>> merged = merge(left, right)                                            # of 0, 2 and 4
+    >>> merged = merge(left, right)  # of 0, 2 and 4
     >>> int(merged.count), float(merged.mean[0]), round(float(merged.var[0]), 6)
     (3, 2.0, 2.666667)
     """

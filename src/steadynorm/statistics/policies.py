@@ -165,9 +165,7 @@ class Steady(Policy):
         return first_alone(weight, running.batches, xp=context.xp)
 
 
-def _blend(
-    batch: Moments, running: RunningStatistics, weight: Array
-) -> tuple[Array, Array, Array]:
+def _blend(batch: Moments, running: RunningStatistics, weight: Array) -> tuple[Array, Array, Array]:
     """Mean (rounded, and what that lost) and variance of two parts of weight 1 - w and w."""
     delta, delta_low = difference(batch, running.mean)
     mean, low = two_sum(running.mean, weight * delta)
@@ -309,6 +307,24 @@ class Ghost(Policy):
             groups[-1] += rest
         return tuple(groups)
 
+    def pieces(self, before: int, samples: int, total: int) -> tuple[int, tuple[int, ...]]:
+        """Which groups of a batch of `total` samples hold the `samples` after the first `before`.
+
+        Returns the first such group, and how many of the samples it and the next ones hold.
+
+        >>> Ghost(size=4).pieces(before=6, samples=5, total=12)
+        (1, (2, 3))
+        """
+        first, held, start = 0, [], 0
+        for group, length in enumerate(self.lengths(total)):
+            end = start + length
+            common = min(end, before + samples) - max(start, before)
+            if common > 0:
+                first = first if held else group
+                held.append(common)
+            start = end
+        return first, tuple(held)
+
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
     ) -> Normalizer:
@@ -321,12 +337,12 @@ class Ghost(Policy):
             row = Moments(*(part[group] for part in batch))
             after = super().update(row, running, context)
             some = row.count > 0
-            kept = (
-                context.xp.where(some, new, old)
-                for new, old in zip(after[:2], running[:2], strict=True)
-            )
             batches = None if running.batches is None else running.batches + some[0]
-            running = RunningStatistics(*kept, batches)
+            running = RunningStatistics(
+                context.xp.where(some, after.mean, running.mean),
+                context.xp.where(some, after.var, running.var),
+                batches,
+            )
         return running
 
 
@@ -380,7 +396,9 @@ def step(
     normalizer = policy.normalizer(batch, running, context)
     counts = None if known else batch.count > 0
     if counts is not None:
-        normalizer = Normalizer(*(xp.where(counts, a, b) for a, b in zip(normalizer, idle)))
+        normalizer = Normalizer(
+            *(xp.where(counts, a, b) for a, b in zip(normalizer, idle, strict=True))
+        )
     if running is None:
         return normalizer, None
     after = policy.update(batch, running, context)
