@@ -94,7 +94,7 @@ def _pair(folder: Path, prefix: str) -> tuple[Images, Labels] | None:
         raise ValueError(
             f"{paths[1]}: labels must lie in 0 to 9; got {labels.min()} to {labels.max()}."
         )
-    return halve(images.astype(np.float32) / 255), labels.astype(np.int64)
+    return halve(np.divide(images, 255, dtype=np.float32)), labels.astype(np.int64)
 
 
 def _find(folder: Path, stem: str) -> Path | None:
@@ -111,7 +111,8 @@ def halve(images: Images) -> Images:
     count, height, width = images.shape
     even = images[:, : height // 2 * 2, : width // 2 * 2]
     blocks = even.reshape(count, height // 2, 2, width // 2, 2)
-    return blocks.mean(axis=(2, 4), dtype=np.float32)
+    means: Images = blocks.mean(axis=(2, 4), dtype=np.float32)
+    return means
 
 
 def read_idx(path: str | Path) -> NDArray[Any]:

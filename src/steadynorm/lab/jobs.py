@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-class Cancelled(Exception):
+class CancelledError(Exception):
     """Raised inside a worker whose run is no longer wanted."""
 
 
@@ -72,8 +72,8 @@ def run(
         while pending:
             ready, _ = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
             if progress is not None:
-                for group, steps in zip(groups, done, strict=True):
-                    progress(group, steps)
+                for index, group in enumerate(groups):
+                    progress(group, done[index])
             for future in ready:
                 job = pending.pop(future)
                 yield job, future.result()
@@ -105,7 +105,7 @@ def _work(job: Job, group: int) -> Any:
     def tick(steps: int) -> None:
         nonlocal told
         if _stop.is_set():
-            raise Cancelled
+            raise CancelledError
         steps = min(steps, job.steps - told)
         told += steps
         with _done.get_lock():

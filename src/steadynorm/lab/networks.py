@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -91,12 +92,10 @@ def _normalization(
     if statistics is None:
         return None
     if statistics == "torch":
-        return lambda features: getattr(nn, layer)(features, momentum=momentum)  # type: ignore[no-any-return]
+        return partial(getattr(nn, layer), momentum=momentum)
     from steadynorm import nn as ours
 
-    return lambda features: getattr(ours, layer)(  # type: ignore[no-any-return]
-        features, momentum=momentum, statistics=statistics
-    )
+    return partial(getattr(ours, layer), momentum=momentum, statistics=statistics)
 
 
 def renorm_for(steps: int) -> Renorm:

@@ -46,14 +46,14 @@ def execute(setup: Setup, data_dir: str | None, seed: int, *, tick: Tick | None 
 
 
 class Interval(NamedTuple):
-    """A mean over `count` independent runs; the 95 % interval of it is mean ± half."""
+    """A mean over `runs` independent runs; the 95 % interval of it is mean ± half."""
 
     mean: float
     half: float
-    count: int
+    runs: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.count < 2 else f"{self.mean:.1f} ± {self.half:.1f}"
+        return f"{self.mean:.1f}" if self.runs < 2 else f"{self.mean:.1f} ± {self.half:.1f}"
 
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; scipy is a second of import away.

@@ -46,7 +46,7 @@ class Recipe:
         return max(self.samples // self.batch_size, 1)
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step: up from 1/25 over the first 30 %, down to 0, along cosines."""
+        """The rate of a step: up from 1/25 over the first 30 %, then down to 0, along cosines."""
         peak = self.rate * self.batch_size / 64
         done = step / self.steps
         if done < 0.3:
@@ -85,7 +85,7 @@ class Layer:
 @dataclass(frozen=True)
 class Training:
     """What a run gave. `accuracy` is that of inference, `accuracy_in_training` the same test digits
-    normalized as in training, in batches of the recipe's size. `stopped` says why a run ended early.
+    normalized as in training, in batches of the recipe's size. `stopped` says why it ended early.
     """
 
     points: list[Point]
@@ -199,7 +199,7 @@ def train(
 
 @torch.no_grad()
 def inference_accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of `images` classified right in inference; the network's modes are left as they were."""
+    """Share of `images` classified right in inference; modes are left as they were."""
     with _modes_kept(network):
         network.eval()
         return float((network(images).argmax(1) == labels).double().mean())
@@ -277,9 +277,7 @@ def _deviations(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # What multiplies x is gain/√(u + ε), so u/gain² is the variance that acts.
         used = (normalizer.var + layer.eps) / normalizer.gain**2 - layer.eps
     unit = (running.var + layer.eps).sqrt()
-    return tuple(  # type: ignore[return-value]
-        part / unit for part in (mean - running.mean, var.sqrt(), used.clamp(min=0).sqrt())
-    )
+    return (mean - running.mean) / unit, var.sqrt() / unit, used.clamp(min=0).sqrt() / unit
 
 
 def _percentiles(values: Tensor) -> tuple[float, float, float]:

@@ -29,23 +29,27 @@ def lines(
     log_y: bool = False,
     percent: bool = False,
     replicate: str | None = None,
+    y_max: float | None = None,
     height: int = 240,
 ) -> Chart:
     """Lines of `y` over `x`, one colour for each `series`, in the order in which they first appear.
 
     With `replicate` (a seed, say) the line is the mean over it and a band shows the full range.
+    What lies above `y_max` is cut off.
     """
     order = list(dict.fromkeys(row[series] for row in rows))
     picked = alt.selection_point(fields=[series], bind="legend")
     scale = alt.Scale(type="log") if log_y else alt.Scale(zero=False)
-    axis = alt.Axis(format=".0%") if percent else alt.Axis()
+    if y_max is not None and max(row[y] for row in rows) > y_max:
+        scale.domainMax = y_max
+    axis = alt.Axis(format=".0%") if percent else alt.Axis(tickCount=5 if log_y else 6)
     color = alt.Color(f"{series}:N", sort=order, scale=alt.Scale(domain=order))
-    dash = alt.StrokeDash(f"{series}:N", sort=order, scale=alt.Scale(domain=order), legend=None)
+    dash = alt.StrokeDash(f"{series}:N", sort=order, scale=alt.Scale(domain=order))
     across = alt.X(f"{x}:Q", title=x_title or x)
     base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
     up = "mean" if replicate else None
     y_shown = alt.Y(f"{y}:Q", title=y_title or y, scale=scale, axis=axis)
-    line = base.mark_line(strokeWidth=2.25, interpolate="monotone").encode(
+    line = base.mark_line(strokeWidth=2.25, interpolate="monotone", clip=True).encode(
         x=across,
         y=y_shown if up is None else y_shown.aggregate("mean"),
         color=color,
@@ -53,7 +57,7 @@ def lines(
         opacity=alt.condition(picked, alt.value(1.0), alt.value(0.12)),
     )
     shown = ".1%" if percent else ".4g"
-    dots = base.mark_circle(size=90).encode(
+    dots = base.mark_circle(size=90, clip=True).encode(
         x=across,
         y=y_shown if up is None else y_shown.aggregate("mean"),
         color=color,
@@ -66,7 +70,7 @@ def lines(
     )
     layers: list[Any] = [line, dots]
     if replicate:
-        band = base.mark_area(opacity=1.0).encode(
+        band = base.mark_area(opacity=1.0, clip=True).encode(
             x=across,
             y=alt.Y(f"min({y}):Q", title=y_title or y, scale=scale, axis=axis),
             y2=alt.Y2(f"max({y}):Q"),
@@ -91,6 +95,7 @@ def intervals(
     value_title: str | None = None,
     log: bool = False,
     zero: bool = False,
+    wide: bool = False,
     reference: float | None = None,
 ) -> Chart:
     """A dot for `value` with a bar from `low` to `high`, one line for each `label`, coloured by
@@ -143,7 +148,7 @@ def intervals(
         chart = chart.add_params(param)
     height = max(len(labels) * (14 * count + 12), 90)
     chart = chart.properties(width="container", height=height)
-    return Chart(title, _spec(chart, description), description)
+    return Chart(title, _spec(chart, description), description, wide)
 
 
 def _spec(chart: Any, description: str) -> dict[str, Any]:

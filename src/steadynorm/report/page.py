@@ -55,20 +55,22 @@ class Table:
         return f"{cell:,}" if isinstance(cell, int) else cell
 
     def numeric(self, column: int) -> bool:
-        """Whether a column holds numbers (and perhaps gaps), and so is aligned to the right."""
-        cells = [row[column] for row in self.rows if row[column] is not None]
-        return bool(cells) and all(isinstance(cell, int | float) for cell in cells)
+        """Whether a column starts with a number (`2.1 ± 0.3` is one), and so is aligned right."""
+        first = next((row[column] for row in self.rows if row[column] is not None), "")
+        return not isinstance(first, str) or first[:1].isdigit()
 
 
 @dataclass(frozen=True)
 class Chart:
     """A Vega-Lite specification (`altair.Chart.to_dict()`) with its title, and a description for
-    those who cannot see it. Colours are left to the page, which has a light and a dark set.
+    those who cannot see it. Colours are left to the page, which has a light and a dark set. A
+    `wide` chart takes the page's whole width.
     """
 
     title: str
     spec: dict[str, Any]
     description: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,13 @@ def _vega() -> str:
     import vl_convert
 
     version = _vega_lite_version()
-    bundle: str = vl_convert.javascript_bundle(vl_version=version)
+    # The snippet may be left out, whatever the type stub says; the default exports vegaEmbed.
+    bundle: str = vl_convert.javascript_bundle(vl_version=version)  # type: ignore[call-arg]
     # In strings and regular expressions `<\/script` is the same, and does not end the element.
     return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _vega_lite_version() -> str:
-    import altair
+    import altair as alt
 
-    return ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    return ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])

@@ -75,7 +75,7 @@ def _visit(out: Path, seed: int, short: bool, data_dir: Path | None) -> None:
 
         visited = run(STOPS, setting, begin=begin, progress=progress)
     console.print(f"Digits: {visited.data}\n", markup=False, highlight=False)
-    for stop, result in visited.results:
+    for _, result in visited.results:
         for table in result.tables:
             console.print(to_rich(table))
         console.print(f"{result.sentence}\n", markup=False, highlight=False)

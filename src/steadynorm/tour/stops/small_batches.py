@@ -46,7 +46,7 @@ class SmallBatches:
 
     def recipe(self, setting: Setting, arm: Arm) -> Recipe:
         """All arms see the same digits equally often."""
-        return Recipe(arm.batch_size, samples=3_000 if setting.short else 9_000)
+        return Recipe(arm.batch_size, samples=3_000 if setting.short else 6_000)
 
     def jobs(self, setting: Setting) -> Sequence[Job]:
         jobs = []
@@ -78,7 +78,7 @@ class SmallBatches:
                 "other, so what a digit looks like to the network depends on its partner; at "
                 "batch 1 nothing is left of it. Running and Steady normalize with a memory of "
                 "earlier batches too; Steady believes the batch as far as it knows, n values "
-                "against `prior` remembered ones, and keeps its memory over `horizon` samples, "
+                "against a prior of 2 remembered ones, and keeps its memory over 640 samples, "
                 "whatever the batch size."
             ],
             figures={
@@ -150,6 +150,7 @@ class SmallBatches:
                     lines(
                         f"{title} at batch {size}", some, x="samples", y=y, series="policy",
                         replicate="seed", log_y=y == "loss", percent=y == "accuracy",
+                        y_max=10.0 if y == "loss" else None,
                         x_title="digits seen", y_title=words,
                         description="Mean over the seeds; the band is their range. "
                         "Select a policy in the legend to see it alone.",
@@ -178,7 +179,7 @@ class SmallBatches:
         return intervals(
             "The same test digits, normalized as in training and as in inference",
             rows, value="accuracy", low="lowest", high="highest", label="arm",
-            series="normalized", value_title="accuracy",
+            series="normalized", value_title="accuracy", wide=True,
             description="Mean and range over the seeds. Two dots apart: the network meets other "
             "statistics in inference than it was trained with.",
         )  # fmt: skip
