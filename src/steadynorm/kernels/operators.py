@@ -188,7 +188,9 @@ def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Ten
 
 
 def _is_exporting() -> bool:
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch._C._is_tracing()
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.onnx.is_in_onnx_export() or torch._C._is_tracing()
 
 
 def needs_plain_operations() -> bool:

@@ -18,12 +18,12 @@ from steadynorm.statistics import Moments, Normalizer
 
 # Forwards of one layer that may wait for their recomputation at a time; channel-sized each.
 REMEMBERED = 64
-_seen: Any = WeakIdKeyDictionary()
+_first_runs: Any = WeakIdKeyDictionary()
 
 
 def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    """Whether this forward runs inside a backward pass; the compiler recomputes by its own means."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def may_be_recomputed() -> bool:
@@ -31,6 +31,8 @@ def may_be_recomputed() -> bool:
 
     Reentrant checkpointing runs it without gradient, the other kind under saved-tensor hooks.
     """
+    if torch.compiler.is_compiling():
+        return False
     if not torch.is_grad_enabled():
         return True
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -38,13 +40,12 @@ def may_be_recomputed() -> bool:
 
 def remember(running_mean: Tensor, batch: Moments, normalizer: Normalizer) -> None:
     """Keep what normalized this batch, in case it is recomputed."""
-    waiting = _seen.setdefault(running_mean, deque(maxlen=REMEMBERED))
-    waiting.append((batch, normalizer))
+    _first_runs.setdefault(running_mean, deque(maxlen=REMEMBERED)).append((batch, normalizer))
 
 
 def recall(running_mean: Tensor, batch: Moments) -> Normalizer | None:
-    """What normalized a batch of the same moments in the first run, if it is remembered."""
-    for known, normalizer in reversed(_seen.get(running_mean, ())):
+    """What normalized a batch of the same moments in its first run, if that is remembered."""
+    for known, normalizer in reversed(_first_runs.get(running_mean, ())):
         if torch.equal(known.mean, batch.mean) and torch.equal(known.var, batch.var):
             found: Normalizer = normalizer
             return found

@@ -33,7 +33,6 @@ class Buffers:
                 batches = int(batches)  # plain numbers are cheaper than scalar tensors
         return RunningStatistics(self.mean.to(dtype), self.var.to(dtype), batches)
 
-    @torch.no_grad()
     def write(self, after: RunningStatistics) -> None:
         """Store the statistics after a batch."""
         if self.mean is None or self.var is None:
@@ -43,13 +42,14 @@ class Buffers:
                 self.mean, self.var, self.num_batches_tracked, after.mean, after.var, after.batches
             )
             return
-        self.mean.copy_(after.mean)
-        self.var.copy_(after.var)
-        if self.num_batches_tracked is not None and after.batches is not None:
-            if isinstance(after.batches, Tensor):
-                self.num_batches_tracked.copy_(after.batches)
-            else:
-                self.num_batches_tracked.fill_(after.batches)
+        with torch.no_grad():
+            self.mean.copy_(after.mean)
+            self.var.copy_(after.var)
+            if self.num_batches_tracked is not None and after.batches is not None:
+                if isinstance(after.batches, Tensor):
+                    self.num_batches_tracked.copy_(after.batches)
+                else:
+                    self.num_batches_tracked.fill_(after.batches)
 
 
 class _WriteThroughTransforms(torch.autograd.Function):
@@ -107,7 +107,7 @@ class _WriteThroughTransforms(torch.autograd.Function):
         return _WriteThroughTransforms.apply(*old, *new), None
 
 
-class TrainingStep:
+class TrainingStep(operators.Call):
     """One training forward's statistics."""
 
     def __init__(
@@ -120,49 +120,54 @@ class TrainingStep:
         replicas: Replicas | None,
         nonfinite: str,
         owner: str,
+        groups: tuple[int, ...] | None,
+        activation: str | None,
     ) -> None:
+        super().__init__(eps, groups=groups, activation=activation, replicas=replicas)
         self.input = input
         self.policy = policy
         self.buffers = buffers
         self.momentum = momentum
-        self.eps = eps
-        self.replicas = replicas
+        self.exchange = replicas
         self.nonfinite = nonfinite
         self.owner = owner
-        traced = torch.compiler.is_compiling()  # the compiler keeps or recomputes by itself
-        self.repeated = not traced and recomputation.is_recomputation()
-        self.may_repeat = (
-            not traced
-            and policy.needs_running
-            and not self.repeated
-            and recomputation.may_be_recomputed()
-        )
 
     def settle(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """Moments pooled over replicas and what normalizes; moves the running statistics."""
         assert batch is not None  # a training step always measures its batch
         samples: Any = self.input.shape[0]
-        if self.replicas is not None:
-            batch, samples = self.replicas.pool(batch, samples)
+        if self.exchange is not None:
+            batch, samples = self.exchange.pool(batch, samples)
         self._check(batch)
         running = self.buffers.read(eager.statistics_dtype(self.input))
         context = Context(samples, self.momentum, self.eps, torch)
         normalizer, after = step(
             self.policy, batch, running, context, skip_nonfinite=self.nonfinite == "skip"
         )
-        mean = self.buffers.mean
-        if self.repeated:
-            if mean is not None and self.policy.needs_running:
-                normalizer = recomputation.recall(mean, batch) or normalizer
-        elif after is not None and after is not running:
-            if self.may_repeat and mean is not None:
-                recomputation.remember(mean, batch, normalizer)
-            self.buffers.write(after)
+        normalizer = self._move(batch, normalizer, None if after is running else after)
+        if self.exchange is not None:
+            return self.exchange.own(batch), self.exchange.own(normalizer)
         return batch, normalizer
+
+    def _move(
+        self, batch: Moments, normalizer: Normalizer, after: RunningStatistics | None
+    ) -> Normalizer:
+        """Store the running statistics, once, however often checkpointing runs the forward."""
+        mean = self.buffers.mean
+        if mean is None:
+            return normalizer
+        leans = self.policy.needs_running
+        if recomputation.is_recomputation():
+            return (leans and recomputation.recall(mean, batch)) or normalizer
+        if leans and recomputation.may_be_recomputed():
+            recomputation.remember(mean, batch, normalizer)
+        if after is not None:
+            self.buffers.write(after)
+        return normalizer
 
     def _check(self, batch: Moments) -> None:
         """Refuse one value per channel where only the data tell, if reading them is cheap."""
         if isinstance(batch.count, int) or operators.needs_plain_operations():
             return
-        if batch.count.device.type == "cpu" and batch.count.ndim == 1:
-            checks.values_per_channel(self.input, int(batch.count), self.policy, self.owner)
+        if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
+            checks.values_per_channel(self.input, 1, self.policy, self.owner)

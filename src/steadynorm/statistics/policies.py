@@ -23,16 +23,20 @@ class Context:
     """What a policy may ask besides moments and running statistics.
 
     `samples`: samples in the batch over all replicas (not values per channel). `momentum`: the
-    layer's, torch's meaning. `eps`: the layer's. `xp`: the array namespace.
+    layer's, torch's meaning. `eps`: the layer's. `xp`: the array namespace. `unbiased`: whether the
+    framework keeps the unbiased running variance, as torch does and Keras and flax do not.
     """
 
-    __slots__ = ("eps", "momentum", "samples", "xp")
+    __slots__ = ("eps", "momentum", "samples", "unbiased", "xp")
 
-    def __init__(self, samples: Array, momentum: float | None, eps: float, xp: Any) -> None:
+    def __init__(
+        self, samples: Array, momentum: float | None, eps: float, xp: Any, unbiased: bool = True
+    ) -> None:
         self.samples = samples
         self.momentum = momentum
         self.eps = eps
         self.xp = xp
+        self.unbiased = unbiased
 
 
 class Policy:
@@ -43,7 +47,9 @@ class Policy:
     needs_two_values: ClassVar[bool] = False
     """Whether one value per channel leaves it nothing to normalize with."""
     unbiased: ClassVar[bool] = True
-    """Whether the running variance it keeps is unbiased, as torch's is."""
+    """Whether the running variance it keeps may be unbiased, as torch's is."""
+    counts_batches: ClassVar[bool] = True
+    """Whether it asks how many batches the running statistics have seen."""
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
@@ -56,7 +62,8 @@ class Policy:
     ) -> RunningStatistics:
         """Running statistics after this batch, by torch's rule unless the policy has its own."""
         weight = new_batch_weight(context.momentum, running.batches)
-        return update_average(running, batch, weight, unbiased=self.unbiased, xp=context.xp)
+        unbiased = self.unbiased and context.unbiased
+        return update_average(running, batch, weight, unbiased=unbiased, xp=context.xp)
 
 
 def of_batch(batch: Moments) -> Normalizer:
@@ -94,6 +101,7 @@ class Batch(Policy):
 
     needs_running = False
     needs_two_values = True
+    counts_batches = False
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
@@ -161,7 +169,7 @@ class Steady(Policy):
         if isinstance(known, int | float):
             weight: Array = known / (known + remembered) if known > 0 else 0.0
         else:
-            weight = known / (known + remembered + (known == 0))
+            weight = known / (context.xp.where(known > 0, known, 1.0) + remembered)
         return first_alone(weight, running.batches, xp=context.xp)
 
 
@@ -293,6 +301,7 @@ class Ghost(Policy):
 
     needs_running = False
     needs_two_values = True
+    counts_batches = False
 
     def __post_init__(self) -> None:
         _number("Ghost", "size", self.size, low=1, whole=True)
@@ -357,6 +366,8 @@ class Frozen(Policy):
     >>> Frozen()
     Frozen()
     """
+
+    counts_batches = False
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
