@@ -77,7 +77,7 @@ def pool(parts: Moments, *, xp: Any) -> Moments:
     Shapes: `count` (P, 1), the others (P, C); the result's `count` is (1,), the others (C,).
     """
     count = xp.sum(parts.count, axis=0)
-    weight = parts.count / (count + (count == 0))
+    weight = parts.count / xp.where(count > 0, count, 1.0)  # TensorFlow adds no bool to a float
     center = xp.sum(weight * parts.mean, axis=0)  # a pivot near the mean; its rounding is repaired
     delta, low = difference(parts, center)
     delta = delta + low
