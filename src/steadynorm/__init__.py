@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steadynorm.calibration import adapt, calibrate
     from steadynorm.nn import (
         BatchNorm1d,
         BatchNorm2d,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "steadynorm.calibration": ("adapt", "calibrate"),
     "steadynorm.nn": (
         "BatchNorm1d",
         "BatchNorm2d",
@@ -49,6 +51,8 @@ __all__ = [
     "Renorm",
     "Running",
     "Steady",
+    "adapt",
+    "calibrate",
     "functional",
 ]
 
