@@ -63,8 +63,8 @@ def test_ghost_lengths(samples: int, size: int) -> None:
 def test_the_checker_refuses_what_it_should() -> None:
     right = torch.ones(3)
     tolerances.close(right, np.ones(3), "forward")
-    tolerances.close(right * (1 + 1.9e-6), np.ones(3), "forward")
-    with pytest.raises(AssertionError, match="error 2.98e-06 above 2e-06"):
+    tolerances.close(right * (1 + 9e-7), np.ones(3), "forward")
+    with pytest.raises(AssertionError, match="error 2.98e-06 above 1e-06"):
         tolerances.close(right * (1 + 3e-6), np.ones(3), "forward")
     with pytest.raises(AssertionError, match="error nan"):
         tolerances.close(right * float("nan"), np.ones(3), "forward")
@@ -72,3 +72,6 @@ def test_the_checker_refuses_what_it_should() -> None:
         tolerances.close(torch.ones(1), np.ones(3), "forward")
     with pytest.raises(AssertionError, match="not finite"):
         tolerances.close(right, np.full(3, np.nan), "forward")
+    tolerances.within_bar(right * 8, np.full(3, 8 + 1.9e-6))
+    with pytest.raises(AssertionError, match="above the bar"):
+        tolerances.within_bar(right * 8, np.full(3, 8 + 2.1e-6))

@@ -16,23 +16,28 @@ class Tolerance(NamedTuple):
 
 
 TABLE: dict[tuple[torch.dtype, Direction], Tolerance] = {
-    (torch.float64, "forward"): Tolerance(1e-12, "a few thousand roundings of 1e-16"),
-    (torch.float64, "backward"): Tolerance(1e-11, "sums of products; cancellation in g - mean(g)"),
-    (torch.float64, "statistics"): Tolerance(1e-12, "as forward"),
+    (torch.float64, "forward"): Tolerance(1e-13, "a few hundred roundings of 1e-16"),
+    (torch.float64, "backward"): Tolerance(1e-12, "sums of products; cancellation in g - mean(g)"),
+    (torch.float64, "statistics"): Tolerance(1e-13, "as forward"),
     (torch.float32, "forward"): Tolerance(
-        2e-6, "the project's bar at std 1; the output's own rounding is 2.4e-7 at |y| in 4..8"
+        1e-6, "6e-8 a rounding, a few; the project's bar, 2e-6 absolute at std 1, is `within_bar`"
     ),
     (torch.float32, "backward"): Tolerance(
-        4e-6, "two sums over the batch, each as exact as the forward, enter on top of it"
+        2e-6, "two sums over the batch, each as exact as the forward; 3e-7 is what we see"
     ),
     (torch.float32, "statistics"): Tolerance(5e-7, "stored in float32: 6e-8 a rounding, a few"),
-    (torch.bfloat16, "forward"): Tolerance(4e-3, "8 bits: the output's rounding is 2e-3"),
-    (torch.bfloat16, "backward"): Tolerance(
-        8e-3, "as forward, and the output, rounded, stands for the activation's input"
+    (torch.bfloat16, "forward"): Tolerance(
+        8e-3, "8 bits: 3.9e-3 a rounding; two, where the activation is an operator of its own"
     ),
-    (torch.float16, "forward"): Tolerance(1e-3, "11 bits: the output's rounding is 5e-4"),
+    (torch.bfloat16, "backward"): Tolerance(
+        1.2e-2, "as forward, and the output, rounded, stands for the activation's input"
+    ),
+    (torch.float16, "forward"): Tolerance(1e-3, "11 bits: 4.9e-4 a rounding, two as above"),
     (torch.float16, "backward"): Tolerance(2e-3, "as bfloat16's, with three bits more"),
 }
+
+
+BAR = 2e-6  # DESIGN.md section 4: forward, float32, standard deviation 1, any mean up to 1e6
 
 
 def error(actual: Any, expected: Any) -> float:
@@ -58,3 +63,12 @@ def close(actual: torch.Tensor, expected: Any, direction: Direction, what: str =
         raise AssertionError(
             f"{what or direction}: error {found:.3g} above {tolerance.limit:.3g} ({tolerance.reason})"
         )
+
+
+def within_bar(actual: torch.Tensor, expected: Any) -> None:
+    """Fail unless a float32 output is within the project's bar of float64, absolutely."""
+    assert actual.dtype is torch.float32
+    scale = max(1.0, float(np.abs(expected).max()))
+    found = error(actual, expected) * scale
+    if not found <= BAR:
+        raise AssertionError(f"error {found:.3g} above the bar of {BAR:g}")
