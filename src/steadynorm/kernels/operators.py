@@ -1,4 +1,4 @@
-"""The one autograd node of every policy, and the choice of who computes it. No arithmetic here."""
+"""The one autograd node of every policy, over the stages that serve its input. No arithmetic."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from steadynorm.kernels import eager, native
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.choice import needs_plain_operations, stages_for
 from steadynorm.statistics import (
     Coefficients,
     Moments,
@@ -18,12 +19,10 @@ from steadynorm.statistics import (
     attach,
     coefficients,
     gradient_coefficients,
+    gradient_factors,
     of_running,
     parameter_gradients,
 )
-
-# Values in the input up to which PyTorch's own operator about a pivot beats a Python autograd node.
-NATIVE_LIMIT = 1 << 14
 
 
 class Exchange(Protocol):
@@ -44,6 +43,9 @@ class Call:
     """
 
     moments_needed = True
+    own_moments = False
+    """Whether the moments given to `settle` alone normalize: a kernel may then do both stages of
+    the forward in one visit."""
 
     def __init__(
         self,
@@ -108,24 +110,6 @@ def normalize(
         )
         return y
     return _forward(x, weight, bias, residual, mask, call)[0]
-
-
-def native_is_best(
-    x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
-) -> bool:
-    """Whether PyTorch's own operator should serve a plain call; False also for what is amiss."""
-    if x.__class__ is not Tensor:
-        return False  # subclasses may not have the strides the pivot is read by
-    if (x.numel() > NATIVE_LIMIT and x.is_cpu) or x.ndim < 2 or needs_plain_operations():
-        return False
-    channels = x.size(1)
-    kind = x.dtype if weight is None else weight.dtype
-    if kind is not x.dtype and (kind is not torch.float32 or x.dtype not in native.HALF):
-        return False
-    for channel in (weight, running_mean, running_var):
-        if channel is not None and (channel.dtype is not kind or channel.numel() != channels):
-            return False
-    return (running_mean is None) is (running_var is None)
 
 
 def train_natively(
@@ -193,15 +177,6 @@ def _is_exporting() -> bool:
     return torch.onnx.is_in_onnx_export() or torch._C._is_tracing()
 
 
-def needs_plain_operations() -> bool:
-    """Whether PyTorch has to see through the layer: compilation, transforms, forward mode."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def _wide(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.to(eager.statistics_dtype(x))
 
@@ -214,18 +189,17 @@ def _forward(
     mask: Tensor | None,
     call: Call,
 ) -> tuple[Tensor, _Settled]:
-    local = eager.moments(x, mask=mask, groups=call.groups) if call.moments_needed else None
+    stages = stages_for(x, residual)
+    outside = {"residual": residual, "activation": call.activation, "groups": call.groups}
+    weight, bias = _wide(weight, x), _wide(bias, x)
+    if call.own_moments and mask is None and stages is not eager:
+        y, local = stages.normalize(x, weight, bias, call.eps, **outside)
+        batch, normalizer = call.settle(local)
+        return y, _Settled(batch, normalizer, coefficients(normalizer, weight, bias, call.eps))
+    local = stages.moments(x, mask=mask, groups=call.groups) if call.moments_needed else None
     batch, normalizer = call.settle(local)
-    known = coefficients(normalizer, _wide(weight, x), _wide(bias, x), call.eps)
-    y = eager.apply(
-        x,
-        known.center,
-        known.scale,
-        known.shift,
-        residual=residual,
-        activation=call.activation,
-        groups=call.groups,
-    )
+    known = coefficients(normalizer, weight, bias, call.eps)
+    y = stages.apply(x, known.center, known.scale, known.shift, **outside)
     return y, _Settled(batch, normalizer, known)
 
 
@@ -310,40 +284,20 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _second_order_backward(ctx, grad)
         x, weight, bias, residual, mask, y = ctx.saved_tensors
-        call: Call = ctx.call
-        batch, normalizer, known = ctx.settled
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-        branch = {
-            "y": y,
-            "residual": residual,
-            "activation": call.activation,
-            "groups": call.groups,
-        }
-        through = need_x and batch is not None
-        dx = dweight = dbias = dresidual = None
-        slope = constant = torch.zeros_like(known.scale)
-        if through or need_weight or need_bias:
-            sums = eager.reduce_grad(grad, x, known.center, known.scale, known.shift, **branch)
+        sums, dx, dresidual = _gradients(
+            ctx.settled,
+            ctx.call,
+            _XSized(grad, x, y, residual, mask),
+            need_map=need_x or need_residual,
+            need_sums=need_weight or need_bias,
+            through=need_x and ctx.settled.batch is not None,
+            want_residual=need_residual,
+        )
+        dweight = dbias = None
+        if sums is not None:
+            normalizer, known = ctx.settled.normalizer, ctx.settled.known
             dweight, dbias = parameter_gradients(normalizer, known.rho, *sums)
-            if through and batch is not None:
-                if call.replicas is not None:
-                    sums = tuple(call.replicas.sum(torch.stack(sums)))
-                slope, constant = gradient_coefficients(
-                    normalizer, batch, known.scale, known.rho, *sums
-                )
-        if need_x or need_residual:
-            dx, dresidual = eager.apply_grad(
-                grad,
-                x,
-                known.center,
-                known.scale,
-                known.shift,
-                slope,
-                constant,
-                mask=mask,
-                want_residual=need_residual,
-                **branch,
-            )
         return (
             dx if need_x else None,
             _parameter_gradient(dweight, weight, need_weight),
@@ -352,6 +306,55 @@ class _Normalize(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _XSized(NamedTuple):
+    """What a backward reads: the gradient of the output and what the forward saved."""
+
+    grad: Tensor
+    x: Tensor
+    y: Tensor | None
+    residual: Tensor | None
+    mask: Tensor | None
+
+
+def _gradients(
+    settled: _Settled,
+    call: Call,
+    saved: _XSized,
+    *,
+    need_map: bool,
+    need_sums: bool,
+    through: bool,
+    want_residual: bool,
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
+    """The two sums, dx and dresidual; `through`: whether dx has terms by way of the moments."""
+    grad, x, y, residual, mask = saved
+    batch, normalizer, known = settled
+    stages = stages_for(x, residual)
+    branch = {"y": y, "residual": residual, "activation": call.activation, "groups": call.groups}
+    place = (grad, x, known.center, known.scale, known.shift)
+    factors = None
+    if through and batch is not None:
+        factors = gradient_factors(normalizer, batch, known.scale, known.rho)
+        if call.replicas is None and mask is None and stages is not eager:
+            dx, dresidual, total, moved = stages.normalize_grad(
+                *place, *factors, want_residual=want_residual, **branch
+            )
+            return (total, moved), dx, dresidual
+    sums = stages.reduce_grad(*place, **branch) if through or need_sums else None
+    if not need_map:
+        return sums, None, None
+    slope = constant = torch.zeros_like(known.scale)
+    if factors is not None and sums is not None:
+        total, moved = sums
+        if call.replicas is not None:
+            total, moved = call.replicas.sum(torch.stack(sums)).unbind()
+        slope, constant = gradient_coefficients(factors, total, moved)
+    dx, dresidual = stages.apply_grad(
+        *place, slope, constant, mask=mask, want_residual=want_residual, **branch
+    )
+    return sums, dx, dresidual
 
 
 def _parameter_gradient(

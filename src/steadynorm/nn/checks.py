@@ -116,7 +116,7 @@ def values_per_channel(input: Tensor, count: int, policy: Policy, owner: str) ->
     """Refuse one value per channel where the policy would have nothing to normalize with."""
     if count != 1:
         return
-    if policy.needs_two_values:
+    if policy.batch_alone:
         group = f" in a group of {policy!r}" if isinstance(policy, Ghost) else ""
         raise ValueError(
             f"{owner}: training needs more than one value per channel{group}; got input of shape "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from steadynorm.kernels import operators
+from steadynorm.kernels import choice, operators
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
 from steadynorm.nn.training import Buffers, TrainingStep
@@ -91,7 +91,7 @@ def batch_norm(
     if residual is not None:
         checks.residual_shape(residual, input, owner)
     learning = training and policy.__class__ is not Frozen
-    if operators.native_is_best(input, weight, running_mean, running_var):
+    if choice.native_is_best(input, weight, running_mean, running_var):
         if not learning and running_mean is not None and running_var is not None and mask is None:
             return operators.infer_natively(
                 input, weight, bias, running_mean, running_var, eps, residual, activation

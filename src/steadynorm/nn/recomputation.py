@@ -3,6 +3,9 @@
 The second run happens inside the backward pass, which is how it is told apart. A policy that leans
 on running statistics must also meet them as they were the first time: what normalized the first
 run is remembered per running mean, and found again by the batch's own moments.
+
+The compiler, too, may compute again in the backward what it did not keep, and then reads running
+statistics that have moved (pytorch#197039); `snapshot` keeps what was read.
 """
 
 from __future__ import annotations
@@ -50,3 +53,16 @@ def recall(running_mean: Tensor, batch: Moments) -> Normalizer | None:
             found: Normalizer = normalizer
             return found
     return None
+
+
+@torch.library.custom_op(
+    "steadynorm::snapshot", mutates_args=(), schema="(Tensor[] tensors) -> Tensor[]"
+)
+def snapshot(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies that compiled code keeps for its backward: it recomputes no operator it cannot see."""
+    return [tensor.clone() for tensor in tensors]
+
+
+@snapshot.register_fake
+def _(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in tensors]

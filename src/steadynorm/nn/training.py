@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import eager, operators
+from steadynorm.kernels import choice, eager, operators
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas
 from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
@@ -27,11 +27,15 @@ class Buffers:
         """The statistics now; None where nothing is tracked."""
         if self.mean is None or self.var is None:
             return None
-        batches: Any = self.num_batches_tracked
-        if batches is not None and batches.device.type == "cpu":
-            if not operators.needs_plain_operations():
-                batches = int(batches)  # plain numbers are cheaper than scalar tensors
-        return RunningStatistics(self.mean.to(dtype), self.var.to(dtype), batches)
+        mean, var, batches = self.mean, self.var, self.num_batches_tracked
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            mean, var, *rest = recomputation.snapshot(
+                [mean, var] if batches is None else [mean, var, batches]
+            )
+            batches = rest[0] if rest else None
+        elif batches is not None and batches.is_cpu and not operators.needs_plain_operations():
+            batches = int(batches)  # plain numbers are cheaper than scalar tensors
+        return RunningStatistics(mean.to(dtype), var.to(dtype), batches)
 
     def write(self, after: RunningStatistics) -> None:
         """Store the statistics after a batch."""
@@ -124,6 +128,9 @@ class TrainingStep(operators.Call):
         activation: str | None,
     ) -> None:
         super().__init__(eps, groups=groups, activation=activation, replicas=replicas)
+        self.own_moments = policy.batch_alone and replicas is None
+        # Asked here: inside the autograd node gradient is off in any case.
+        self.may_repeat = policy.needs_running and recomputation.may_be_recomputed()
         self.input = input
         self.policy = policy
         self.buffers = buffers
@@ -156,10 +163,10 @@ class TrainingStep(operators.Call):
         mean = self.buffers.mean
         if mean is None:
             return normalizer
-        leans = self.policy.needs_running
         if recomputation.is_recomputation():
+            leans = self.policy.needs_running
             return (leans and recomputation.recall(mean, batch)) or normalizer
-        if leans and recomputation.may_be_recomputed():
+        if self.may_repeat:
             recomputation.remember(mean, batch, normalizer)
         if after is not None:
             self.buffers.write(after)
@@ -167,7 +174,7 @@ class TrainingStep(operators.Call):
 
     def _check(self, batch: Moments) -> None:
         """Refuse one value per channel where only the data tell, if reading them is cheap."""
-        if isinstance(batch.count, int) or operators.needs_plain_operations():
+        if isinstance(batch.count, int) or choice.needs_plain_operations():
             return
         if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
             checks.values_per_channel(self.input, 1, self.policy, self.owner)

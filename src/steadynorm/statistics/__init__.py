@@ -8,11 +8,13 @@ from steadynorm.statistics.moments import Moments, merge, pool
 from steadynorm.statistics.normalizer import (
     Coefficients,
     GradientCoefficients,
+    GradientFactors,
     Normalizer,
     attach,
     coefficients,
     fold,
     gradient_coefficients,
+    gradient_factors,
     parameter_gradients,
 )
 from steadynorm.statistics.policies import (
@@ -47,6 +49,7 @@ __all__ = [
     "Frozen",
     "Ghost",
     "GradientCoefficients",
+    "GradientFactors",
     "Moments",
     "Normalizer",
     "Policy",
@@ -60,6 +63,7 @@ __all__ = [
     "convert_variance",
     "fold",
     "gradient_coefficients",
+    "gradient_factors",
     "merge",
     "new_batch_weight",
     "of_running",

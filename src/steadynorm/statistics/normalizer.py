@@ -32,6 +32,19 @@ class Coefficients(NamedTuple):
     rho: Array
 
 
+class GradientFactors(NamedTuple):
+    """What turns the two sums of the backward reduction into `GradientCoefficients`.
+
+    dx = scale·g - constant·S₁ - slope·S₂·((x - center) - mean_gap), with
+    S₁ = Σg and S₂ = Σg·(x - center) - mean_low·S₁.
+    """
+
+    slope: Array
+    constant: Array
+    mean_low: Array
+    mean_gap: Array
+
+
 class GradientCoefficients(NamedTuple):
     """`dx = scale·g + slope·(x - center) + constant`, the last two at valid positions only."""
 
@@ -89,26 +102,26 @@ def parameter_gradients(
     return normalizer.gain * rho * about_mean + normalizer.offset * sum_grad, sum_grad
 
 
-def gradient_coefficients(
-    normalizer: Normalizer,
-    batch: Moments,
-    scale: Array,
-    rho: Array,
-    sum_grad: Array,
-    sum_grad_x: Array,
-) -> GradientCoefficients:
-    """The two terms that reach x through the batch's own mean and variance.
+def gradient_factors(
+    normalizer: Normalizer, batch: Moments, scale: Array, rho: Array
+) -> GradientFactors:
+    """The part of the gradient with respect to x that is known before the backward reduction.
 
         dx = scale·( g - α·S₁/n - α·(x - μ)·ρ²·S₂/n )
 
-    written about the center of the forward map: `slope·(x - center) + constant`. With several
-    replicas `sum_grad` and `sum_grad_x` are sums over all of them, and `batch` the pooled moments.
+    With several replicas `batch` holds the pooled moments, and the sums run over all of them.
     """
-    about_mean = sum_grad_x - normalizer.mean_low * sum_grad
     per_value = scale * (normalizer.share / (batch.count + (batch.count == 0)))
-    slope = -per_value * rho * rho * about_mean
     gap = (batch.mean - normalizer.mean) + batch.mean_low
-    return GradientCoefficients(slope, -per_value * sum_grad - slope * gap)
+    return GradientFactors(per_value * rho * rho, per_value, normalizer.mean_low, gap)
+
+
+def gradient_coefficients(
+    factors: GradientFactors, sum_grad: Array, sum_grad_x: Array
+) -> GradientCoefficients:
+    """The two terms that reach x through the batch's own mean and variance, from the sums."""
+    slope = -factors.slope * (sum_grad_x - factors.mean_low * sum_grad)
+    return GradientCoefficients(slope, -factors.constant * sum_grad - slope * factors.mean_gap)
 
 
 def fold(

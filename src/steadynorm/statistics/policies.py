@@ -44,8 +44,8 @@ class Policy:
 
     needs_running: ClassVar[bool] = True
     """Whether it cannot work with `track_running_stats=False`."""
-    needs_two_values: ClassVar[bool] = False
-    """Whether one value per channel leaves it nothing to normalize with."""
+    batch_alone: ClassVar[bool] = False
+    """Whether the batch's own moments alone normalize: one value per channel is then not enough."""
     unbiased: ClassVar[bool] = True
     """Whether the running variance it keeps may be unbiased, as torch's is."""
     counts_batches: ClassVar[bool] = True
@@ -100,7 +100,7 @@ class Batch(Policy):
     """
 
     needs_running = False
-    needs_two_values = True
+    batch_alone = True
     counts_batches = False
 
     def normalizer(
@@ -300,7 +300,7 @@ class Ghost(Policy):
     size: int = 32
 
     needs_running = False
-    needs_two_values = True
+    batch_alone = True
     counts_batches = False
 
     def __post_init__(self) -> None:

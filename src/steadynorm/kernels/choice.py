@@ -1,0 +1,99 @@
+"""Which kernel serves a call, in one table, and why."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels import eager, native
+
+# Values in the input up to which PyTorch's own operator about a pivot beats a Python autograd node,
+# for plain calls: measured crossover in docs/speed.md, `steadynorm bench --small` shows it.
+NATIVE_LIMIT = 1 << 14
+
+
+class Choice(NamedTuple):
+    """The kernel that would run (`native`, `cpu`, `eager` or `traced`), and why."""
+
+    kernel: str
+    why: str
+
+
+@lru_cache(maxsize=1)
+def _cpu_kernels() -> tuple[ModuleType | None, str]:
+    try:
+        from steadynorm.kernels import cpu
+    except ImportError as error:  # numba does not install on every platform
+        return None, f"the CPU kernels cannot be loaded ({error})"
+    return cpu, ""
+
+
+def needs_plain_operations() -> bool:
+    """Whether PyTorch has to see through the layer: compilation, transforms, forward mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def native_is_best(
+    x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> bool:
+    """Whether PyTorch's own operator should serve a plain call; False also for what is amiss.
+
+    Plain: policy `Batch` or inference, no mask, no replicas, non-finite values propagate.
+    """
+    if x.__class__ is not Tensor:
+        return False  # subclasses may not have the strides the pivot is read by
+    if (x.numel() > NATIVE_LIMIT and x.is_cpu) or x.ndim < 2 or needs_plain_operations():
+        return False
+    channels = x.size(1)
+    kind = x.dtype if weight is None else weight.dtype
+    if kind is not x.dtype and (kind is not torch.float32 or x.dtype not in native.HALF):
+        return False
+    for channel in (weight, running_mean, running_var):
+        if channel is not None and (channel.dtype is not kind or channel.numel() != channels):
+            return False
+    return (running_mean is None) is (running_var is None)
+
+
+def stages_for(x: Tensor, residual: Tensor | None) -> ModuleType:
+    """The module whose four stages serve this input: `cpu`, or `eager` for all the rest."""
+    if x.is_cpu and x.__class__ is Tensor:
+        cpu, _ = _cpu_kernels()
+        if cpu is not None and cpu.takes(x, residual=residual) is None:
+            return cpu
+    return eager
+
+
+def explain(
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    statistics: str = "batch",
+) -> Choice:
+    """Which kernel a layer would run on this input, and why.
+
+    >>> import torch
+    >>> explain(torch.randn(2, 16, 4, 4)).kernel
+    'native'
+    >>> explain(torch.randn(32, 64, 28, 28)).kernel
+    'cpu'
+    """
+    if needs_plain_operations():
+        return Choice("traced", "PyTorch is compiling or transforming this call")
+    plain = statistics in ("batch", "frozen") and mask is None
+    if plain and native_is_best(x, None, None, None):
+        size = f"{x.numel()} values, up to {NATIVE_LIMIT}"
+        return Choice("native", size if x.is_cpu else "a plain call on an accelerator")
+    cpu, trouble = _cpu_kernels()
+    refused = trouble if cpu is None else cpu.takes(x, residual=residual)
+    if refused is None:
+        return Choice("cpu", "a CPU tensor of a type and layout that the compiled kernels take")
+    return Choice("eager", refused)
