@@ -53,6 +53,9 @@ class Setting(NamedTuple):
     eps: float = 1e-5
 
 
+PLAIN = Setting()
+
+
 def double(array: Any) -> Any:
     return None if array is None else np.asarray(array, dtype=np.float64)
 
@@ -135,7 +138,7 @@ def updated(
         a, kept = running_weight(running, setting), batch.var
     else:
         a = 1 / (t + 1) if setting.momentum is None else setting.momentum
-        kept = batch.var * (n / (n - 1) if n > 1 else 1.0)
+        kept = batch.var * (n / (n - 1) if n > 1 and setting.unbiased else 1.0)
     return Running((1 - a) * running.mean + a * batch.mean, (1 - a) * running.var + a * kept, t + 1)
 
 
@@ -217,7 +220,7 @@ def train(
     x: Array,
     policy: Any,
     running: Running | None = None,
-    setting: Setting = Setting(),
+    setting: Setting = PLAIN,
     *,
     mask: Array | None = None,
     residual: Array | None = None,
@@ -259,7 +262,7 @@ def train(
 def infer(
     x: Array,
     running: Running,
-    setting: Setting = Setting(),
+    setting: Setting = PLAIN,
     *,
     residual: Array | None = None,
     grad: Array | None = None,
