@@ -1,0 +1,120 @@
+"""Arguments that cannot work are refused: which, what was required, what came, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from steadynorm.jax.activations import ACTIVATIONS
+from steadynorm.statistics import Ghost, Policy, RunningStatistics
+
+
+def names(activation: object, nonfinite: object, owner: str) -> None:
+    """`activation` is None or runs inside the layer; `nonfinite` is "propagate" or "skip"."""
+    if not (activation is None or isinstance(activation, str)):
+        raise TypeError(
+            f"{owner}: `activation` must be None or a name; got {activation!r}. Call any other "
+            f"activation after the layer."
+        )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{owner}: `activation` must be None or one of {', '.join(ACTIVATIONS)}; "
+            f"got {activation!r}. Call any other activation after the layer."
+        )
+    if nonfinite not in ("propagate", "skip"):
+        raise ValueError(f"{owner}: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}.")
+
+
+def momentum_range(momentum: float, owner: str) -> None:
+    """`momentum` is a weight."""
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{owner}: `momentum` must lie in [0, 1], the weight of the old average; "
+            f"got {momentum!r}."
+        )
+
+
+def input_and_axis(x: Array, axis: int, policy: Policy, owner: str) -> int:
+    """x is real, and `axis` one of its axes; returned counted from the front."""
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise TypeError(f"{owner}: `x` must hold real numbers; got {x.dtype}.")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"{owner}: `axis` must be an axis of `x`, from {-x.ndim} to {x.ndim - 1}; got {axis} "
+            f"for shape {x.shape}."
+        )
+    axis %= x.ndim
+    if isinstance(policy, Ghost) and axis == 0:
+        raise ValueError(
+            f"{owner}: statistics={policy!r} groups samples along axis 0; got `axis`=0 for the "
+            f"channels. Move the channels to another axis."
+        )
+    return axis
+
+
+def per_channel(
+    x: Array,
+    axis: int,
+    state: RunningStatistics | None,
+    weight: Array | None,
+    bias: Array | None,
+    owner: str,
+) -> None:
+    """Per-channel arrays have one value per channel."""
+    given = {"weight": weight, "bias": bias}
+    if state is not None:
+        given |= {"state.mean": state.mean, "state.var": state.var}
+    for name, array in given.items():
+        if array is not None and array.shape != (x.shape[axis],):
+            raise ValueError(
+                f"{owner}: `{name}` must have shape ({x.shape[axis]},), one value for each channel "
+                f"on axis {axis} of `x` with shape {x.shape}; got {array.shape}."
+            )
+
+
+def running_known(
+    policy: Policy, state: RunningStatistics | None, inference: bool, owner: str
+) -> None:
+    """There are running statistics where they are needed."""
+    if state is None and (inference or policy.needs_running):
+        what = "use_running_average=True" if inference else f"statistics={policy!r}"
+        raise ValueError(
+            f"{owner}: {what} needs running statistics; got state=None. Start with "
+            f"steadynorm.jax.initial_state(num_features)."
+        )
+
+
+def residual_shape(residual: Array, x: Array, owner: str) -> None:
+    """`residual` has x's shape."""
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{owner}: `residual` must have the shape of `x`, {x.shape}; got {residual.shape}."
+        )
+
+
+def expanded_mask(mask: Any, x: Array, axis: int, owner: str) -> Array:
+    """`mask` as boolean, of x's shape without the channel axis.
+
+    With as many axes as x, its channel axis must have length 1, as where flax's masks broadcast.
+    """
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"{owner}: `mask` must be boolean, True where valid; got {mask.dtype}. "
+            f"Use mask.astype(bool)."
+        )
+    target = tuple(n for i, n in enumerate(x.shape) if i != axis)
+    shape = mask.shape
+    if mask.ndim == x.ndim and shape[axis] == 1:
+        mask = mask.squeeze(axis)
+    fits = mask.ndim == len(target) and all(
+        n in (1, wanted) for n, wanted in zip(mask.shape, target, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{owner}: `mask` must broadcast against `x` without its channel axis, {target}, axis "
+            f"by axis, or have length 1 on the channel axis {axis}; got {shape}."
+        )
+    return jnp.broadcast_to(mask, target)

@@ -1,0 +1,311 @@
+"""Batch normalization as a pure function over JAX arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from steadynorm.jax import checks, stages
+from steadynorm.jax.activations import ACTIVATIONS
+from steadynorm.jax.replicas import Replicas, varying_like
+from steadynorm.statistics import (
+    Coefficients,
+    Context,
+    Frozen,
+    Ghost,
+    Moments,
+    Normalizer,
+    Policy,
+    RunningStatistics,
+    coefficients,
+    gradient_coefficients,
+    gradient_factors,
+    of_running,
+    parameter_gradients,
+    policy_from,
+    step,
+)
+
+
+class _Settings(NamedTuple):
+    """All that is known when JAX traces the call."""
+
+    policy: Policy
+    inference: bool
+    axis: int
+    momentum: float
+    epsilon: float
+    activation: str | None
+    skip_nonfinite: bool
+    replicas: Replicas | None
+    groups: stages.Groups
+    dtype: DTypeLike | None
+
+    @property
+    def pooled(self) -> Replicas | None:
+        """The replicas whose moments are joined: none where groups stand on their own."""
+        return self.replicas if self.groups is None else None
+
+
+class _Saved(NamedTuple):
+    """What a forward leaves for its backward: x, and y or the residual where needed for g."""
+
+    x: Array
+    weight: Array | None
+    bias: Array | None
+    residual: Array | None
+    residual_like: Array | None
+    mask: Array | None
+    y: Array | None
+    batch: Moments | None
+    normalizer: Normalizer
+    known: Coefficients
+
+
+def initial_state(num_features: int, *, dtype: DTypeLike = jnp.float32) -> RunningStatistics:
+    """Running statistics before the first batch: mean 0, variance 1, no batch seen.
+
+    >>> initial_state(2).var
+    Array([1., 1.], dtype=float32)
+    """
+    return RunningStatistics(
+        jnp.zeros(num_features, dtype), jnp.ones(num_features, dtype), jnp.zeros((), jnp.int32)
+    )
+
+
+def batch_norm(
+    x: ArrayLike,
+    state: RunningStatistics | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    use_running_average: bool = False,
+    axis: int = -1,
+    momentum: float = 0.99,
+    epsilon: float = 1e-5,
+    statistics: Policy | str = "batch",
+    activation: str | None = None,
+    residual: Array | None = None,
+    mask: Array | None = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    nonfinite: str = "propagate",
+    dtype: DTypeLike | None = None,
+    owner: str = "batch_norm",
+) -> tuple[Array, RunningStatistics | None]:
+    """Normalize each channel, scale and shift it; then add a residual and apply an activation.
+
+        x̂ = (x - m)/√(u + epsilon)        y = activation(weight·x̂ + bias + residual)
+
+    In inference (`use_running_average=True`), and with `Frozen()`, m and u are the running
+    statistics; in training the policy `statistics` says. Pure: the state after the batch is
+    returned. `state = momentum·state + (1 - momentum)·batch`, with the biased variance, unless the
+    policy has its own rule. Goes under `jit`, `grad` (reverse mode, any order), `vmap`,
+    `shard_map`, `pmap`, `scan` and `checkpoint`.
+
+    Args:
+        x: real numbers of any shape.
+        state: running statistics, from `initial_state` or the call before; None to keep none.
+        weight: (C,), or None for 1.
+        bias: (C,), or None for 0.
+        use_running_average: whether this is inference.
+        axis: the channel axis.
+        momentum: weight of the old average.
+        epsilon: added to the variance.
+        statistics: a policy or its lower-case name.
+        activation: None, or one of relu, relu6, leaky_relu (slope 0.01), silu, gelu (exact),
+            hardswish, elu, sigmoid, tanh.
+        residual: of x's shape; added before the activation.
+        mask: boolean, True where valid; broadcasts, axis by axis, against x without its channel
+            axis, or against x with length 1 there. Moments come from valid positions; every
+            position is normalized.
+        axis_name: named axis, or several, of `shard_map`, `pmap` or `vmap` to pool moments over,
+            weighted by the values per channel of each. The groups of `Ghost` stay on their own
+            replica.
+        axis_index_groups: subsets of that axis that pool on their own.
+        nonfinite: "propagate", or "skip" to keep a batch with NaN or infinity out of the state.
+        dtype: type of y; None is x's.
+        owner: the name that errors begin with.
+
+    Returns:
+        y of x's shape, and the state after the batch. No gradient flows through the state.
+
+    Raises:
+        ValueError: wrong shapes or values.
+        TypeError: wrong kinds of arguments.
+
+    The backward pass is the closed form of every policy. It keeps x, channel-sized statistics, and
+    y (or the residual) where the activation's derivative needs it.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, state = batch_norm(x, initial_state(2), momentum=0.9, epsilon=0.0)
+    >>> y
+    Array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> state.mean
+    Array([0.2, 2. ], dtype=float32)
+
+    Differs from flax: the variance is never E[x²] - E[x]²; a batch without a valid value updates
+    nothing; replicas and masks are weighted by counts. Differs from `steadynorm.functional`, as
+    flax does from torch: `momentum` weighs the old average, the running variance is biased, and one
+    value per channel under `Batch` gives the bias instead of an error. Forward-mode derivatives
+    (`jax.jvp`) are not defined.
+
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the policies name theirs.
+    """
+    policy = policy_from(statistics)
+    checks.names(activation, nonfinite, owner)
+    checks.momentum_range(momentum, owner)
+    x = jnp.asarray(x)
+    axis = checks.input_and_axis(x, axis, policy, owner)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.float32)
+    checks.per_channel(x, axis, state, weight, bias, owner)
+    checks.running_known(policy, state, use_running_average, owner)
+    if residual is not None:
+        checks.residual_shape(residual, x, owner)
+    if mask is not None:
+        mask = checks.expanded_mask(mask, x, axis, owner)
+    inference = use_running_average or isinstance(policy, Frozen)
+    replicas = None
+    if axis_name is not None and not inference:
+        split = tuple(tuple(group) for group in axis_index_groups or ())
+        replicas = Replicas(axis_name, split or None)
+    groups = policy.lengths(x.shape[0]) if isinstance(policy, Ghost) and not inference else None
+    settings = _Settings(
+        policy,
+        inference,
+        axis,
+        momentum,
+        epsilon,
+        activation,
+        nonfinite == "skip",
+        replicas,
+        groups,
+        None if dtype is None else jnp.dtype(dtype),
+    )
+    weight, bias, residual = varying_like(x, (weight, bias, residual))
+    y, after = _normalize(settings, x, weight, bias, residual, mask, state)
+    return y, state if inference else after
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalize(
+    settings: _Settings,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    mask: Array | None,
+    state: RunningStatistics | None,
+) -> tuple[Array, RunningStatistics | None]:
+    return _forward(settings, x, weight, bias, residual, mask, state)[0]
+
+
+def _settle(
+    settings: _Settings, x: Array, mask: Array | None, state: RunningStatistics | None
+) -> tuple[Moments | None, Normalizer, RunningStatistics | None]:
+    """Pooled moments, what normalizes, and the running statistics after this batch."""
+    dtype = stages.statistics_dtype(x)
+    running = state and RunningStatistics(
+        state.mean.astype(dtype), state.var.astype(dtype), state.batches
+    )
+    if settings.inference:
+        assert running is not None  # checks.running_known
+        return None, of_running(running), state
+    batch = stages.moments(x, axis=settings.axis, mask=mask, groups=settings.groups)
+    samples: Any = x.shape[0] if x.ndim > 1 else 1
+    if settings.pooled is not None:
+        batch, samples = settings.pooled.pool(batch, samples)
+    context = Context(samples, 1 - settings.momentum, settings.epsilon, jnp, unbiased=False)
+    advance = partial(step, settings.policy, skip_nonfinite=settings.skip_nonfinite)
+    normalizer, after = advance(batch, running, context)
+    if settings.replicas is not None and settings.pooled is None:
+        # Every replica's groups move the state, in the replicas' order.
+        _, after = advance(settings.replicas.gather(batch), running, context)
+    if after is not None and state is not None:
+        after = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, state)
+    return batch, normalizer, after
+
+
+def _forward(
+    settings: _Settings,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    mask: Array | None,
+    state: RunningStatistics | None,
+) -> tuple[tuple[Array, RunningStatistics | None], _Saved]:
+    batch, normalizer, after = _settle(settings, x, mask, state)
+    dtype = stages.statistics_dtype(x)
+    gamma, beta = (None if p is None else p.astype(dtype) for p in (weight, bias))
+    known = coefficients(normalizer, gamma, beta, settings.epsilon)
+    y = stages.apply(
+        x,
+        known.center,
+        known.scale,
+        known.shift,
+        axis=settings.axis,
+        residual=residual,
+        activation=settings.activation,
+        groups=settings.groups,
+        dtype=settings.dtype,
+    )
+    kind = ACTIVATIONS.get(settings.activation or "")
+    saved = _Saved(
+        x,
+        weight,
+        bias,
+        residual if kind is not None and not kind.from_output else None,
+        None if residual is None else jnp.zeros((), residual.dtype),
+        mask,
+        y if kind is not None and kind.from_output else None,
+        batch and batch._replace(count=jnp.asarray(batch.count, dtype)),
+        normalizer,
+        known,
+    )
+    return (y, after), saved
+
+
+def _backward(
+    settings: _Settings, saved: _Saved, gradients: tuple[Array, Any]
+) -> tuple[Array | None, ...]:
+    grad, _ = gradients
+    x, batch, normalizer, known = saved.x, saved.batch, saved.normalizer, saved.known
+    branch: dict[str, Any] = {
+        "axis": settings.axis,
+        "y": saved.y,
+        "residual": saved.residual,
+        "activation": settings.activation,
+        "groups": settings.groups,
+    }
+    place = (known.center, known.scale, known.shift)
+    sums = stages.reduce_grad(grad, x, *place, **branch)
+    dweight, dbias = parameter_gradients(normalizer, known.rho, *sums)
+    through = jnp.zeros_like(known.scale), jnp.zeros_like(known.scale)
+    if batch is not None:
+        if settings.pooled is not None:
+            sums = settings.pooled.sum(sums)
+        factors = gradient_factors(normalizer, batch, known.scale, known.rho)
+        through = gradient_coefficients(factors, *sums)
+    dx, g = stages.apply_grad(grad, x, *place, *through, mask=saved.mask, **branch)
+
+    def fitted(gradient: Array, parameter: Array | None) -> Array | None:
+        if parameter is None:
+            return None
+        return gradient.reshape(-1, x.shape[settings.axis]).sum(0).astype(parameter.dtype)
+
+    like = saved.residual_like
+    dresidual = None if like is None else g.astype(like.dtype)
+    return dx, fitted(dweight, saved.weight), fitted(dbias, saved.bias), dresidual, None, None
+
+
+_normalize.defvjp(_forward, _backward)
