@@ -165,7 +165,7 @@ def train(
         if not math.isfinite(value):
             stopped = f"the loss was {value} at step {step}"
             break
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         loss_sum += value

@@ -21,7 +21,7 @@ function config(width) {
     legend: {
       labelColor: ink, titleColor: soft, labelFontSize: 12, titleFontSize: 12, orient: "top",
       direction: "horizontal", columns: Math.max(1, Math.floor(width / 150)), symbolType: "stroke",
-      symbolStrokeWidth: 3, title: null, labelLimit: 220, offset: 6,
+      symbolStrokeWidth: 3, symbolOpacity: 1, title: null, labelLimit: 220, offset: 6,
     },
     header: { labelColor: ink, titleColor: soft },
     rule: { color: soft },

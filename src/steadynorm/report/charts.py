@@ -30,30 +30,40 @@ def lines(
     percent: bool = False,
     replicate: str | None = None,
     y_max: float | None = None,
+    order: Sequence[str] | None = None,
+    highlight: str | None = None,
     height: int = 240,
 ) -> Chart:
-    """Lines of `y` over `x`, one colour for each `series`, in the order in which they first appear.
+    """Lines of `y` over `x`, one colour for each `series`.
+
+    `order` lists the series, in the order of the legend; with the same list, a series has the same
+    colour in every chart, also where others are missing. Without it, the order of appearance.
+    `highlight` is a series to draw thicker.
 
     With `replicate` (a seed, say) the line is the mean over it and a band shows the full range.
     What lies above `y_max` is cut off.
     """
-    order = list(dict.fromkeys(row[series] for row in rows))
+    present = list(dict.fromkeys(row[series] for row in rows))
+    domain = alt.Scale(domain=present if order is None else list(order))
+    legend = alt.Legend(values=present if order is None else [s for s in order if s in present])
     picked = alt.selection_point(fields=[series], bind="legend")
     scale = alt.Scale(type="log") if log_y else alt.Scale(zero=False)
     if y_max is not None and max(row[y] for row in rows) > y_max:
         scale.domainMax = y_max
     axis = alt.Axis(format=".0%") if percent else alt.Axis(tickCount=5 if log_y else 6)
-    color = alt.Color(f"{series}:N", sort=order, scale=alt.Scale(domain=order))
-    dash = alt.StrokeDash(f"{series}:N", sort=order, scale=alt.Scale(domain=order))
+    color = alt.Color(f"{series}:N", scale=domain, legend=legend)
+    dash = alt.StrokeDash(f"{series}:N", scale=domain, legend=legend)
+    width = alt.condition(alt.datum[series] == highlight, alt.value(4.0), alt.value(2.25))
     across = alt.X(f"{x}:Q", title=x_title or x)
     base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
     up = "mean" if replicate else None
     y_shown = alt.Y(f"{y}:Q", title=y_title or y, scale=scale, axis=axis)
-    line = base.mark_line(strokeWidth=2.25, interpolate="monotone", clip=True).encode(
+    line = base.mark_line(clip=True).encode(
         x=across,
         y=y_shown if up is None else y_shown.aggregate("mean"),
         color=color,
         strokeDash=dash,
+        strokeWidth=width,
         opacity=alt.condition(picked, alt.value(1.0), alt.value(0.12)),
     )
     shown = ".1%" if percent else ".4g"

@@ -82,12 +82,6 @@ class Section:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
 
-    @property
-    def anchor(self) -> str:
-        """The section's address within the page."""
-        words = "".join(letter if letter.isalnum() else " " for letter in self.title.lower())
-        return "-".join(words.split()) or "section"
-
 
 @dataclass(frozen=True)
 class Page:
@@ -99,6 +93,19 @@ class Page:
     sections: Sequence[Section]
     lead: str = ""
     details: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+    def addressed(self) -> list[tuple[str, Section]]:
+        """Every section with its address within the page, made from its title."""
+        found: dict[str, Section] = {}
+        for section in self.sections:
+            letters = (letter if letter.isalnum() else " " for letter in section.title.lower())
+            name = "-".join("".join(letters).split()) or "section"
+            number = 2
+            address = name
+            while address in found:
+                address, number = f"{name}-{number}", number + 1
+            found[address] = section
+        return list(found.items())
 
     def html(self) -> str:
         """The page as text. Raises ModuleNotFoundError when a chart needs vl-convert-python."""

@@ -149,7 +149,8 @@ class SmallBatches:
                 charts.append(
                     lines(
                         f"{title} at batch {size}", some, x="samples", y=y, series="policy",
-                        replicate="seed", log_y=y == "loss", percent=y == "accuracy",
+                        replicate="seed", order=[label(arm) for arm in ARMS[:6]],
+                        highlight="Steady", log_y=y == "loss", percent=y == "accuracy",
                         y_max=10.0 if y == "loss" else None,
                         x_title="digits seen", y_title=words,
                         description="Mean over the seeds; the band is their range. "
@@ -186,11 +187,12 @@ class SmallBatches:
 
     def _layers(self, by_arm: Mapping[Arm, list[Training]]) -> list[Chart]:
         quantities = (
-            ("std", "Standard deviation of a batch, in running standard deviations"),
-            ("used_std", "Standard deviation that normalizes, in running standard deviations"),
+            ("mean", "Mean of a batch, minus the running mean", 0.0),
+            ("std", "Standard deviation of a batch", 1.0),
+            ("used_std", "Standard deviation that normalizes", 1.0),
         )
         charts = []
-        for quantity, title in quantities:
+        for quantity, title, agrees in quantities:
             rows = []
             for arm in (Arm("Batch", 64), Arm("Batch", 2), Arm("Steady", 2)):
                 for number, layer in enumerate(by_arm[arm][0].layers, start=1):
@@ -207,9 +209,10 @@ class SmallBatches:
             charts.append(
                 intervals(
                     title, rows, value="median", low="10th percentile", high="90th percentile",
-                    label="layer", series="policy", value_title="ratio", zero=True, reference=1.0,
+                    label="layer", series="policy", zero=True, reference=agrees,
+                    value_title="in running standard deviations", wide=quantity == "used_std",
                     description="Median over channels and batches, from the 10th to the 90th "
-                    "percentile, first seed. At 1 the batch agrees with the running statistics.",
+                    f"percentile, first seed. At {agrees:g} the running statistics say the same.",
                 )
             )  # fmt: skip
         return charts

@@ -1,0 +1,68 @@
+"""Runs in worker processes: results, progress, failure, interruption."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from steadynorm.lab import jobs
+
+
+def square(value, *, tick):
+    tick(4)
+    return value * value, os.getpid()
+
+
+def fails(*, tick):
+    raise ValueError("no digits here")
+
+
+def endless(path, *, tick):
+    try:
+        while True:
+            tick(1)
+            time.sleep(0.01)
+    finally:
+        path.write_text("told to stop")
+
+
+def test_results_and_progress():
+    planned = [jobs.Job("odd" if n % 2 else "even", (n,), 10, square, (n,)) for n in range(5)]
+    progress = {}
+    found = {
+        job.key: result
+        for job, result in jobs.run(planned, workers=2, progress=progress.__setitem__)
+    }
+    assert {key: result[0] for key, result in found.items()} == {(n,): n * n for n in range(5)}
+    assert os.getpid() not in {result[1] for result in found.values()}
+    assert progress == {"even": 30, "odd": 20}, "a run that ends early counts as done"
+
+
+def test_what_a_job_raises_is_raised_and_the_others_are_stopped(tmp_path):
+    note = tmp_path / "note"
+    planned = [
+        jobs.Job("a", (0,), 10**9, endless, (note,)),
+        jobs.Job("a", (1,), 1, fails),
+    ]
+    with pytest.raises(ValueError, match="no digits here"):
+        list(jobs.run(planned, workers=2))
+    assert not note.exists() or note.read_text() == "told to stop"
+
+
+def test_leaving_early_stops_the_workers(tmp_path):
+    note = tmp_path / "note"
+    planned = [
+        jobs.Job("a", (0,), 10**9, endless, (note,)),
+        jobs.Job("a", (1,), 1, square, (3,)),
+    ]
+    running = jobs.run(planned, workers=2)
+    job, (result, _) = next(running)
+    assert (job.key, result) == ((1,), 9)
+    running.close()  # what Ctrl-C does: GeneratorExit or KeyboardInterrupt inside the loop
+    assert note.read_text() == "told to stop"
+
+
+def test_no_jobs():
+    assert list(jobs.run([])) == []
