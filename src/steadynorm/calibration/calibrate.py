@@ -140,8 +140,7 @@ def adapt(
 
     Everything else is as in `calibrate`.
 
-    Source: Schneider et al. 2020, section 3 (their N is `prior`; 16 suits a handful of samples, 256
-    a batch of hundreds).
+    Source: Schneider et al. 2020 (their N is `prior`).
     """
     if isinstance(prior, bool) or not isinstance(prior, int | float):
         raise TypeError(f"adapt: `prior` must be a number; got {prior!r}.")
