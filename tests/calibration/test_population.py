@@ -117,7 +117,9 @@ def test_one_pass_depends_on_the_split_after_the_first_layer() -> None:
         model = network(sn.BatchNorm1d)
         sn.calibrate(model, x.split(size), progress=False)
         kept.append(norms(model))
-    first, last = ([(a.running_var / b.running_var - 1).abs().max() for a, b in zip(*kept, strict=False)])[::2]
+    first, last = (
+        [(a.running_var / b.running_var - 1).abs().max() for a, b in zip(*kept, strict=False)]
+    )[::2]
     assert first < TOLERANCE < 0.05 < last
 
 
