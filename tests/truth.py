@@ -51,6 +51,7 @@ class Setting(NamedTuple):
     activation: str | None = None
     momentum: float | None = 0.1
     eps: float = 1e-5
+    unbiased: bool = True  # of the running variance: torch's way; Keras and flax keep it biased
 
 
 PLAIN = Setting()
