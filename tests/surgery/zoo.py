@@ -146,8 +146,8 @@ def _() -> nn.Module:
     return huggingface(
         "Cvt",
         config=dict(
-            embed_dim=[8, 16, 24], num_heads=[1, 2, 2], depth=[1, 1, 2],
-            drop_rate=[0.0, 0.0, 0.0], drop_path_rate=[0.0, 0.0, 0.1],
+            embed_dim=[8, 16, 24], num_heads=[1, 2, 2], depth=[1, 2, 3],
+            drop_rate=[0.0, 0.0, 0.0], drop_path_rate=[0.0, 0.0, 0.0],
         ),
     )  # fmt: skip
 
@@ -170,11 +170,10 @@ def _() -> nn.Module:
     import transformers
     from transformers.models.rt_detr.modeling_rt_detr import replace_batch_norm
 
-    config = transformers.RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1]
-    )
+    config = transformers.RTDetrResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1])
     model = transformers.RTDetrResNetBackbone(config)
-    replace_batch_norm(model)
+    with torch.no_grad():
+        replace_batch_norm(model)
     return model
 
 

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from steadynorm.surgery.changes import Change, Changes
-from steadynorm.surgery.graph import Graph, Node, as_it_was, call, tensors, trace
+from steadynorm.surgery.graph import Graph, Node, trace
 from steadynorm.surgery.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
     behaves,
     channel_axis,
     channels,
+    copied,
+    describe,
     is_host,
     named,
     recognize,
     replace,
     why_untouchable,
 )
+from steadynorm.surgery.verification import answers, compare
 from steadynorm.surgery.weights import pads, scale_input, scale_output
 
 Model = TypeVar("Model", bound=nn.Module)
 Rewrite = Callable[[nn.Module, Tensor, Tensor], None]
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference allowed between outputs, over the largest output: what deep networks lose by
-rounding alone, times about ten."""
 
 
 def fold(
@@ -83,32 +80,13 @@ def fold(
             "fold: `model` must be in inference, since a batch norm in training normalizes with "
             "the batch and cannot be folded; got a model in training. Call model.eval() first."
         )
-    expected = None if example_inputs is None else _answer(model, example_inputs)
-    folded = model if inplace else copy.deepcopy(model)
+    expected = None if example_inputs is None else answers(model, example_inputs, training=False)
+    folded = model if inplace else copied(model, "fold")
     surgery = _Folding(folded, trace(folded, example_inputs))
     folded, changes = surgery.run()
     if expected is not None:
-        _compare(expected, _answer(folded, example_inputs))
+        compare(expected, answers(folded, example_inputs, training=False), "fold")
     return folded, changes
-
-
-def _answer(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    with as_it_was(model), torch.no_grad():
-        torch.manual_seed(0)
-        return [tensor.clone() for tensor in tensors(call(model, example_inputs))]
-
-
-def _compare(expected: list[Tensor], got: list[Tensor]) -> None:
-    for index, (was, now) in enumerate(zip(expected, got, strict=True)):
-        if not was.is_floating_point():
-            continue
-        limit = TOLERANCE.get(was.dtype, 1e-1) * float(was.abs().nan_to_num(0, 0, 0).max())
-        if not torch.allclose(now, was, rtol=0, atol=limit, equal_nan=True):
-            off = float((now - was).abs().max())
-            raise RuntimeError(
-                f"fold: output {index} of the folded model differs by {off:.3g}, where at most "
-                f"{limit:.3g} was expected. Please report the model; do not use the result."
-            )
 
 
 class _Folding:
@@ -256,10 +234,3 @@ class _Folding:
         if any(id(parameter) in self.graph.touched for parameter in host.parameters()):
             return "its weights are also read outside it"
         return None
-
-
-def describe(module: nn.Module) -> str:
-    """A batch norm in a table: its class and number of channels."""
-    mean = recognize(module).running_mean  # type: ignore[union-attr]
-    size = getattr(module, "num_features", None) if mean is None else len(mean)
-    return f"{type(module).__name__}({size})"

@@ -22,11 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steadynorm.surgery.layers import is_host, recognize
-
-DROPOUTS = (
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
-)  # fmt: skip
+from steadynorm.surgery.layers import DROPOUTS, is_host, recognize
 
 
 @dataclass(eq=False)
@@ -103,17 +99,25 @@ def set_training(model: nn.Module, training: bool) -> None:
 
 
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back every submodule's mode, every buffer's values and the random state at the end."""
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back every submodule's mode at the end."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {b.device.index or 0 for b in model.buffers() if b.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=sorted(devices)):
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back every submodule's mode, every buffer's values and the random state at the end."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {b.device.index or 0 for b in model.buffers() if b.device.type == "cuda"}
+    try:
+        with modes_kept(model), torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -143,7 +147,7 @@ def tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
         yield from tensors(vars(value), depth - 1)
 
 
-def _atom(module: nn.Module) -> bool:
+def is_atom(module: nn.Module) -> bool:
     """Layers that surgery deals with; a graph never looks inside."""
     return is_host(module) or recognize(module) is not None
 
@@ -154,18 +158,22 @@ def _atom(module: nn.Module) -> bool:
 class AtomTracer(fx.Tracer):
     """Follows everything but torch's own layers, batch norms and what `leaf` names."""
 
-    def __init__(self, leaf: Callable[[nn.Module], bool] | None = None) -> None:
+    def __init__(self, leaf: Callable[[nn.Module], bool] = is_atom) -> None:
         super().__init__()
-        self._leaf = leaf
+        self._is_leaf = leaf
+        self._leaves: set[nn.Module] = set()
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        # Asked beforehand: while tracing, a look at a parameter would itself be recorded.
+        self._leaves = {m for m in root.modules() if is_atom(m) or self._is_leaf(m)} - {root}
+        return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if self._leaf is not None and self._leaf(m):
-            return True
-        return _atom(m) or super().is_leaf_module(m, module_qualified_name)
+        return m in self._leaves or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(model: nn.Module) -> Graph:
-    if _atom(model):
+    if is_atom(model):
         start, end = Node("outside the model"), Node("output")
         only = Node("", model, [start], [end])
         start.users, end.inputs = [only], [only]
@@ -189,14 +197,16 @@ def _traced(model: nn.Module) -> Graph:
             continue
         if entry.op == "get_attr":
             touched.update(id(tensor) for tensor in tensors(_attribute(model, str(entry.target))))
-        node = Node(str(entry.target), module if module and _atom(module) else None)
+        node = Node(str(entry.target), module if module and is_atom(module) else None)
         node.plain = len(entry.args) == 1 and not entry.kwargs
         nodes[entry] = node
         order.append(node)
         if not _reads_only_metadata(entry):
-            for given in entry.all_input_nodes:
-                node.inputs.append(nodes[given])
-                nodes[given].users.append(node)
+            given: list[fx.Node] = []  # all_input_nodes would name one given twice only once
+            fx.map_arg((entry.args, entry.kwargs), given.append)
+            for source in given:
+                node.inputs.append(nodes[source])
+                nodes[source].users.append(node)
     return Graph(order, touched, recorded=False)
 
 
@@ -257,10 +267,10 @@ class _Recorder(TorchDispatchMode):
         return node
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        self.inside += _atom(module)
+        self.inside += is_atom(module)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if not _atom(module):
+        if not is_atom(module):
             return
         self.inside -= 1
         if not self.inside and id(module) in self.names:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from steadynorm import statistics
+from steadynorm.nn.batchnorm import SteadyNorm
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+)  # fmt: skip
 TORCH_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
@@ -54,8 +59,8 @@ def recognize(module: nn.Module) -> Norm | None:
     frozen = False
     if isinstance(module, _BatchNorm):
         kind = "torch" if type(module).forward in TORCH_FORWARDS else "other"
-        if isinstance(policy := getattr(module, "statistics", None), statistics.Policy):
-            kind, frozen = "ours", isinstance(policy, statistics.Frozen)
+        if isinstance(module, SteadyNorm):
+            kind, frozen = "ours", isinstance(module.statistics, statistics.Frozen)
         if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():  # type: ignore[misc]
             return Norm(kind, module.eps, None, None, None, None, None, frozen)
     elif "BatchNorm" in type(module).__name__ and _holds_statistics(module):
@@ -179,6 +184,24 @@ def behaves(module: nn.Module, norm: Norm) -> bool:
             part.training = mode
     tolerance = 100 * torch.finfo(x.dtype).eps * float(expected.abs().max().clamp(min=1))
     return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance)
+
+
+def describe(module: nn.Module) -> str:
+    """A batch norm in a table: its class and number of channels."""
+    mean = recognize(module).running_mean  # type: ignore[union-attr]
+    size = getattr(module, "num_features", None) if mean is None else len(mean)
+    return f"{type(module).__name__}({size})"
+
+
+def copied(model: nn.Module, owner: str) -> Any:
+    """A deep copy; sharing inside the model is kept."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"{owner}: `model` must be one that copy.deepcopy can copy ({error}). "
+            "Pass inplace=True to change the model itself."
+        ) from error
 
 
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from steadynorm.surgery.layers import TRANSPOSED, exact, recognize
 
 
-def scale_output(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+def scale_output(layer: Any, scale: Tensor, shift: Tensor) -> None:
     """Makes a layer answer `scale·f(x) + shift`.
 
         W' = scale·W        b' = scale·b + shift
@@ -33,7 +35,7 @@ def scale_output(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
     _store(layer, "bias", scale * old + shift, bias, layer.weight)
 
 
-def scale_input(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+def scale_input(layer: Any, scale: Tensor, shift: Tensor) -> None:
     """Makes a linear layer or an unpadded convolution answer `f(scale·x + shift)`.
 
         W' = W·scale        b' = b + W·shift
@@ -48,7 +50,7 @@ def scale_input(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
     _store(layer, "bias", moved if bias is None else exact(bias) + moved, bias, weight)
 
 
-def pads(layer: nn.Module) -> bool:
+def pads(layer: Any) -> bool:
     """Whether a convolution adds anything at the borders."""
     padding = layer.padding
     if isinstance(padding, str):
@@ -56,7 +58,7 @@ def pads(layer: nn.Module) -> bool:
     return any(padding)
 
 
-def _per_output(layer: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
+def _per_output(layer: Any, weight: Tensor, values: Tensor) -> Tensor:
     """Values of the output channels, shaped to multiply the weight."""
     if not isinstance(layer, TRANSPOSED):
         return values.view(-1, *(1 for _ in range(weight.ndim - 1)))
@@ -66,7 +68,7 @@ def _per_output(layer: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
     return grouped.reshape(*weight.shape[:2], *(1 for _ in range(weight.ndim - 2)))
 
 
-def _per_input(layer: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
+def _per_input(layer: Any, weight: Tensor, values: Tensor) -> Tensor:
     """Values of the input channels, shaped to multiply the weight (out, in/groups, *)."""
     groups = layer.groups if isinstance(layer, _ConvNd) else 1
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
