@@ -27,8 +27,14 @@ def activation_name(activation: object, owner: str) -> None:
 def nonfinite_name(nonfinite: object, owner: str) -> None:
     """`nonfinite` is "propagate" or "skip"."""
     if nonfinite not in NONFINITE:
+        raise ValueError(f"{owner}: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}.")
+
+
+def epsilon(eps: float, training: bool, owner: str) -> None:
+    """`eps` is positive where the batch normalizes, else at least 0."""
+    if eps < 0 or training:
         raise ValueError(
-            f"{owner}: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}."
+            f"{owner}: `eps` must be above 0 in training and at least 0 in inference; got {eps!r}."
         )
 
 
@@ -62,9 +68,7 @@ def channels_and_types(
     if parameter is not None and parameter.dtype is not input.dtype:
         _types_go_together(input, parameter, owner)
     elif not input.dtype.is_floating_point:
-        raise RuntimeError(
-            f"{owner}: `input` must be of a floating-point type; got {input.dtype}."
-        )
+        raise RuntimeError(f"{owner}: `input` must be of a floating-point type; got {input.dtype}.")
     if (running_mean is None) is not (running_var is None):
         raise ValueError(
             f"{owner}: `running_mean` and `running_var` go together; got "

@@ -75,9 +75,9 @@ def batch_norm(
 
     >>> import torch
     >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
-    >>> batch_norm(x, None, None, training=True, eps=0.0)
-    tensor([[-1., -1.],
-            [ 1.,  1.]])
+    >>> batch_norm(x, None, None, training=True)
+    tensor([[-1.0000, -1.0000],
+            [ 1.0000,  1.0000]])
 
     Differs from `torch.nn.functional.batch_norm`: subtracts the mean before scaling, so that a
     large mean costs no precision; an empty batch updates nothing. Keras and flax weigh the old
@@ -90,6 +90,8 @@ def batch_norm(
         checks.activation_name(activation, owner)
     if residual is not None:
         checks.residual_shape(residual, input, owner)
+    if eps <= 0:
+        checks.epsilon(eps, training or running_mean is None, owner)
     learning = training and policy.__class__ is not Frozen
     if choice.native_is_best(input, weight, running_mean, running_var):
         if not learning and running_mean is not None and running_var is not None and mask is None:
@@ -112,6 +114,8 @@ def batch_norm(
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(1)
             return y
+    if input.ndim < 2 and input.numel() == 0:
+        return input.clone()  # as torch does, though it has no channel axis
     checks.channels_and_types(input, running_mean, running_var, weight, bias, owner)
     if mask is not None:
         mask = checks.expanded_mask(mask, input, owner)
