@@ -23,7 +23,7 @@ from steadynorm.lab.data import load
 from steadynorm.lab.networks import renorm_for
 from steadynorm.lab.runs import Interval, Setup, execute, interval
 from steadynorm.lab.training import Recipe
-from steadynorm.statistics import Batch, Running, Steady
+from steadynorm.statistics import Batch, Policy, Running, Steady
 from steadynorm.tour.tour import processor
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -66,34 +66,40 @@ def heading(command: str, data_dir: Path | None, seeds: int, samples: int) -> No
 
 @app.command()
 def claim(
-    data_dir: DataDir = None, seeds: Seeds = 5, samples: Samples = 9_000, workers: Workers = 2
+    data_dir: DataDir = None,
+    seeds: Seeds = 5,
+    samples: Samples = 6_000,
+    workers: Workers = 2,
+    batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes.")] = [1, 2, 4, 8, 64],  # noqa: B006
+    only: Annotated[list[str], typer.Option(help="Policies, by the table's names.")] = [],  # noqa: B006
 ) -> None:
-    """Every policy at batch 1, 2, 4, 8 and 64."""
+    """Every policy at several batch sizes."""
     setups = {}
-    sizes = (1, 2, 4, 8, 64)
-    for size in sizes:
+    for size in batch:
         recipe = Recipe(size, samples)
         # 640 samples in batches: what Steady's horizon is in the momentum of the others.
         momentum = size / (size + 576)
+        arms: tuple[tuple[str, Policy | None, float], ...] = (
+            ("none", None, 0.1),
+            ("Batch", Batch(), 0.1),
+            ("Batch, horizon in samples", Batch(), momentum),
+            ("Renorm", renorm_for(recipe.steps), 0.1),
+            ("Renorm, horizon in samples", renorm_for(recipe.steps), momentum),
+            ("Running", Running(), 0.1),
+            ("Running, horizon in samples", Running(), momentum),
+            ("Steady", Steady(), 0.1),
+        )
         setups |= {
             f"{name}|{size}": Setup("fully connected", policy, recipe, momentum=own)
-            for name, policy, own in (
-                ("none", None, 0.1),
-                ("Batch", Batch(), 0.1),
-                ("Batch, horizon in samples", Batch(), momentum),
-                ("Renorm", renorm_for(recipe.steps), 0.1),
-                ("Renorm, horizon in samples", renorm_for(recipe.steps), momentum),
-                ("Running", Running(), 0.1),
-                ("Running, horizon in samples", Running(), momentum),
-                ("Steady", Steady(), 0.1),
-            )
+            for name, policy, own in arms
+            if not only or name in only
         }
     found = measure(setups, data_dir, seeds, workers)
     heading("claim", data_dir, seeds, samples)
-    print("| policy | " + " | ".join(f"batch {size}" for size in sizes) + " |")
-    print("|---" * (len(sizes) + 1) + "|")
+    print("| policy | " + " | ".join(f"batch {size}" for size in batch) + " |")
+    print("|---" * (len(batch) + 1) + "|")
     for name in dict.fromkeys(key.partition("|")[0] for key in setups):
-        cells = [found[f"{name}|{size}"] for size in sizes]
+        cells = [found[f"{name}|{size}"] for size in batch]
         shown = [str(cell) if isinstance(cell, Interval) else "cannot train" for cell in cells]
         print(f"| {name} | " + " | ".join(shown) + " |")
 
@@ -102,7 +108,7 @@ def claim(
 def sweep(
     data_dir: DataDir = None,
     seeds: Seeds = 5,
-    samples: Samples = 9_000,
+    samples: Samples = 6_000,
     workers: Workers = 2,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 2,
 ) -> None:

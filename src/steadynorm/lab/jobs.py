@@ -13,6 +13,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,9 @@ def run(
     finished = dict.fromkeys(groups, 0)
     pending: dict[Future[Any], Job] = {}
     try:
-        for job in jobs:
-            pending[pool.submit(_work, job, groups.index(job.group))] = job
+        with _interrupts_held():
+            for job in jobs:
+                pending[pool.submit(_work, job, groups.index(job.group))] = job
         while pending:
             ready, _ = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
             if progress is not None:
@@ -84,6 +86,21 @@ def run(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while the workers start. They inherit the mask, so that it never reaches
+    them, not even between their start and `_begin`; the parent gets it afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _done: Any = None

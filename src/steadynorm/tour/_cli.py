@@ -52,6 +52,7 @@ def _visit(out: Path, seed: int, short: bool, data_dir: Path | None) -> None:
         TimeRemainingColumn,
     )
 
+    from steadynorm.lab.data import load
     from steadynorm.report.terminal import to_rich
     from steadynorm.tour.stop import Setting, Stop
     from steadynorm.tour.stops import STOPS
@@ -60,6 +61,7 @@ def _visit(out: Path, seed: int, short: bool, data_dir: Path | None) -> None:
     console = Console()
     seeds = (seed,) if short else (seed, seed + 1, seed + 2)
     setting = Setting(None if data_dir is None else str(data_dir), seeds, short)
+    load(setting.data_dir)  # what is wrong with the files is said before anything is drawn
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
