@@ -114,7 +114,10 @@ class SmallBatches:
                 )
             )
         refusals = [run.stopped for runs in by_arm.values() for run in runs if run.stopped]
-        note = f"Error on the test digits, {seeds}; ± is the 95 % interval of the mean."
+        note = (
+            f"Error on the test digits, {seeds}; ± is the 95 % interval of the mean. "
+            "Batch, Renorm and Running keep torch's momentum of 0.1."
+        )
         if refusals:
             note += f" What Batch says at batch 1: “{refusals[0]}”"
         emphasis = [index for index, arm in enumerate(by_arm) if arm.policy == "Steady"]
