@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from steadynorm.bench._cli import bench, warmup
+from steadynorm.calibration._cli import calibrate
 from steadynorm.tour._cli import tour
 
 app = typer.Typer(
@@ -38,6 +40,9 @@ def main(
 
 
 app.command()(tour)
+app.command()(calibrate)
+app.command()(bench)
+app.command()(warmup)
 
 if __name__ == "__main__":
     app()

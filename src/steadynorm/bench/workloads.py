@@ -1,0 +1,85 @@
+"""What is measured: shapes of real networks, layouts, types, what surrounds the layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+CASES = ("bn", "bn+relu", "bn+add+relu")
+LAYOUTS = ("nchw", "nhwc")
+DTYPES = ("float32", "bfloat16")
+
+# The distinct inputs of batch normalization in ResNet-50 at 224 x 224 and batch 32.
+RESNET50 = (
+    (32, 64, 112, 112),
+    (32, 64, 56, 56),
+    (32, 128, 56, 56),
+    (32, 256, 56, 56),
+    (32, 128, 28, 28),
+    (32, 256, 28, 28),
+    (32, 512, 28, 28),
+    (32, 256, 14, 14),
+    (32, 512, 14, 14),
+    (32, 1024, 14, 14),
+    (32, 512, 7, 7),
+    (32, 2048, 7, 7),
+)
+# A 3-d U-Net on patches of 64 x 64 x 64, batch 2.
+UNET3D = ((2, 32, 64, 64, 64), (2, 64, 32, 32, 32), (2, 128, 16, 16, 16), (2, 256, 8, 8, 8))
+MLP = ((64, 256), (256, 1024), (1024, 1024), (4096, 512))
+# Where the cost of a call, not memory, decides.
+SMALL = ((2, 16), (2, 16, 4, 4), (8, 64), (4, 32, 8, 8), (16, 64, 4, 4), (8, 64, 8, 8))
+
+SUITES: dict[str, Sequence[tuple[int, ...]]] = {
+    "resnet50": RESNET50,
+    "unet3d": UNET3D,
+    "mlp": MLP,
+    "small": SMALL,
+}
+
+
+class Workload(NamedTuple):
+    """One thing to time."""
+
+    suite: str
+    shape: tuple[int, ...]
+    layout: str
+    dtype: str
+    case: str
+    training: bool
+
+    @property
+    def bytes(self) -> int:
+        """Size of the input."""
+        return math.prod(self.shape) * (2 if self.dtype == "bfloat16" else 4)
+
+    @property
+    def limit(self) -> tuple[float, float]:
+        """Least memory traffic of forward and backward, in copies of the input (read and write).
+
+        Forward reads x (and the residual) and writes y. Backward reads the gradient and x (and y,
+        from which the sign before the activation is known when a residual was added) and writes dx
+        (and the residual's gradient).
+        """
+        add = self.case == "bn+add+relu"
+        return (3 if add else 2) / 2, (5 if add else 3) / 2 if self.training else 0.0
+
+
+def workloads(
+    suites: Sequence[str],
+    cases: Sequence[str],
+    layouts: Sequence[str],
+    dtypes: Sequence[str],
+    modes: Sequence[str],
+) -> Iterator[Workload]:
+    """Every combination that exists: layouts only where there are positions to lay out."""
+    for mode in modes:
+        for dtype in dtypes:
+            for case in cases:
+                for suite in suites:
+                    for layout in layouts:
+                        for shape in SUITES[suite]:
+                            if layout == "nhwc" and len(shape) < 4:
+                                continue
+                            yield Workload(suite, shape, layout, dtype, case, mode == "training")
