@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -309,8 +309,3 @@ def _buffers_kept(network: nn.Module) -> Iterator[Callable[[], None]]:
         yield restore
     finally:
         restore()
-
-
-def shortened(recipe: Recipe, samples: int) -> Recipe:
-    """The same recipe over fewer samples."""
-    return replace(recipe, samples=min(samples, recipe.samples))

@@ -75,7 +75,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs, tables and charts, in this order unless `blocks` says otherwise."""
+    """A heading, paragraphs, tables and charts, shown in this order."""
 
     title: str
     text: Sequence[str] = ()

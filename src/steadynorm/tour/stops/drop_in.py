@@ -9,7 +9,7 @@ from steadynorm.lab.jobs import Job
 from steadynorm.lab.runs import Setup, execute, interval
 from steadynorm.lab.training import Recipe, Training
 from steadynorm.report.charts import lines
-from steadynorm.report.page import Table
+from steadynorm.report.page import Chart, Table
 from steadynorm.tour.stop import Setting, StopResult
 
 ARMS = {"none": None, "torch.nn": "torch", "steadynorm": "batch"}
@@ -72,29 +72,10 @@ class DropIn:
             digits=3,
             emphasis=(2,),
         )
-        curves = [
-            {"normalization": arm, "seed": seed, **vars(point)}
-            for (arm, seed), run in sorted(runs.items(), key=lambda item: item[0][1])
-            for point in run.points
-        ]
-        curves.sort(key=lambda row: list(ARMS).index(row["normalization"]))
-        charts = [
-            lines(
-                "Training loss", curves, x="step", y="loss", series="normalization",
-                replicate="seed", log_y=True, y_title="training loss",
-                description="Mean over the seeds; the band is their range. "
-                "torch.nn and steadynorm lie on each other.",
-            ),
-            lines(
-                "Accuracy of inference", curves, x="step", y="accuracy", series="normalization",
-                replicate="seed", percent=True, y_title="accuracy on the test digits",
-                description="Mean over the seeds; the band is their range.",
-            ),
-        ]  # fmt: skip
         return StopResult(
             sentence,
             [table],
-            charts,
+            _charts(runs),
             figures={
                 "largest_loss_difference": apart,
                 "runs": [
@@ -103,6 +84,28 @@ class DropIn:
                 ],
             },
         )
+
+
+def _charts(runs: Mapping[tuple[str, int], Training]) -> list[Chart]:
+    curves = [
+        {"normalization": arm, "seed": seed, **vars(point)}
+        for (arm, seed), run in sorted(runs.items(), key=lambda item: item[0][1])
+        for point in run.points
+    ]
+    curves.sort(key=lambda row: list(ARMS).index(row["normalization"]))
+    return [
+        lines(
+            "Training loss", curves, x="step", y="loss", series="normalization",
+            replicate="seed", log_y=True, y_title="training loss",
+            description="Mean over the seeds; the band is their range. "
+            "torch.nn and steadynorm lie on each other.",
+        ),
+        lines(
+            "Accuracy of inference", curves, x="step", y="accuracy", series="normalization",
+            replicate="seed", percent=True, y_title="accuracy on the test digits",
+            description="Mean over the seeds; the band is their range.",
+        ),
+    ]  # fmt: skip
 
 
 def _over(setting: Setting) -> str:
