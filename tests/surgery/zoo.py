@@ -183,7 +183,7 @@ def _() -> nn.Module:
 def monai(name: str, *args: Any, **settings: Any) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import monai.networks.nets as nets
+        from monai.networks import nets
 
         return getattr(nets, name)(*args, **settings)
 

@@ -124,7 +124,7 @@ class _Folding:
         assert norm is not None
         for host in hosts:
             rewrite(host, *norm.in_inference())
-        after = nn.Identity() if norm.activation is None else norm.activation.eval()
+        after = (nn.Identity() if norm.activation is None else norm.activation).eval()
         for call_ in self.graph.calls(module):
             if norm.activation is None:
                 self.graph.bypass(call_)
@@ -224,9 +224,9 @@ class _Folding:
             return "it is also called on something else"
         if channels(host)[0] != channels(norm)[0]:
             return f"it takes {channels(host)[0]} channels, the batch norm has {channels(norm)[0]}"
-        if axis is not None and user.inputs[0].shape is not None:
-            if axis != channel_axis(host, len(user.inputs[0].shape)):
-                return "the batch norm acts on another axis than its channels"
+        shape = user.inputs[0].shape
+        if axis is not None and shape is not None and axis != channel_axis(host, len(shape)):
+            return "the batch norm acts on another axis than its channels"
         return None
 
     def why_shared(self, host: nn.Module) -> str | None:

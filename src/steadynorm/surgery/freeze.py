@@ -44,7 +44,7 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
     >>> model, changes = freeze(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
     >>> print(changes)
     what    where  before          after                     why
-    frozen  1      BatchNorm1d(3)  BatchNorm1d(3), Frozen()  statistics and weight and bias held still
+    frozen  1      BatchNorm1d(3)  BatchNorm1d(3), Frozen()  statistics, weight, bias
     >>> model, changes = unfreeze(model)
     >>> type(model[1]) is nn.BatchNorm1d, model[1].weight.requires_grad
     (True, True)
@@ -70,9 +70,9 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
         setattr(module, MEMORY, memory)
         for key in held:
             getattr(module, key).requires_grad_(False)
-        parts = " and ".join([*(["statistics"] if not norm.frozen else []), *held])
+        parts = ", ".join([*(["statistics"] if not norm.frozen else []), *held])
         after = f"{describe(module)}, Frozen()"
-        changes.append(Change("frozen", name, before, after, f"{parts} held still"))
+        changes.append(Change("frozen", name, before, after, parts))
     return model, changes
 
 

@@ -137,10 +137,11 @@ class _Fusing:
             return
         try:
             graphs = trace_both(block, is_atom)
-        except Exception as error:  # whatever a model's forward raises on symbolic values
+        except Exception as error:  # noqa: BLE001 - whatever a model's forward raises on symbolic values
             reason = str(error).split("\n")[0] or type(error).__name__
+            reason = f"torch.fx cannot follow {type(block).__name__} ({reason.split('. ')[0]})"
             for norm in norms:
-                self.open[norm] = f"torch.fx cannot follow {type(block).__name__} ({reason})"
+                self.open[norm] = self.open[norm] or reason
             return
         modules = dict(block.named_modules(remove_duplicate=False))
         patterns: dict[nn.Module, list[Pattern]] = {}

@@ -9,6 +9,7 @@ shows the one path these inputs take.
 from __future__ import annotations
 
 import copy
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,6 +156,32 @@ def is_atom(module: nn.Module) -> bool:
 # --- by torch.fx
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is; torch.fx alone would record `x + y` and lose the aliasing."""
+
+
+def _in_place(function: Any) -> Any:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class AtomTracer(fx.Tracer):
     """Follows everything but torch's own layers, batch norms and what `leaf` names."""
 
@@ -167,6 +194,9 @@ class AtomTracer(fx.Tracer):
         # Asked beforehand: while tracing, a look at a parameter would itself be recorded.
         self._leaves = {m for m in root.modules() if is_atom(m) or self._is_leaf(m)} - {root}
         return super().trace(root, concrete_args)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._leaves or super().is_leaf_module(m, module_qualified_name)

@@ -25,8 +25,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     Arguments:
         weight_decay: of the first group, per step, as the optimizer understands it; at least 0.
 
-    Returns `[{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}]`,
-    each in the order of the model; an empty group is left out.
+    Returns a list of dicts with the keys `params` and `weight_decay`, the decaying ones first, each
+    in the order of the model; an empty group is left out.
 
     Raises ValueError for a negative `weight_decay`, TypeError for a model that is none.
 

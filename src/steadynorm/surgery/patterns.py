@@ -13,9 +13,9 @@ from steadynorm.surgery.layers import DROPOUTS, activation_name, is_host, recogn
 
 # Functions and methods that are an activation, with the keywords that leave it the same.
 FUNCTIONS: dict[Any, str] = {
-    **{f: "relu" for f in (F.relu, torch.relu, torch.relu_, F.relu_)},
-    **{f: "sigmoid" for f in (torch.sigmoid, torch.sigmoid_, F.sigmoid)},
-    **{f: "tanh" for f in (torch.tanh, torch.tanh_, F.tanh)},
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), "relu"),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid), "sigmoid"),
+    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh), "tanh"),
     F.relu6: "relu6",
     F.leaky_relu: "leaky_relu",
     F.silu: "silu",
@@ -143,9 +143,9 @@ def _other(add: fx.Node, mine: fx.Node) -> fx.Node | None:
     first, second = add.args
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
         return None
-    if second is mine and (add.target in ADDS_IN_PLACE or add.target == "add_"):
-        if len(first.users) > 1 or first.op in ("placeholder", "get_attr"):
-            return None
+    writes = add.target in ADDS_IN_PLACE or add.target == "add_"
+    if second is mine and writes and (len(first.users) > 1 or first.op != "call_module"):
+        return None
     return second if first is mine else first
 
 
