@@ -88,7 +88,8 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
     """
     wide = x.to(statistics_dtype(x))
     if x.numel() == 0:
-        zero = wide.new_zeros((len(groups), x.shape[1]) if groups else (x.shape[1],))
+        zero = wide.sum((0, *range(2, x.ndim)))  # a sum, so that replicas meet in the backward
+        zero = zero.expand(len(groups), -1) if groups else zero
         return Moments(0, zero, zero, zero)
     valid = None if mask is None else mask.unsqueeze(1)
     counts, high, var, low = _over_groups(_moments_of_run, [wide, valid], [], groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -127,12 +128,18 @@ def values_per_channel(input: Tensor, count: int, policy: Policy, owner: str) ->
             f"{tuple(input.shape)}. Use a larger batch, or statistics=sn.Steady(), sn.Running() or "
             f"sn.Frozen(), which work with one value."
         )
-    if isinstance(policy, Renorm):
-        warnings.warn(
-            f"{owner}: one value per channel under {policy!r}: x - mean is 0, so no gradient "
-            f"reaches the input. Use sn.Steady().",
-            stacklevel=4,
-        )
+    if isinstance(policy, Renorm) and not torch.compiler.is_compiling():
+        _warn_of_no_gradient(policy, owner)
+
+
+@cache
+def _warn_of_no_gradient(policy: Renorm, owner: str) -> None:
+    """Once for a kind of layer and a policy, also where a filter says "always"."""
+    warnings.warn(
+        f"{owner}: one value per channel under {policy!r}: x - mean is 0, so no gradient reaches "
+        f"the input. Use sn.Steady().",
+        stacklevel=5,
+    )
 
 
 def smallest_group(input: Tensor, groups: tuple[int, ...] | None) -> int:

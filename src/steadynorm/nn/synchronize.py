@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 
-from steadynorm.statistics import Ghost, Moments, Normalizer, pool
+from steadynorm.statistics import Ghost, Moments, Normalizer, contribution, pool
 
 Synchronize = bool | dist.ProcessGroup
 PerGroup = TypeVar("PerGroup", Moments, Normalizer)
@@ -57,7 +54,7 @@ class Replicas:
         self.group = group
         self.owner = owner
         self._rows: _Rows | None = None  # only with ghost groups
-        self._parts: Moments | None = None
+        self._pooled: Moments | None = None
 
     def divide(self, policy: Ghost, input: Tensor) -> tuple[int, ...]:
         """How many of this process's samples fall into each ghost group that they touch.
@@ -68,7 +65,7 @@ class Replicas:
         """
         if torch.compiler.is_compiling():
             raise NotImplementedError(
-                f"{self.owner}: statistics={policy!r} with `synchronize` does not compile into one "
+                f"{self.owner}: statistics=Ghost({policy.size}) with `synchronize` does not compile into one "
                 f"graph: where groups are cut depends on the other replicas' sample counts. "
                 f"Compile without fullgraph=True, or choose another policy."
             )
@@ -89,15 +86,17 @@ class Replicas:
         column = (*local.mean.shape[:-1], 1)
         count = local.count
         sizes = [
-            count.reshape(column) if isinstance(count, Tensor) else local.mean.new_full(column, count),
+            count.reshape(column)
+            if isinstance(count, Tensor)
+            else local.mean.new_full(column, count),
             local.mean.new_full(column, samples),
         ]
         row = self._spread(torch.cat([*sizes, local.mean, local.var, local.mean_low], dim=-1))
         rows = self._all_gather(row[None])
         channels = local.mean.shape[-1]
         counts, total, *moments = rows.split([1, 1, channels, channels, channels], dim=-1)
-        self._parts = Moments(counts, *moments)
-        return pool(self._parts, xp=torch), total.sum(0).flatten()[0]
+        self._pooled = pool(Moments(counts, *moments), xp=torch)
+        return self._pooled, total.sum(0).flatten()[0]
 
     def own(self, whole: PerGroup) -> PerGroup:
         """What concerns this process's samples, of moments or a normalizer of the whole batch."""
@@ -106,19 +105,20 @@ class Replicas:
         return whole._make(self._select(part) for part in whole)
 
     def link(self, live: Moments) -> Moments:
-        """Pooled moments that carry gradient to this replica's input, summed over all losses."""
-        if self._parts is None:
+        """Pooled moments that carry gradient to this replica's input, summed over all losses.
+
+        Exact to any order: with the other replicas held fixed, what this one contributes depends
+        on nothing of theirs but the pooled mean, whose own movement is accounted for.
+        """
+        if self._pooled is None:
             raise RuntimeError("Replicas.link needs Replicas.pool first.")
-        var, low = self._spread(live.var), self._spread(live.mean_low)
-        ranks = torch.arange(self.group.size(), device=var.device)
-        mine = (ranks == self.group.rank()).reshape(-1, *(1,) * var.ndim)
-        parts = self._parts._replace(
-            var=torch.where(mine, var, self._parts.var),
-            mean_low=torch.where(mine, low, self._parts.mean_low),
+        whole = self.own(self._pooled)
+        moved = torch.stack(contribution(live, whole))
+        moved = moved - moved.detach()  # 0, with gradient
+        moved = self._select(_SumOfGradients.apply(self._spread(moved), self))
+        return whole._replace(
+            mean_low=whole.mean_low + moved[0], var=whole.var + moved[1] - moved[0] * moved[0]
         )
-        pooled = pool(parts, xp=torch)
-        var, low = _SumOfGradients.apply(torch.stack([pooled.var, pooled.mean_low]), self)
-        return self.own(pooled._replace(var=var, mean_low=low))
 
     def sum(self, sums: Tensor) -> Tensor:
         """The sums of a backward reduction, (2, C) or (2, G, C), added over replicas."""
@@ -129,7 +129,9 @@ class Replicas:
         """This process's rows among those of all ghost groups, zeros elsewhere."""
         if self._rows is None:
             return own
-        return F.pad(own, (0, 0, self._rows.first, self._rows.all - self._rows.first - self._rows.own))
+        return F.pad(
+            own, (0, 0, self._rows.first, self._rows.all - self._rows.first - self._rows.own)
+        )
 
     def _select(self, whole: Any) -> Any:
         if self._rows is None or not isinstance(whole, Tensor):
@@ -137,19 +139,38 @@ class Replicas:
         return whole.narrow(-2, self._rows.first, self._rows.own)
 
     def _all_gather(self, row: Tensor) -> Tensor:
-        with _explained(self.owner):
-            return _finished(collectives.all_gather_tensor(row, 0, self.group))
+        gather = torch.ops._c10d_functional.all_gather_into_tensor
+        return self._finished(gather, row, self.group.size(), self.group.group_name)
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
-        with _explained(self.owner):
-            return _finished(collectives.all_reduce(sums.contiguous(), "sum", self.group))
+        reduce = torch.ops._c10d_functional.all_reduce
+        return self._finished(reduce, sums.contiguous(), "sum", self.group.group_name)
+
+    def _finished(self, collective: Any, *arguments: Any) -> Tensor:
+        """The result of a collective (one that the compiler can see), or in one error what failed."""
+        try:
+            result: Tensor = torch.ops._c10d_functional.wait_tensor(collective(*arguments))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.owner}: `synchronize`: the exchange of statistics with the other replicas "
+                f"failed: another replica stopped, or did not reach this layer in time. Look at the "
+                f"first replica that ended; all replicas must call the layer equally often. "
+                f"({error})"
+            ) from error
+        return result
 
 
-def _finished(result: Tensor) -> Tensor:
-    """The tensor of a collective that has ended, so that its failure shows here and not later."""
-    if isinstance(result, collectives.AsyncCollectiveTensor):
-        return result.wait()
-    return result
+class _SumOverReplicas(torch.autograd.Function):
+    """A sum over replicas; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, replicas: Replicas) -> Tensor:
+        ctx.replicas = replicas
+        return replicas._all_reduce(own)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOverReplicas.apply(grad, ctx.replicas), None
 
 
 class _SumOfGradients(torch.autograd.Function):
@@ -161,18 +182,5 @@ class _SumOfGradients(torch.autograd.Function):
         return statistics.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.replicas._all_reduce(grad), None
-
-
-@contextmanager
-def _explained(owner: str) -> Iterator[None]:
-    """Says in one error which layer waited for other replicas when a collective fails."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{owner}: `synchronize`: the exchange of statistics with the other replicas failed: "
-            f"another replica stopped, or did not reach this layer in time. Look at the first "
-            f"replica that ended; all replicas must call the layer equally often. ({error})"
-        ) from error
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOverReplicas.apply(grad, ctx.replicas), None

@@ -35,6 +35,8 @@ class Buffers:
             batches = rest[0] if rest else None
         elif batches is not None and batches.is_cpu and not operators.needs_plain_operations():
             batches = int(batches)  # plain numbers are cheaper than scalar tensors
+        if isinstance(batches, Tensor) and dtype == torch.float64:
+            batches = batches.double()  # weights such as 1/(t + 1) would else be float32
         return RunningStatistics(mean.to(dtype), var.to(dtype), batches)
 
     def write(self, after: RunningStatistics) -> None:

@@ -4,7 +4,7 @@ Nothing here imports a framework. The functions use operators, and where a funct
 library is needed it is taken from `xp`: `numpy`, `torch`, `jax.numpy` or `keras.ops`.
 """
 
-from steadynorm.statistics.moments import Moments, merge, pool
+from steadynorm.statistics.moments import Moments, contribution, merge, pool
 from steadynorm.statistics.normalizer import (
     Coefficients,
     GradientCoefficients,
@@ -59,6 +59,7 @@ __all__ = [
     "Steady",
     "attach",
     "coefficients",
+    "contribution",
     "convert_momentum",
     "convert_variance",
     "fold",

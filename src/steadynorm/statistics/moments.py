@@ -85,3 +85,16 @@ def pool(parts: Moments, *, xp: Any) -> Moments:
     away = delta - step
     mean, mean_low = two_sum(center, step)
     return Moments(count, mean, xp.sum(weight * (parts.var + away * away), axis=0), mean_low)
+
+
+def contribution(part: Moments, whole: Moments) -> tuple[Array, Array]:
+    """What one part adds to the mean and to the variance of the whole, about the whole's mean.
+
+        w·(mean_part - mean)        w·(var_part + (mean_part - mean)²)        w = n_part / n
+
+    Summed over all parts: 0 and the whole's variance. For gradients when the whole's mean is held
+    fixed; as it moves by δ, the variance about it is less by δ².
+    """
+    weight = part.count / (whole.count + (whole.count == 0))
+    away = (part.mean - whole.mean) + (part.mean_low - whole.mean_low)
+    return weight * away, weight * (part.var + away * away)

@@ -92,7 +92,8 @@ def larger(a: Array, b: Array, *, xp: Any) -> Array:
     """The larger of two weights, each a number or a scalar array."""
     if isinstance(a, int | float) and isinstance(b, int | float):
         return max(a, b)
-    return xp.where(a > b, a, b)
+    # Sums, since `where` may round a plain number to float32 where the other weight is float64.
+    return xp.where(a > b, a + 0 * b, b + 0 * a)
 
 
 def new_batch_weight(momentum: float | None, batches: Array | None) -> Array:
