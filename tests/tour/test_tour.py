@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from markupsafe import escape
 
 from steadynorm.lab.jobs import Job
 from steadynorm.lab.runs import Setup, execute
@@ -104,7 +105,7 @@ def test_the_terminal_shows_tables_and_where_the_report_is(visited):
 def test_the_page_holds_every_stop(visited):
     page = (visited[0] / "report.html").read_text("utf-8")
     for stop in STOPS:
-        assert f"{stop.title}</h2>" in page
+        assert f"{escape(stop.title)}</h2>" in page
     assert "http-equiv" in page
 
 
