@@ -1,7 +1,8 @@
 """The stops of the tour, in order."""
 
 from steadynorm.tour.stop import Stop
+from steadynorm.tour.stops.calibration import Calibration
 from steadynorm.tour.stops.drop_in import DropIn
 from steadynorm.tour.stops.small_batches import SmallBatches
 
-STOPS: tuple[Stop, ...] = (DropIn(), SmallBatches())
+STOPS: tuple[Stop, ...] = (DropIn(), SmallBatches(), Calibration())
