@@ -250,7 +250,7 @@ def _() -> nn.Module:
     )  # fmt: skip
 
 
-@entry("MONAI VNet", 2, 1, 32, 32)
+@entry("MONAI VNet", 4, 1, 16, 16)
 def _() -> nn.Module:
     return monai("VNet", 2, 1, 2, dropout_prob_down=0.0, dropout_prob_up=(0.0, 0.0))
 

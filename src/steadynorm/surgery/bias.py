@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from steadynorm.statistics import Running, Steady
 from steadynorm.surgery.changes import Change, Changes
 from steadynorm.surgery.graph import Graph, trace
 from steadynorm.surgery.layers import (
@@ -34,12 +35,14 @@ def drop_redundant_bias(
 
         running_mean ← running_mean - b        b ← none
 
-    leaves inference, training and the running statistics to come the same, under every policy, with
-    one parameter per channel less to store, update and decay.
+    leaves inference, training and the running statistics to come the same, with one parameter per
+    channel less to store, update and decay.
 
     The graphs of calls in training and in inference must both agree (`steadynorm.surgery.graph`).
     Biases before a batch norm that are not redundant are left and named: those of layers whose
-    output goes elsewhere too, and those before frozen batch norms, which subtract a constant.
+    output goes elsewhere too, those before frozen batch norms, which subtract a constant, and those
+    under `Steady` and `Running`, which subtract the batch's mean only in part: there a part of the
+    gradient reaches the bias.
 
     Arguments:
         model: in either mode, which stays.
@@ -126,6 +129,9 @@ def _why_needed(
             return f"{type(norm).__name__} has its own forward"
         if made.frozen or (training and not norm.training):
             return "the batch norm after it is frozen, and subtracts a constant"
+        policy = getattr(norm, "statistics", None)
+        if isinstance(policy, Steady | Running):
+            return f"{policy!r} subtracts the batch's mean only in part, so the bias is trained"
         if channels(norm)[1] not in (0, channels(host)[1]):
             return "the batch norm after it has another number of channels"
     for module in (host, *norms):
