@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from tests import tolerances, truth
 from torch.nn import functional as F
 
 import steadynorm as sn
-from tests import tolerances, truth
 
 TORCH_ACTIVATIONS = {
     None: lambda z: z,
@@ -64,7 +64,7 @@ def test_the_checker_refuses_what_it_should() -> None:
     right = torch.ones(3)
     tolerances.close(right, np.ones(3), "forward")
     tolerances.close(right * (1 + 9e-7), np.ones(3), "forward")
-    with pytest.raises(AssertionError, match="error 2.98e-06 above 1e-06"):
+    with pytest.raises(AssertionError, match=r"error 2\.98e-06 above 1e-06"):
         tolerances.close(right * (1 + 3e-6), np.ones(3), "forward")
     with pytest.raises(AssertionError, match="error nan"):
         tolerances.close(right * float("nan"), np.ones(3), "forward")

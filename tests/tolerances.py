@@ -9,7 +9,7 @@ Direction = Literal["forward", "backward", "statistics"]
 
 
 class Tolerance(NamedTuple):
-    """Largest error allowed, in units of the largest expected magnitude, or of 1 if that is less."""
+    """Largest error allowed, relative to the largest expected magnitude or to 1."""
 
     limit: float
     reason: str
@@ -60,15 +60,14 @@ def close(actual: torch.Tensor, expected: Any, direction: Direction, what: str =
     tolerance = TABLE[actual.dtype, direction]
     found = error(actual, expected)
     if not found <= tolerance.limit:
-        raise AssertionError(
-            f"{what or direction}: error {found:.3g} above {tolerance.limit:.3g} ({tolerance.reason})"
-        )
+        limit, reason = tolerance
+        raise AssertionError(f"{what or direction}: error {found:.3g} above {limit:.3g} ({reason})")
 
 
-def within_bar(actual: torch.Tensor, expected: Any) -> None:
+def within_bar(actual: torch.Tensor, expected: Any, what: str = "") -> None:
     """Fail unless a float32 output is within the project's bar of float64, absolutely."""
     assert actual.dtype is torch.float32
     scale = max(1.0, float(np.abs(expected).max()))
     found = error(actual, expected) * scale
     if not found <= BAR:
-        raise AssertionError(f"error {found:.3g} above the bar of {BAR:g}")
+        raise AssertionError(f"{what}error {found:.3g} above the bar of {BAR:g}")

