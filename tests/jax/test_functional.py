@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steadynorm.jax import RunningStatistics, batch_norm
+from tests import tolerances, truth
 
 import steadynorm as sn
-from tests import tolerances, truth
+from steadynorm.jax import RunningStatistics, batch_norm
 
 POLICIES = {
     "batch": sn.Batch(),
@@ -101,9 +101,7 @@ def compare(case: Case, dtype: Any) -> None:
 
 @pytest.mark.parametrize(("policy", "shape"), list(product(POLICIES, SHAPES)))
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_policy_and_layout_is_right_in_float64(
-    policy: str, shape: str, masked: bool
-) -> None:
+def test_every_policy_and_layout_is_right_in_float64(policy: str, shape: str, masked: bool) -> None:
     compare(Case(*SHAPES[shape], POLICIES[policy], masked=masked), np.float64)
 
 
@@ -114,7 +112,8 @@ def test_every_policy_is_right_in_float32(policy: str) -> None:
 
 @pytest.mark.parametrize(
     ("activation", "policy"),
-    [(name, "batch") for name in truth.ACTIVATIONS if name] + [("relu", "ghost"), ("gelu", "ghost")],
+    [(name, "batch") for name in truth.ACTIVATIONS if name]
+    + [("relu", "ghost"), ("gelu", "ghost")],
 )
 def test_every_activation_is_right_in_float64(activation: str, policy: str) -> None:
     case = Case(*SHAPES["2d"], POLICIES[policy], masked=True, activation=activation)

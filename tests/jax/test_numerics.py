@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from steadynorm.jax import BatchNorm, RunningStatistics, batch_norm
+from tests import tolerances, truth
 
 import steadynorm as sn
-from tests import tolerances, truth
+from steadynorm.jax import BatchNorm, RunningStatistics, batch_norm
 
 POLICIES = [
     sn.Batch(), sn.Steady(), sn.Running(), sn.Renorm(warmup=0), sn.Ghost(16), sn.Frozen()

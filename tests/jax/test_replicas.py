@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from steadynorm.jax import BatchNorm, RunningStatistics, batch_norm
 
 import steadynorm as sn
+from steadynorm.jax import BatchNorm, RunningStatistics, batch_norm
 
 POLICIES = [sn.Batch(), sn.Steady(), sn.Renorm(warmup=0), sn.Ghost(2)]
 STATE = RunningStatistics(jnp.array([0.1, 0.2, 0.3]), jnp.array([1.0, 2.0, 3.0]), jnp.asarray(5))

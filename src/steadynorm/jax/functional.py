@@ -178,7 +178,9 @@ def batch_norm(
     if axis_name is not None and not inference:
         split = tuple(tuple(group) for group in axis_index_groups or ())
         replicas = Replicas(axis_name, split or None)
-    groups = policy.lengths(x.shape[0]) if isinstance(policy, Ghost) and not inference else None
+    groups = None
+    if isinstance(policy, Ghost) and not inference and x.size:
+        groups = policy.lengths(x.shape[0])
     settings = _Settings(
         policy,
         inference,
@@ -192,12 +194,10 @@ def batch_norm(
         None if dtype is None else jnp.dtype(dtype),
     )
     weight, bias, residual = varying_like(x, (weight, bias, residual))
-    y, after = _normalize(settings, x, weight, bias, residual, mask, state)
+    y, after = _compiled(settings, x, weight, bias, residual, mask, state)
     return y, state if inference else after
 
 
-# Compiled even where the caller does not: one dispatch instead of some thirty.
-@partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalize(
     settings: _Settings,
@@ -310,4 +310,6 @@ def _backward(
     return dx, fitted(dweight, saved.weight), fitted(dbias, saved.bias), dresidual, None, None
 
 
-_normalize.__wrapped__.defvjp(_forward, _backward)
+_normalize.defvjp(_forward, _backward)
+# Compiled even where the caller does not compile: one dispatch instead of some thirty.
+_compiled = jax.jit(_normalize, static_argnums=0)

@@ -69,16 +69,26 @@ def varying_like(x: Array, other: T) -> T:
 
     The gradient of a weight that all replicas share is then summed over them by JAX itself.
     """
-    typeof: Any = getattr(jax, "typeof", None)  # JAX before 0.7 keeps no such types
+    axes = _varying_axes(x)
 
     def mark(array: Array) -> Array:
-        missing = tuple(typeof(x).vma - typeof(array).vma)
+        missing = tuple(axes - _varying_axes(array))
         if not missing:
             return array
-        marked: Array = jax.lax.pcast(array, missing, to="varying")
+        lax: Any = jax.lax
+        old = not hasattr(lax, "pcast")  # JAX before 0.8
+        marked: Array = (
+            lax.pvary(array, missing) if old else lax.pcast(array, missing, to="varying")
+        )
         return marked
 
-    if typeof is None or not getattr(typeof(x), "vma", None):
-        return other
     marked: T = jax.tree.map(mark, other)
     return marked
+
+
+def _varying_axes(x: Array) -> frozenset[Any]:
+    """The mesh axes along which x differs, as far as this JAX keeps account of it."""
+    kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None
+    account = getattr(kind, "manual_axis_type", None)  # since JAX 0.10
+    axes: Any = getattr(kind, "vma", frozenset()) if account is None else account.varying
+    return frozenset(axes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from steadynorm.statistics import Moments
 
 Groups = tuple[int, ...] | None
 Stage = Callable[["_Frame", Sequence[Array | None], Sequence[Array]], tuple[Array, ...]]
+
+
+_barrier: Any = jax.lax.optimization_barrier  # not annotated by JAX
 
 
 def statistics_dtype(x: Array) -> DTypeLike:
@@ -47,7 +50,7 @@ def _total(t: Array, axes: tuple[int, ...]) -> Array:
     the axes again.
     """
     for axis in sorted(axes, key=lambda axis: -t.shape[axis]):
-        t = jax.lax.optimization_barrier(t.sum(axis, keepdims=True))
+        t = _barrier(t.sum(axis, keepdims=True))
     return t
 
 

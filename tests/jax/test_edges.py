@@ -1,0 +1,95 @@
+"""At the edges: empty and masked-out batches, infinities, and what is refused, with which words."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import steadynorm as sn
+from steadynorm.jax import BatchNorm, batch_norm, initial_state
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 5, 3)), jnp.float32)
+STATE = initial_state(3)._replace(mean=jnp.array([1.0, 2.0, 3.0]), batches=jnp.asarray(7))
+POLICIES = ["batch", "steady", "running", "renorm", sn.Ghost(2), "frozen"]
+
+
+def unmoved(after: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, after, STATE)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_an_empty_batch_updates_nothing(policy: Any) -> None:
+    y, after = batch_norm(X[:0], STATE, statistics=policy)
+    assert y.shape == (0, 5, 3)
+    unmoved(after)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_without_a_valid_position_the_running_statistics_serve(policy: Any) -> None:
+    call = jax.jit(lambda x: batch_norm(x, STATE, statistics=policy, mask=jnp.zeros((4, 5), bool)))
+    y, after = call(X)
+    np.testing.assert_allclose(y, (X - STATE.mean) / np.sqrt(1 + 1e-5), atol=1e-6)
+    unmoved(after)
+    dx = jax.grad(lambda x: (call(x)[0] * X).sum())(X)
+    np.testing.assert_allclose(dx, X / np.sqrt(1 + 1e-5), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_skip_keeps_nonfinite_batches_out_of_the_state(bad: float) -> None:
+    x = X.at[0, 0, 0].set(bad)
+    _, after = batch_norm(x, STATE, nonfinite="skip")
+    unmoved(after)
+    y, after = batch_norm(x, STATE)
+    assert not np.isfinite(np.asarray(after.mean[0]))
+    assert np.isfinite(np.asarray(y[..., 1:])).all()
+
+
+@pytest.mark.parametrize("policy", ["steady", "running", "frozen"])
+def test_a_batch_of_one_trains(policy: str) -> None:
+    x = X[:1, 0]
+    dx = jax.grad(lambda x: (batch_norm(x, STATE, statistics=policy)[0] * x[::-1]).sum())(x)
+    assert float(jnp.abs(dx).min()) > 0
+
+
+def test_changing_the_mask_under_it_changes_nothing_at_valid_positions() -> None:
+    mask = jnp.arange(20).reshape(4, 5) % 3 > 0
+    y, after = batch_norm(X, STATE, mask=mask)
+    other, other_after = batch_norm(jnp.where(mask[..., None], X, 1e6), STATE, mask=mask)
+    np.testing.assert_array_equal(jnp.where(mask[..., None], y - other, 0), 0)
+    jax.tree.map(np.testing.assert_array_equal, after, other_after)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ({"axis": 3}, ValueError, "`axis` must be an axis of `x`, from -3 to 2; got 3"),
+        ({"activation": "mish"}, ValueError, "`activation` must be None or one of relu, relu6"),
+        ({"activation": jnp.tanh}, TypeError, "`activation` must be None or a name; got"),
+        ({"nonfinite": "drop"}, ValueError, "must be 'propagate' or 'skip'; got 'drop'."),
+        ({"momentum": 1.5}, ValueError, "must lie in [0, 1], the weight of the old average"),
+        ({"statistics": "group"}, ValueError, "statistics must be one of 'batch', 'steady'"),
+        ({"weight": jnp.ones(4)}, ValueError, "`weight` must have shape (3,), one value for each"),
+        ({"residual": X[:1]}, ValueError, "shape of `x`, (4, 5, 3); got (1, 5, 3)."),
+        ({"mask": jnp.ones((4, 5))}, TypeError, "must be boolean, True where valid; got float32."),
+        ({"mask": jnp.ones((5, 4), bool)}, ValueError, "(4, 5), axis by axis, or have length 1"),
+        ({"mask": jnp.ones((4, 5, 3), bool)}, ValueError, "got (4, 5, 3)."),
+        ({"axis": 0, "statistics": "ghost"}, ValueError, "groups samples along axis 0"),
+    ],
+)
+def test_what_is_refused(arguments: dict[str, Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=re.escape(words)):
+        batch_norm(X, STATE, **arguments)
+
+
+def test_what_needs_a_state_says_so() -> None:
+    for arguments in ({"use_running_average": True}, {"statistics": "steady"}):
+        with pytest.raises(ValueError, match=r"needs running statistics; got state=None\. Start"):
+            batch_norm(X, None, **arguments)
+    with pytest.raises(TypeError, match="`x` must hold real numbers; got complex64"):
+        batch_norm(X + 1j, STATE)
+    with pytest.raises(ValueError, match="BatchNorm: `activation` must be None or one of"):
+        BatchNorm(3, activation="no", rngs=nnx.Rngs(0))

@@ -1,0 +1,91 @@
+"""JAX's transformations of the pure function, and what a backward keeps in memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import steadynorm as sn
+from steadynorm.jax import RunningStatistics, batch_norm, initial_state
+
+
+def draw(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+@pytest.mark.parametrize("policy", ["batch", "frozen", sn.Ghost(2)], ids=repr)
+def test_first_and_second_derivatives(policy: Any) -> None:
+    with jax.enable_x64(True):
+        x, weight, bias, grad = draw(5, 4, 3), draw(3), draw(3, seed=1), draw(5, 4, 3, seed=2)
+        state = RunningStatistics(draw(3), jnp.ones(3), None)
+
+        def loss(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+            y, _ = batch_norm(x, state, weight, bias, statistics=policy, activation="tanh")
+            return (y * grad).sum()
+
+        check_grads(loss, (x, weight, bias), order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
+
+
+def test_vmap_is_a_loop_in_values_states_and_gradients() -> None:
+    x, grad = draw(4, 6, 3), draw(4, 6, 3, seed=1)
+    state = initial_state(3)
+
+    def one(x: jax.Array, grad: jax.Array) -> tuple[Any, jax.Array]:
+        y, pull, after = jax.vjp(
+            lambda x: batch_norm(x, state, statistics="steady"), x, has_aux=True
+        )
+        return (y, after), pull(grad)[0]
+
+    together = jax.vmap(one)(x, grad)
+    for i in range(4):
+        jax.tree.map(
+            lambda t, alone, i=i: np.testing.assert_allclose(t[i], alone, atol=1e-6),
+            together,
+            one(x[i], grad[i]),
+        )
+
+
+@pytest.mark.parametrize(
+    ("activation", "sized"),
+    [(None, 1), ("relu", 2), ("silu", 1)],  # x; and y, where the derivative is read from it
+)
+def test_a_backward_keeps_the_input_and_no_copy_of_it(activation: str | None, sized: int) -> None:
+    x, weight = draw(64, 32, 8), draw(8)
+
+    def call(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return batch_norm(x, None, weight, activation=activation)[0]
+
+    _, pull = jax.vjp(call, x, weight)
+    kept = [t for t in jax.tree.leaves(pull) if isinstance(t, jax.Array) and t.size == x.size]
+    assert len(kept) == sized
+    others = sum(t.size for t in jax.tree.leaves(pull) if hasattr(t, "size")) - sized * x.size
+    assert others < 200
+
+
+def test_scan_moves_the_state_as_a_loop_does() -> None:
+    batches, state = draw(5, 8, 3), initial_state(3)
+    scanned, _ = jax.lax.scan(
+        lambda state, x: (batch_norm(x, state, statistics="steady")[1], None), state, batches
+    )
+    for x in batches:
+        state = batch_norm(x, state, statistics="steady")[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scanned, state)
+    assert int(scanned.batches) == 5
+
+
+def test_splitting_a_stream_leaves_steadys_state_nearly_the_same() -> None:
+    """The averages span the same data at every batch size."""
+    stream, ends = draw(512, 4) * 2 + 3, []
+    for size in (1, 8, 64):
+        state, _ = jax.lax.scan(
+            lambda state, x: (batch_norm(x, state, statistics="steady")[1], None),
+            initial_state(4),
+            stream.reshape(-1, size, 4),
+        )
+        ends.append(state)
+    for state in ends:
+        np.testing.assert_allclose(state.mean, stream.mean(0), atol=0.15)
+        np.testing.assert_allclose(state.var, stream.var(0), rtol=0.1)
