@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.calibration.layers import Layer
-from steadynorm.kernels import eager
+from steadynorm.kernels.choice import stages_for
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.statistics import Moments, RunningStatistics, merge, update_average
@@ -76,7 +76,7 @@ class Pass:
         mask = kwargs.get("mask") if isinstance(module, SteadyNorm) else None
         if mask is not None:
             mask = checks.expanded_mask(mask, x, type(module).__name__)
-        part = Measured(_wide(eager.moments(x.detach(), mask=mask)), 1, x.shape[0])
+        part = Measured(_wide(stages_for(x, None).moments(x.detach(), mask=mask)), 1, x.shape[0])
         # As in training, the biased variance normalizes; a mixture does as it will in inference.
         unbiased = layer.unbiased and self.mixture.prior is not None
         now = self.mixture.kept(before, part, unbiased=unbiased)
