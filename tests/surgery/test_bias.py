@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.surgery.zoo import disturb
 from torch import Tensor, nn
 
 import steadynorm as sn
 from steadynorm.surgery import drop_redundant_bias
-from tests.surgery.zoo import disturb
 
 
 def network(**norm: Any) -> nn.Sequential:

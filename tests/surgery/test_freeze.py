@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from tests.surgery.test_convert import BatchNormAct2d, FrozenBatchNorm2d
+from tests.surgery.zoo import disturb
 from torch import nn
 
 import steadynorm as sn
 from steadynorm.surgery import freeze, unfreeze
-from tests.surgery.test_convert import BatchNormAct2d, FrozenBatchNorm2d
-from tests.surgery.zoo import disturb
 
 
 def network() -> nn.Sequential:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.surgery.zoo import ZOO, disturb, train_briefly
 from torch import Tensor, nn
 
 from steadynorm.surgery import convert, drop_redundant_bias, fold
 from steadynorm.surgery.graph import call, tensors
 from steadynorm.surgery.layers import recognize
-from tests.surgery.zoo import ZOO, disturb, train_briefly
 
 
 def relative(theirs: list[Tensor], ours: list[Tensor]) -> float:

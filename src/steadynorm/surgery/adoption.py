@@ -62,22 +62,20 @@ def why_not_ours(module: nn.Module, norm: Norm) -> str | None:
     return None
 
 
-def adopt(module: nn.Module, norm: Norm, policy: Policy, synchronize: Synchronize) -> list[str]:
+def adopt(module: Any, norm: Norm, policy: Policy, synchronize: Synchronize) -> list[str]:
     """Makes a batch norm ours; returns what about it is no longer what it was."""
     notes: list[str] = []
     if norm.kind == "ours":
-        module.statistics, module.synchronize = policy, synchronize  # type: ignore[assignment]
+        module.statistics, module.synchronize = policy, synchronize
         return notes
-    kind = _class_for(module)
+    kind: type[nn.Module] = _class_for(module)
     if norm.kind == "other":
         notes += _restructure(module, norm)
     module.__class__ = kind
-    module.statistics = policy  # type: ignore[assignment]
-    module.activation = (  # type: ignore[assignment]
-        None if norm.activation is None else activation_name(norm.activation)
-    )
-    module.synchronize = synchronize  # type: ignore[assignment]
-    module.nonfinite = "propagate"  # type: ignore[assignment]
+    module.statistics = policy
+    module.activation = None if norm.activation is None else activation_name(norm.activation)
+    module.synchronize = synchronize
+    module.nonfinite = "propagate"
     return notes
 
 
@@ -89,12 +87,12 @@ def _class_for(module: nn.Module) -> type[ours.SteadyNorm]:
     return BY_RANK[found.group()] if found else BatchNorm
 
 
-def _restructure(module: nn.Module, norm: Norm) -> list[str]:
+def _restructure(module: Any, norm: Norm) -> list[str]:
     """Gives a look-alike the parameters, buffers and attributes of a batch norm."""
     notes = []
     assert norm.running_mean is not None
-    module.num_features = len(norm.running_mean)  # type: ignore[assignment]
-    module.eps = norm.eps  # type: ignore[assignment]
+    module.num_features = len(norm.running_mean)
+    module.eps = norm.eps
     module.momentum = getattr(module, "momentum", 0.1)
     moved = [n for n in ("weight", "bias") if isinstance(module._buffers.get(n), Tensor)]
     for name in moved:
@@ -106,8 +104,8 @@ def _restructure(module: nn.Module, norm: Norm) -> list[str]:
     for name in ("weight", "bias"):
         if name not in module._parameters:
             module.register_parameter(name, None)
-    module.affine = module.weight is not None  # type: ignore[assignment]
-    module.track_running_stats = True  # type: ignore[assignment]
+    module.affine = module.weight is not None
+    module.track_running_stats = True
     if "num_batches_tracked" not in module._buffers:
         zero = torch.tensor(0, dtype=torch.long, device=norm.running_mean.device)
         module.register_buffer("num_batches_tracked", zero)
@@ -117,7 +115,7 @@ def _restructure(module: nn.Module, norm: Norm) -> list[str]:
     return notes
 
 
-def release(module: ours.SteadyNorm) -> list[str]:
+def release(module: Any) -> list[str]:
     """Makes one of ours torch's again; returns what torch's layer cannot hold."""
     notes = []
     if not isinstance(module.statistics, Batch):
@@ -136,5 +134,5 @@ def release(module: ours.SteadyNorm) -> list[str]:
         delattr(module, name)
     module.__class__ = kind
     if kind is nn.SyncBatchNorm:
-        module.process_group = group  # type: ignore[assignment]
+        module.process_group = group
     return notes

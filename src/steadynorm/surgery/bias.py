@@ -79,7 +79,7 @@ def drop_redundant_bias(
         norms = _norms_after(host, graphs)
         if not norms:
             continue
-        size = f"{host.bias.numel()} values"
+        size = f"{channels(host)[1]} values"
         if reason := _why_needed(host, norms, graphs, model.training):
             changes.append(Change("left", f"{name}.bias", size, size, reason))
             continue
@@ -99,7 +99,7 @@ def drop_redundant_bias(
     return model, changes
 
 
-def _subtract(norm: nn.Module, host: nn.Module) -> None:
+def _subtract(norm: Any, host: Any) -> None:
     mean = norm.running_mean
     if mean is not None:
         with torch.no_grad():

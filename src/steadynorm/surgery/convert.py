@@ -82,11 +82,11 @@ def convert(
         raise ValueError(f"convert: `to` must be 'steadynorm' or 'torch'; got {to!r}.")
     policy = None if statistics is None else policy_from(statistics)
     expected = None if example_inputs is None else answers(model, example_inputs, training=False)
-    model = model if inplace else copied(model, "convert")
+    result: Any = model if inplace else copied(model, "convert")
     changes = Changes()
     if to == "torch":
-        model = fusion.unfuse(model, changes)
-    for name, module in named(model):
+        result = fusion.unfuse(result, changes)
+    for name, module in named(result):
         norm = recognize(module)
         if norm is None:
             continue
@@ -97,20 +97,21 @@ def convert(
         if change is not None:
             changes.append(change)
     if fuse and to == "steadynorm":
-        model = fusion.fuse(model, changes)
+        result = fusion.fuse(result, changes)
     if expected is not None:
-        compare(expected, answers(model, example_inputs, training=False), "convert")
-    return model, changes
+        compare(expected, answers(result, example_inputs, training=False), "convert")
+    return result, changes
 
 
 def _to_ours(
-    name: str, module: nn.Module, norm: Norm, policy: Policy | None, synchronize: Synchronize | None
+    name: str, module: Any, norm: Norm, policy: Policy | None, synchronize: Synchronize | None
 ) -> Change | None:
     before = describe(module)
     if reason := why_not_ours(module, norm):
         return Change("left", name, before, before, reason)
     notes: list[str] = []
-    chosen: Policy = Frozen() if norm.frozen else policy or getattr(module, "statistics", Batch())
+    current: Policy = module.statistics if isinstance(module, SteadyNorm) else Batch()
+    chosen = Frozen() if norm.frozen else policy or current
     if norm.frozen and policy is not None and not isinstance(policy, Frozen):
         notes.append("stays frozen")
     if chosen.needs_running and not getattr(module, "track_running_stats", True):
@@ -123,7 +124,6 @@ def _to_ours(
     notes += adopt(module, norm, chosen, pooled)
     mean = module.running_mean
     if isinstance(mean, torch.Tensor) and mean.dtype in HALF:
-        assert isinstance(module, SteadyNorm)
         module._widen_statistics()
         notes.append("running statistics are float32 now")
     notes.insert(0, repr(chosen) + ("" if pooled is False else ", synchronized"))

@@ -260,7 +260,7 @@ class _Recorder(TorchDispatchMode):
     """Sees every operator outside the layers that surgery deals with."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = {id(module): name for name, module in model.named_modules()}
         self.owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.touched: set[int] = set()

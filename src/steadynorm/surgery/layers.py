@@ -61,18 +61,18 @@ def recognize(module: nn.Module) -> Norm | None:
         kind = "torch" if type(module).forward in TORCH_FORWARDS else "other"
         if isinstance(module, SteadyNorm):
             kind, frozen = "ours", isinstance(module.statistics, statistics.Frozen)
-        if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():  # type: ignore[misc]
+        if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():
             return Norm(kind, module.eps, None, None, None, None, None, frozen)
     elif "BatchNorm" in type(module).__name__ and _holds_statistics(module):
         # Frozen ones keep weight and bias as buffers, or not at all.
         kind, frozen = "other", "weight" not in module._parameters
     else:
         return None
-    tensors = (
+    eps: Any = getattr(module, "eps", 1e-5)  # DETR's is in its forward; `behaves` checks it
+    weight, bias, mean, var = (
         getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var")
     )
-    eps = getattr(module, "eps", 1e-5)  # DETR's writes 1e-5 into its forward; `behaves` checks it
-    return Norm(kind, eps, *tensors, _activation(module), frozen)
+    return Norm(kind, eps, weight, bias, mean, var, _activation(module), frozen)
 
 
 def _holds_statistics(module: nn.Module) -> bool:
@@ -193,13 +193,14 @@ def describe(module: nn.Module) -> str:
     return f"{type(module).__name__}({size})"
 
 
+_blank: Any = nn.UninitializedBuffer
+
+
 def copied(model: nn.Module, owner: str) -> Any:
     """A deep copy; sharing inside the model is kept."""
     blank = [b for b in model.buffers() if isinstance(b, nn.UninitializedBuffer)]
     # torch copies uninitialized parameters, but not buffers
-    memo: dict[int, Any] = {
-        id(b): nn.UninitializedBuffer(device=b.device, dtype=b.dtype) for b in blank
-    }
+    memo: dict[int, Any] = {id(b): _blank(device=b.device, dtype=b.dtype) for b in blank}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
