@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from steadynorm.kernels import choice, operators
+from steadynorm.kernels import choice, native, operators
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
 from steadynorm.nn.training import Buffers, TrainingStep
@@ -95,7 +95,7 @@ def batch_norm(
     learning = training and policy.__class__ is not Frozen
     if choice.native_is_best(input, weight, running_mean, running_var):
         if not learning and running_mean is not None and running_var is not None and mask is None:
-            return operators.infer_natively(
+            return native.infer(
                 input, weight, bias, running_mean, running_var, eps, residual, activation
             )
         if (
@@ -106,9 +106,12 @@ def batch_norm(
             and nonfinite == "propagate"
             and momentum is not None
             and input.numel() > input.size(1)
-            and not recomputation.is_recomputation()
         ):
-            y = operators.train_natively(
+            if recomputation.is_recomputation() and running_mean is not None:
+                # The same operator on copies: checkpointing wants as many tensors saved as before.
+                running_mean, running_var = running_mean.clone(), running_var.clone()
+                num_batches_tracked = None
+            y = native.train(
                 input, weight, bias, running_mean, running_var, momentum, eps, residual, activation
             )
             if num_batches_tracked is not None:
@@ -134,7 +137,7 @@ def batch_norm(
     replicas = None if group is None else Replicas(group, owner)
     groups = None
     if isinstance(policy, Ghost):
-        alone = policy.lengths(input.shape[0]) or None  # an empty batch has no groups
+        alone = policy.lengths(input.shape[0]) if input.numel() else None
         groups = alone if replicas is None else replicas.divide(policy, input)
     if mask is None and replicas is None:
         checks.values_per_channel(input, checks.smallest_group(input, groups), policy, owner)

@@ -1,0 +1,95 @@
+"""Leaving Python: torch.export, ONNX checked by onnxruntime, torch.jit.trace."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import steadynorm as sn
+
+POLICIES = {
+    "batch": sn.Batch(),
+    "steady": sn.Steady(),
+    "running": sn.Running(),
+    "renorm": sn.Renorm(warmup=0, r_ramp=2, d_ramp=2),
+    "ghost": sn.Ghost(2),
+    "frozen": sn.Frozen(),
+}
+everywhere = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+EPS = 3e-2  # far from every default, so that a lost one shows
+
+
+def network(policy: sn.Batch) -> Any:
+    torch.manual_seed(0)
+    made = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3), sn.BatchNorm2d(3, EPS, statistics=policy, activation="relu")
+    )
+    with torch.no_grad():
+        for tensor in (made[1].weight, made[1].bias, made[1].running_mean, made[1].running_var):
+            tensor.uniform_(0.5, 1.5)
+    return made
+
+
+def data() -> torch.Tensor:
+    return torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@everywhere
+def test_export_in_training(policy: sn.Batch) -> None:
+    """The exported program computes the values and moves its own buffers."""
+    made, x = network(policy), data()
+    program = torch.export.export(copy.deepcopy(made), (x,)).module()
+    for _ in range(2):
+        torch.testing.assert_close(program(x), made(x), rtol=1e-5, atol=1e-5)
+    exported = dict(program.named_buffers())
+    for name, buffer in made.named_buffers():
+        torch.testing.assert_close(exported[name], buffer, rtol=1e-5, atol=1e-6)
+        assert exported[name].dtype == buffer.dtype
+
+
+@everywhere
+def test_export_in_inference(policy: sn.Batch) -> None:
+    """One operator that runtimes know, with our eps, for any batch size."""
+    made, x = network(policy).eval(), data()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(made, (x,), dynamic_shapes=({0: batch},))
+    used = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert [name for name in used if "batch_norm" in name] == ["aten.batch_norm.default"]
+    assert used[-1] == "aten.relu.default"
+    torch.testing.assert_close(program.module()(x[:3]), made(x[:3]), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx(tmp_path: Path) -> None:
+    """onnxruntime computes what the layer does; eps survives as an attribute."""
+    onnx = pytest.importorskip("onnx", reason="an optional extra")
+    runtime = pytest.importorskip("onnxruntime", reason="an optional extra")
+    made, x = network(sn.Steady()).eval(), data()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        torch.onnx.export(
+            made, (x,), tmp_path / "net.onnx", dynamo=True, optimize=False, verbose=False
+        )
+    nodes = [
+        node
+        for node in onnx.load(tmp_path / "net.onnx").graph.node
+        if node.op_type == "BatchNormalization"
+    ]
+    assert len(nodes) == 1
+    eps = {attribute.name: attribute.f for attribute in nodes[0].attribute}["epsilon"]
+    assert eps == pytest.approx(EPS)
+    session = runtime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, made(x).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_trace_in_inference() -> None:
+    made, x = network(sn.Steady()).eval(), data()
+    traced = torch.jit.trace(made, (x,))
+    torch.testing.assert_close(traced(x[:2]), made(x[:2]), rtol=1e-5, atol=1e-5)
+    assert "aten::batch_norm" in str(traced.inlined_graph)
