@@ -28,9 +28,6 @@ from steadynorm.tour.tour import processor
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-PRIORS = (0.5, 1.0, 2.0, 4.0, 8.0)
-HORIZONS = (160, 320, 640, 1280, 2560)
-
 DataDir = Annotated[Optional[Path], typer.Option(help="MNIST's IDX files.")]  # noqa: UP045
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds, from 0.")]
 Samples = Annotated[int, typer.Option(min=64, help="Digits seen in a run.")]
@@ -111,20 +108,27 @@ def sweep(
     samples: Samples = 6_000,
     workers: Workers = 2,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 2,
+    prior: Annotated[list[float], typer.Option(min=0, help="Priors.")] = [0.5, 1, 2, 4, 8],  # noqa: B006
+    horizon: Annotated[list[int], typer.Option(min=0, help="Horizons in samples.")] = [  # noqa: B006
+        160,
+        320,
+        640,
+        1280,
+        2560,
+    ],
 ) -> None:
     """Steady at one batch size for every prior and horizon."""
     recipe = Recipe(batch, samples)
     setups = {
-        f"{prior}|{horizon}": Setup("fully connected", Steady(prior, horizon), recipe)
-        for prior, horizon in product(PRIORS, HORIZONS)
+        f"{p}|{h}": Setup("fully connected", Steady(p, h), recipe)
+        for p, h in product(prior, horizon)
     }
     found = measure(setups, data_dir, seeds, workers)
     heading(f"sweep --batch {batch}", data_dir, seeds, samples)
-    print("| prior | " + " | ".join(f"horizon {horizon}" for horizon in HORIZONS) + " |")
-    print("|---" * (len(HORIZONS) + 1) + "|")
-    for prior in PRIORS:
-        row = " | ".join(str(found[f"{prior}|{horizon}"]) for horizon in HORIZONS)
-        print(f"| {prior:g} | {row} |")
+    print("| prior | " + " | ".join(f"horizon {h}" for h in horizon) + " |")
+    print("|---" * (len(horizon) + 1) + "|")
+    for p in prior:
+        print(f"| {p:g} | " + " | ".join(str(found[f"{p}|{h}"]) for h in horizon) + " |")
 
 
 if __name__ == "__main__":
