@@ -106,6 +106,7 @@ def batch_norm(
             and nonfinite == "propagate"
             and momentum is not None
             and input.numel() > input.size(1)
+            and choice.native_sums_well(input)
         ):
             if recomputation.is_recomputation() and running_mean is not None:
                 # The same operator on copies: checkpointing wants as many tensors saved as before.
