@@ -7,11 +7,12 @@ stages of a direction while a block of channels is still in the cache. `takes` s
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -131,10 +132,10 @@ def _forward_kernel(dtype: torch.dtype, activation: str | None, add: bool, maske
 
 @cache
 def _backward_kernel(
-    dtype: torch.dtype, activation: str | None, rebuilt: bool, add: bool, want: bool, masked: bool
+    dtype: torch.dtype, activation: str | None, rebuilt: bool, add: bool, want: bool, keep: bool, masked: bool
 ) -> Kernel:
     code = CODES[activation]
-    return compile_kernel(backward(*_SCALARS[dtype], code, rebuilt, add, want, masked))
+    return compile_kernel(backward(*_SCALARS[dtype], code, rebuilt, add, want, keep, masked))
 
 
 def warmup(
@@ -153,7 +154,9 @@ def warmup(
                 name = f"{_name(dtype)} {'add ' * add}{activation or 'identity'}"
                 done[f"forward {name}"] = _forward_kernel(dtype, activation, add, False).cached
                 want = add and activation is not None
-                kernel = _backward_kernel(dtype, activation, rebuilt, add and rebuilt, want, False)
+                kernel = _backward_kernel(
+                    dtype, activation, rebuilt, add and rebuilt, want, False, False
+                )
                 done[f"backward {name}"] = kernel.cached
     return done
 
@@ -175,13 +178,13 @@ def _plan(rows: int, channels: int, length: int, itemsize: int, threads: int) ->
     block, together = 1, 1
     if 2 * row <= WIDTH:
         block, together = channels, min(rows, WIDTH // row)
-    elif length <= WIDTH:
+    elif 2 * length <= WIDTH:
         block = min(channels, WIDTH // length)
+        aligned = 16 // math.gcd(16, length)  # strips then start where cache lines do
+        block = block // aligned * aligned or block
     blocks = -(-channels // block)
     if rows * row < _PARALLEL_FROM:
         threads = 1
-    if blocks < threads or (blocks > threads and blocks % threads and blocks < 8 * threads):
-        pass
     visit = rows * block * length * itemsize <= _VISIT_UP_TO and blocks >= threads
     strips = -(-rows // together)
     parts = 1 if blocks >= 4 * threads else min(strips, -(-4 * threads // blocks))
@@ -361,9 +364,9 @@ def normalize(
 
 
 class _Gradient(NamedTuple):
-    """The x-sized arguments of a backward kernel, and the kernel for them."""
+    """The x-sized arguments of a backward kernel, and how to get the kernel for them."""
 
-    kernel: Kernel
+    kernel: Callable[[bool, bool, bool], Kernel]
     grad: Tensor
     y: Tensor | None
     residual: Tensor | None
@@ -388,7 +391,7 @@ class _Gradient(NamedTuple):
 
 def _gradient(
     grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, *, y: Tensor | None,
-    residual: Tensor | None, activation: str | None, want: bool, masked: bool,
+    residual: Tensor | None, activation: str | None,
 ) -> _Gradient:  # fmt: skip
     real = _real(x)
     rebuilt = activation is not None and (CODES[activation] in FROM_INPUT or y is None)
@@ -396,7 +399,7 @@ def _gradient(
     if rebuilt and CODES[activation] not in FROM_INPUT:
         raise ValueError(f"`y`, the output, is required for the gradient of {activation}; got None.")
     return _Gradient(
-        _backward_kernel(x.dtype, activation, rebuilt, add, want, masked),
+        partial(_backward_kernel, x.dtype, activation, rebuilt, add),
         _like(grad, x),
         None if y is None or rebuilt or activation is None else _like(y, x),
         _like(residual, x) if add and residual is not None else None,
@@ -422,8 +425,7 @@ def reduce_grad(
     calls["reduce_grad"] += 1
     shape = _known_shape(x)
     inputs = _gradient(
-        grad, x, center, scale, shift, y=y, residual=residual, activation=activation, want=False,
-        masked=False,
+        grad, x, center, scale, shift, y=y, residual=residual, activation=activation
     )  # fmt: skip
     sums = torch.empty((2, *center.shape), dtype=_real(x))
     for group, first, rows in _slabs(shape, groups):
@@ -431,7 +433,7 @@ def reduce_grad(
         a = inputs.arguments(plan, group, first, rows, x, shape)
         base = sums.data_ptr() + group * shape.channels * sums.element_size()
         a[at.SUM_GRAD], a[at.SUM_GRAD_X] = base, base + sums.stride(0) * sums.element_size()
-        _reduce(inputs.kernel, a, plan, _partials(plan, shape.channels))
+        _reduce(inputs.kernel(False, False, False), a, plan, _partials(plan, shape.channels))
     return sums[0], sums[1]
 
 
@@ -457,8 +459,7 @@ def apply_grad(
     shape, real = _known_shape(x), _real(x)
     want = want_residual and activation is not None
     inputs = _gradient(
-        grad, x, center, scale, shift, y=y, residual=residual, activation=activation, want=want,
-        masked=mask is not None,
+        grad, x, center, scale, shift, y=y, residual=residual, activation=activation
     )  # fmt: skip
     dx, dresidual = out if out is not None else (_fresh(x), _fresh(x) if want else None)
     slope, constant = _per_channel(slope, real), _per_channel(constant, real)
@@ -474,8 +475,13 @@ def apply_grad(
         if mask is not None:
             a[at.MASK] = mask.data_ptr() + first * shape.length
         a[at.SLOPE], a[at.CONSTANT] = slope.data_ptr() + channel, constant.data_ptr() + channel
-        _launch(inputs.kernel, a, at.MAP, plan, plan.parts)
+        _launch(inputs.kernel(want, False, mask is not None), a, at.MAP, plan, plan.parts)
     return dx, dresidual if want else (grad if want_residual else None)
+
+
+def _survives_storing(x: Tensor, activation: str | None) -> bool:
+    """Whether g is as exact when read back from the residual's gradient."""
+    return x.dtype != torch.bfloat16 or activation in ("relu", "relu6")
 
 
 def normalize_grad(
@@ -508,8 +514,7 @@ def normalize_grad(
     shape, real = _known_shape(x), _real(x)
     want = want_residual and activation is not None
     inputs = _gradient(
-        grad, x, center, scale, shift, y=y, residual=residual, activation=activation, want=want,
-        masked=False,
+        grad, x, center, scale, shift, y=y, residual=residual, activation=activation
     )  # fmt: skip
     dx, dresidual = out if out is not None else (_fresh(x), _fresh(x) if want else None)
     factors = [_per_channel(t, real) for t in (slope_factor, constant_factor, mean_low, mean_gap)]
@@ -531,9 +536,15 @@ def normalize_grad(
         a[at.MEAN_LOW] = factors[2].data_ptr() + channel
         a[at.MEAN_GAP] = factors[3].data_ptr() + channel
         if plan.visit:
-            _launch(inputs.kernel, a, at.REDUCE | at.MAP, plan, 1)
+            _launch(inputs.kernel(want, False, False), a, at.REDUCE | at.MAP, plan, 1)
+        elif want and dresidual is not None and _survives_storing(x, activation):
+            # 6 passes over memory beside dx: grad, x, y and dresidual, then dresidual and x again.
+            _reduce(inputs.kernel(False, True, False), a, plan, _partials(plan, shape.channels))
+            a[at.GRAD] = a[at.DRESIDUAL]
+            plain = _backward_kernel(x.dtype, None, False, False, False, False, False)
+            _launch(plain, a, at.MAP | at.BACKWARDS, plan, plan.parts)
         else:
-            _reduce(inputs.kernel, a, plan, _partials(plan, shape.channels))
-            _launch(inputs.kernel, a, at.MAP | at.BACKWARDS, plan, plan.parts)
+            _reduce(inputs.kernel(False, False, False), a, plan, _partials(plan, shape.channels))
+            _launch(inputs.kernel(want, False, False), a, at.MAP | at.BACKWARDS, plan, plan.parts)
     dresidual = dresidual if want else (grad if want_residual else None)
     return dx, dresidual, results[0], results[1]

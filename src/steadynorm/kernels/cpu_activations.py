@@ -12,7 +12,7 @@ from typing import Any
 from numba.core import types
 from numba.core.extending import overload, register_jitable
 
-from .cpu_memory import like
+from .cpu_memory import like, widen
 
 IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, GELU, HARDSWISH, ELU, SIGMOID, TANH = range(10)
 CODES = {
@@ -176,3 +176,49 @@ def _gradient(g: Any, v: Any, code: Any) -> Any:
         return chosen(g, v)
 
     return implementation
+
+
+def gradient_at(
+    g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: int
+) -> Any:
+    """The gradient before the activation: by the output at `place`, or by z rebuilt where y is None.
+
+    z = moved·scale + shift + residual, with moved = x - center; a residual of None is left out.
+    """
+    raise NotImplementedError("only inside compiled kernels")
+
+
+@overload(gradient_at, prefer_literal=True)  # type: ignore[untyped-decorator]
+def _gradient_at(
+    g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
+) -> Any:
+    if not isinstance(code, types.IntegerLiteral):
+        return None
+    known = code.literal_value
+    plain, added = known == IDENTITY, not isinstance(residual, types.NoneType)
+
+    def unchanged(
+        g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
+    ) -> Any:
+        return g
+
+    def by_output(
+        g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
+    ) -> Any:
+        return gradient(g, widen(y[place]), known)
+
+    def by_input(
+        g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
+    ) -> Any:
+        return gradient(g, moved * scale + shift, known)
+
+    def by_sum(
+        g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
+    ) -> Any:
+        return gradient(g, moved * scale + shift + widen(residual[place]), known)
+
+    if plain:
+        return unchanged
+    if not isinstance(y, types.NoneType):
+        return by_output
+    return by_sum if added else by_input

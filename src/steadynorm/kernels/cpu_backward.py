@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.core import types
+from numba.core.extending import overload
 
-from .cpu_activations import activate, gradient
+from .cpu_activations import gradient_at
 from .cpu_loops import (
     CENTER, CHUNKS, CONSTANT, CONSTANT_FACTOR, DRESIDUAL, DX, FLUSH, GRAD, MAP, MASK, MEAN_GAP,
-    MEAN_LOW, MERGE, MODE, REDUCE, RESIDUAL, SCALE, SHIFT, SLOPE, SLOPE_FACTOR, STORED, SUM_GRAD,
-    SUM_GRAD_X, SUMS, X, Y, chunk_at, clear, compiled, fold, gather, put_aside, spread, spread_mask,
-    strip_start, strip_width,
+    MEAN_LOW, MERGE, MODE, PIECE, REDUCE, RESIDUAL, SCALE, SHIFT, SLOPE, SLOPE_FACTOR, STORED,
+    SUM_GRAD, SUM_GRAD_X, SUMMED, SUMS, X, Y, chunk_at, clear, compiled, fold, gather, minus, put_aside,
+    spread, spread_mask, start_of,
 )  # fmt: skip
 from .cpu_memory import like, narrow, pointer, scratch, take, widen
 
@@ -36,17 +38,68 @@ def write_map(
         constant[k] = like(-constant_factor[k] * sums_1[c] - tilt * mean_gap[k], constant[k])
 
 
-def backward(SCALAR: Any, REAL: Any, ACT: int, REBUILT: bool, ADD: bool, WANT: bool, MASKED: bool) -> Any:
+def sums_of_planes(
+    grad: Any, x: Any, m: Any, s: Any, t: Any, y: Any, residual: Any, kept: Any, chunk: Any, code: int
+) -> Any:
+    """Σg and Σg·(x - center) of the chunk's one channel; g itself goes to `kept`, unless None."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+@overload(sums_of_planes, prefer_literal=True, jit_options=SUMMED)  # type: ignore[untyped-decorator]
+def _sums_of_planes(
+    grad: Any, x: Any, m: Any, s: Any, t: Any, y: Any, residual: Any, kept: Any, chunk: Any, code: Any
+) -> Any:
+    if not isinstance(code, types.IntegerLiteral):
+        return None
+    ACT = code.literal_value
+
+    def implementation(
+        grad: Any, x: Any, m: Any, s: Any, t: Any, y: Any, residual: Any, kept: Any, chunk: Any, code: Any
+    ) -> Any:
+        total_1, total_2 = 0.0, 0.0
+        for row in range(chunk.top, chunk.bottom):
+            for begin in range(0, chunk.length, PIECE):
+                start = start_of(chunk, row) + begin
+                part_1, part_2 = like(0.0, m), like(0.0, m)
+                for i in range(start, start + min(PIECE, chunk.length - begin)):
+                    d = minus(widen(x[i]), m)
+                    g = gradient_at(widen(grad[i]), d, s, t, y, residual, i, ACT)
+                    if kept is not None:
+                        kept[i] = narrow(g, kept)
+                    part_1 += g
+                    part_2 += g * d
+                total_1 += part_1
+                total_2 += part_2
+        return total_1, total_2
+
+    return implementation
+
+
+def backward(
+    SCALAR: Any, REAL: Any, ACT: int, REBUILT: bool, ADD: bool, WANT: bool, KEEP: bool, MASKED: bool
+) -> Any:
     """Build the kernel for one stored type, the type computed in, activation, and options.
 
     REBUILT: the activation's gradient is taken at z rebuilt from x, and from a residual if ADD;
-    else at the output y, if there is an activation. WANT: the residual's gradient is written.
+    else at the output y, if there is an activation. WANT: the map writes the residual's gradient. KEEP: the
+    reduction does, and the map is then left to the plain kernel, which reads it as its gradient.
     """
 
     def kernel(args: Any) -> None:
         grad, x = pointer(args[GRAD], SCALAR), pointer(args[X], SCALAR)
-        y, residual = pointer(args[Y], SCALAR), pointer(args[RESIDUAL], SCALAR)
         dx, dresidual = pointer(args[DX], SCALAR), pointer(args[DRESIDUAL], SCALAR)
+        if REBUILT:
+            y = None
+        else:
+            y = pointer(args[Y], SCALAR)
+        if ADD:
+            residual = pointer(args[RESIDUAL], SCALAR)
+        else:
+            residual = None
+        if KEEP:
+            kept = dresidual
+        else:
+            kept = None
         mask = pointer(args[MASK], np.uint8)
         center, scale, shift = (
             pointer(args[CENTER], REAL), pointer(args[SCALE], REAL), pointer(args[SHIFT], REAL),
@@ -54,7 +107,7 @@ def backward(SCALAR: Any, REAL: Any, ACT: int, REBUILT: bool, ADD: bool, WANT: b
         slope, constant = pointer(args[SLOPE], REAL), pointer(args[CONSTANT], REAL)
         partial = pointer(args[SUMS], np.float64)
         valid = scratch(np.uint8)
-        wide_center, wide_scale, wide_shift = scratch(REAL), scratch(REAL), scratch(REAL)
+        wide_m, wide_s, wide_t = scratch(REAL), scratch(REAL), scratch(REAL)
         wide_1, wide_2 = scratch(REAL), scratch(REAL)
         sums_1, sums_2 = scratch(np.float64), scratch(np.float64)
         mode = args[MODE]
@@ -64,37 +117,57 @@ def backward(SCALAR: Any, REAL: Any, ACT: int, REBUILT: bool, ADD: bool, WANT: b
             if index >= args[CHUNKS]:
                 return
             chunk = chunk_at(args, index)
-            spread(center, chunk.first, chunk, wide_center)
-            if REBUILT:
-                spread(scale, chunk.first, chunk, wide_scale)
-                spread(shift, chunk.first, chunk, wide_shift)
-            if mode & REDUCE:
+            columns = chunk.here * chunk.length
+            m, s, t = center[chunk.first], scale[chunk.first], shift[chunk.first]
+            if not chunk.planes:
+                spread(center, chunk.first, chunk, wide_m)
+                spread(scale, chunk.first, chunk, wide_s)
+                spread(shift, chunk.first, chunk, wide_t)
+
+            if mode & REDUCE and chunk.planes:
+                sums_1[0], sums_2[0] = sums_of_planes(grad, x, m, s, t, y, residual, kept, chunk, ACT)
+            elif mode & REDUCE:
                 clear(sums_1, chunk.here)
                 clear(sums_2, chunk.here)
-                clear(wide_1, chunk.copies * chunk.here * chunk.piece)
-                clear(wide_2, chunk.copies * chunk.here * chunk.piece)
+                clear(wide_1, chunk.copies * columns)
+                clear(wide_2, chunk.copies * columns)
+                step = chunk.together * chunk.channels * chunk.length
                 held = 0
-                for row in range(chunk.top, chunk.bottom, chunk.together):
-                    several = min(chunk.together, chunk.bottom - row)
-                    for j in range(chunk.pieces):
-                        start = strip_start(chunk, row, j)
-                        for i in range(strip_width(chunk, several, j)):
-                            d = widen(x[start + i]) - wide_center[i]
-                            g = widen(grad[start + i])
-                            if REBUILT:
-                                z = d * wide_scale[i] + wide_shift[i]
-                                if ADD:
-                                    z += widen(residual[start + i])
-                                g = gradient(g, z, ACT)
-                            elif ACT != 0:
-                                g = gradient(g, widen(y[start + i]), ACT)
+                row = chunk.top
+                while row < chunk.bottom:
+                    a = start_of(chunk, row)
+                    if not KEEP and row + 2 * chunk.together <= chunk.bottom:
+                        # Two strips at once: fewer trips to the accumulators.
+                        b = a + step
+                        for i in range(chunk.together * columns):
+                            d_0, d_1 = widen(x[a + i]) - wide_m[i], widen(x[b + i]) - wide_m[i]
+                            g_0 = gradient_at(
+                                widen(grad[a + i]), d_0, wide_s[i], wide_t[i], y, residual, a + i, ACT
+                            )
+                            g_1 = gradient_at(
+                                widen(grad[b + i]), d_1, wide_s[i], wide_t[i], y, residual, b + i, ACT
+                            )
+                            wide_1[i] += g_0 + g_1
+                            wide_2[i] += g_0 * d_0 + g_1 * d_1
+                        row += 2 * chunk.together
+                        held += 2
+                    else:
+                        several = min(chunk.together, chunk.bottom - row)
+                        for i in range(several * columns):
+                            d = widen(x[a + i]) - wide_m[i]
+                            g = gradient_at(
+                                widen(grad[a + i]), d, wide_s[i], wide_t[i], y, residual, a + i, ACT
+                            )
+                            if KEEP:
+                                dresidual[a + i] = narrow(g, dresidual)
                             wide_1[i] += g
                             wide_2[i] += g * d
+                        row += several
                         held += 1
-                        if held == FLUSH:
-                            fold(wide_1, chunk, sums_1)
-                            fold(wide_2, chunk, sums_2)
-                            held = 0
+                    if held >= FLUSH:
+                        fold(wide_1, chunk, sums_1)
+                        fold(wide_2, chunk, sums_2)
+                        held = 0
                 fold(wide_1, chunk, sums_1)
                 fold(wide_2, chunk, sums_2)
             if mode & MERGE:
@@ -111,31 +184,40 @@ def backward(SCALAR: Any, REAL: Any, ACT: int, REBUILT: bool, ADD: bool, WANT: b
                         pointer(args[CONSTANT_FACTOR], REAL), pointer(args[MEAN_LOW], REAL),
                         pointer(args[MEAN_GAP], REAL), slope, constant,
                     )  # fmt: skip
-            if mode & MAP:
-                spread(scale, chunk.first, chunk, wide_scale)
-                spread(slope, chunk.first, chunk, wide_1)
-                spread(constant, chunk.first, chunk, wide_2)
-                for row in range(chunk.top, chunk.bottom, chunk.together):
-                    several = min(chunk.together, chunk.bottom - row)
-                    for j in range(chunk.pieces):
-                        start = strip_start(chunk, row, j)
+
+            if KEEP or not mode & MAP:
+                continue
+            if chunk.planes:
+                u, v = slope[chunk.first], constant[chunk.first]
+                for row in range(chunk.top, chunk.bottom):
+                    start = start_of(chunk, row)
+                    from_mask = row * chunk.length - start
+                    for i in range(start, start + chunk.length):
+                        d = widen(x[i]) - m
+                        g = gradient_at(widen(grad[i]), d, s, t, y, residual, i, ACT)
+                        if WANT:
+                            dresidual[i] = narrow(g, dresidual)
+                        through = u * d + v
                         if MASKED:
-                            spread_mask(mask, chunk, row, several, j, valid)
-                        for i in range(strip_width(chunk, several, j)):
-                            d = widen(x[start + i]) - wide_center[i]
-                            g = widen(grad[start + i])
-                            if REBUILT:
-                                z = d * wide_scale[i] + wide_shift[i]
-                                if ADD:
-                                    z += widen(residual[start + i])
-                                g = gradient(g, z, ACT)
-                            elif ACT != 0:
-                                g = gradient(g, widen(y[start + i]), ACT)
-                            if WANT:
-                                dresidual[start + i] = narrow(g, SCALAR)
-                            through = wide_1[i] * d + wide_2[i]
-                            if MASKED:
-                                through = through if valid[i] != 0 else like(0.0, through)
-                            dx[start + i] = narrow(wide_scale[i] * g + through, SCALAR)
+                            through = through if mask[from_mask + i] != 0 else like(0.0, through)
+                        dx[i] = narrow(s * g + through, dx)
+                continue
+            spread(slope, chunk.first, chunk, wide_1)
+            spread(constant, chunk.first, chunk, wide_2)
+            for row in range(chunk.top, chunk.bottom, chunk.together):
+                several = min(chunk.together, chunk.bottom - row)
+                start = start_of(chunk, row)
+                if MASKED:
+                    spread_mask(mask, chunk, row, several, valid)
+                for i in range(several * columns):
+                    k = start + i
+                    d = widen(x[k]) - wide_m[i]
+                    g = gradient_at(widen(grad[k]), d, wide_s[i], wide_t[i], y, residual, k, ACT)
+                    if WANT:
+                        dresidual[k] = narrow(g, dresidual)
+                    through = wide_1[i] * d + wide_2[i]
+                    if MASKED:
+                        through = through if valid[i] != 0 else like(0.0, through)
+                    dx[k] = narrow(wide_s[i] * g + through, dx)
 
     return kernel

@@ -10,8 +10,8 @@ import numpy as np
 from .cpu_activations import activate
 from .cpu_loops import (
     AGAIN, BIAS, CENTER, CHUNKS, COUNT, EPS, LOW, MAP, MASK, MERGE, MODE, PIVOTED, REDUCE, RESIDUAL,
-    SCALE, SHIFT, STORED, SUMS, VAR, WEIGHT, X, Y, chunk_at, compiled, gather, put_aside,
-    reduce_moments, sample, settle, spread, strip_start, strip_width,
+    SCALE, SHIFT, STORED, SUMS, VAR, WEIGHT, X, Y, chunk_at, compiled, gather, moments_of_planes,
+    moments_of_strips, pivot_at, put_aside, sample, settle, spread, start_of,
 )  # fmt: skip
 from .cpu_memory import as_float, like, narrow, pointer, scratch, take, widen
 
@@ -27,6 +27,18 @@ def write_map(
         scale[c] = like(gain, scale[c])
         offset = -low[c] * gain
         shift[c] = like(offset + bias[c] if biased else offset, shift[c])
+
+
+@compiled  # type: ignore[untyped-decorator]
+def reduce(
+    x: Any, mask: Any, valid: Any, chunk: Any, pivots: Any, wide_1: Any, wide_2: Any, wide_3: Any,
+    sums_1: Any, sums_2: Any,
+) -> None:  # fmt: skip
+    if chunk.planes:
+        moments_of_planes(x, mask, chunk, pivots[0], sums_1, sums_2)
+    else:
+        spread(pivots, 0, chunk, wide_1)
+        moments_of_strips(x, mask, valid, chunk, wide_1, wide_2, wide_3, sums_1, sums_2)
 
 
 def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
@@ -49,55 +61,52 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
         sums_1, sums_2 = scratch(np.float64), scratch(np.float64)
         mode, count = args[MODE], as_float(args[COUNT])
 
-        while True:
-            index = take(args)
-            if index >= args[CHUNKS]:
-                return
+        index, moved = take(args), False
+        while index < args[CHUNKS]:
             chunk = chunk_at(args, index)
             if mode & (REDUCE | MERGE):
-                if mode & PIVOTED:
-                    for c in range(chunk.here):
-                        pivots[c] = mean[chunk.first + c]
+                if moved or mode & PIVOTED:
+                    pivot_at(mean, chunk, pivots)
                 else:
                     sample(x, chunk, pivots)
-                for again in range(2):
-                    if mode & MERGE:
-                        gather(partial, args[STORED], chunk, sums_1, sums_2)
-                    else:
-                        spread(pivots, 0, chunk, wide_1)
-                        reduce_moments(
-                            x, mask, valid, chunk, wide_1, wide_2, wide_3, sums_1, sums_2
-                        )
-                    if not mode & (MAP | MERGE):
-                        put_aside(partial, chunk, sums_1, sums_2)
-                        break
+                if mode & MERGE:
+                    gather(partial, args[STORED], chunk, sums_1, sums_2)
+                else:
+                    reduce(x, mask, valid, chunk, pivots, wide_1, wide_2, wide_3, sums_1, sums_2)
+                if not mode & (MAP | MERGE):
+                    put_aside(partial, chunk, sums_1, sums_2)
+                else:
                     far = settle(chunk, sums_1, sums_2, pivots, count, mean, low, var)
-                    if mode & MERGE:
-                        if far:
-                            args[AGAIN] = 1
-                        break
-                    if not far or again == 1:
-                        break
-                    for c in range(chunk.here):
-                        middle = mean[chunk.first + c]
-                        pivots[c] = middle if math.isfinite(middle) else like(0.0, middle)
+                    if far and mode & MERGE:
+                        args[AGAIN] = 1
+                    elif far and not moved:
+                        moved = True
+                        continue
                 if mode & (MAP | MERGE) and args[SCALE] != 0:
                     write_map(
                         chunk, low, var, pointer(args[WEIGHT], REAL), args[WEIGHT] != 0,
                         pointer(args[BIAS], REAL), args[BIAS] != 0, as_float(args[EPS]), scale, shift,
                     )  # fmt: skip
-            if mode & MAP:
+            if mode & MAP and chunk.planes:
+                m, s, t = mean[chunk.first], scale[chunk.first], shift[chunk.first]
+                for row in range(chunk.top, chunk.bottom):
+                    start = start_of(chunk, row)
+                    for i in range(start, start + chunk.length):
+                        z = (widen(x[i]) - m) * s + t
+                        if ADD:
+                            z += widen(residual[i])
+                        y[i] = narrow(activate(z, ACT), y)
+            elif mode & MAP:
                 spread(mean, chunk.first, chunk, wide_1)
                 spread(scale, chunk.first, chunk, wide_2)
                 spread(shift, chunk.first, chunk, wide_3)
                 for row in range(chunk.top, chunk.bottom, chunk.together):
-                    several = min(chunk.together, chunk.bottom - row)
-                    for j in range(chunk.pieces):
-                        start = strip_start(chunk, row, j)
-                        for i in range(strip_width(chunk, several, j)):
-                            z = (widen(x[start + i]) - wide_1[i]) * wide_2[i] + wide_3[i]
-                            if ADD:
-                                z += widen(residual[start + i])
-                            y[start + i] = narrow(activate(z, ACT), SCALAR)
+                    start = start_of(chunk, row)
+                    for i in range(min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length):
+                        z = (widen(x[start + i]) - wide_1[i]) * wide_2[i] + wide_3[i]
+                        if ADD:
+                            z += widen(residual[start + i])
+                        y[start + i] = narrow(activate(z, ACT), y)
+            index, moved = take(args), False
 
     return kernel

@@ -2,16 +2,15 @@
 
 x is seen as `rows` x `channels` x `length`, contiguous: N x C x L for channels-first, (N·L) x C x 1
 for channels-last, N x C x 1 for (N, C). Work is cut into chunks: a block of channels times a range of
-rows. Within a chunk the loops run over strips of at most WIDTH contiguous elements:
+rows. There are two ways through a chunk:
 
-    length > WIDTH           pieces of one plane; a block is one channel
-    length <= WIDTH          one row's planes of a block of channels
-    channels·length small    whole rows, `together` at once
+    planes    length > WIDTH / 2: a block is one channel, the loops run along its planes
+    strips    shorter: one row's planes of a block of channels, at most WIDTH elements, are one strip;
+              where all channels of a row are less than that, `together` rows are one strip
 
-Whatever the shape, a strip is added, element by element, to accumulators as wide as itself, and
-per-channel arguments are spread out to the same width. So the inner loops are maps without a carried
-sum: they vectorize without leave to reorder floating-point operations, nothing is padded, and small
-planes cost no remainder loops. Every FLUSH strips the accumulators are added to sums in float64.
+A strip is added, element by element, to accumulators as wide as itself, and per-channel arguments are
+spread out to the same width. So the inner loops are maps without a carried sum: nothing is padded and
+small planes cost no remainder loops. Every FLUSH strips the accumulators are added to sums in float64.
 
 A kernel's one argument is the address of SIZE int64, laid out by the constants below.
 """
@@ -26,8 +25,9 @@ from numba import njit
 
 from .cpu_memory import WIDTH, like, widen
 
-FLUSH = 64
-SAMPLE = 32
+PIECE = 4096  # elements of a plane whose float32 sum goes to float64
+FLUSH = 64  # strips, likewise
+SAMPLE = 16  # values that a pivot is drawn from
 
 REDUCE, MAP, MERGE, PIVOTED, BACKWARDS = 1, 2, 4, 8, 16  # bits of MODE
 
@@ -41,10 +41,13 @@ REDUCE, MAP, MERGE, PIVOTED, BACKWARDS = 1, 2, 4, 8, 16  # bits of MODE
 
 Chunk = namedtuple(
     "Chunk",
-    "rows channels length part first here top bottom columns piece pieces together copies",
+    "rows channels length part first here top bottom together copies planes",
 )
 
 compiled = njit(forceinline=True, error_model="numpy")
+SUMMED = {"forceinline": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+summed = njit(**SUMMED)
+"""For sums only: they may be reordered, and so vectorized. NaN and infinity keep their meaning."""
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -57,23 +60,22 @@ def chunk_at(args: Any, index: Any) -> Any:
     first = block * args[BLOCK]
     here = min(channels - first, args[BLOCK])
     top, bottom = rows * part // args[PARTS], rows * (part + 1) // args[PARTS]
-    piece = min(length, WIDTH)
-    pieces = (length + WIDTH - 1) // WIDTH
     together = args[TOGETHER]
+    copies = min(together, bottom - top)
     return Chunk(
-        rows, channels, length, part, first, here, top, bottom, here * length,
-        piece, pieces, together, min(together, bottom - top),
-    )  # fmt: skip
+        rows, channels, length, part, first, here, top, bottom, together, copies, length > WIDTH // 2
+    )
 
 
 @compiled  # type: ignore[untyped-decorator]
-def strip_start(chunk: Any, row: Any, j: Any) -> Any:
-    return (row * chunk.channels + chunk.first) * chunk.length + j * WIDTH
+def start_of(chunk: Any, row: Any) -> Any:
+    return (row * chunk.channels + chunk.first) * chunk.length
 
 
 @compiled  # type: ignore[untyped-decorator]
-def strip_width(chunk: Any, several: Any, j: Any) -> Any:
-    return several * min(WIDTH, chunk.columns - j * WIDTH)
+def minus(a: Any, b: Any) -> Any:
+    """a - b, out of reach of the reordering that the sums around it are free to."""
+    return a - b
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -81,28 +83,26 @@ def spread(values: Any, offset: Any, chunk: Any, wide: Any) -> None:
     """Write each channel's value wherever a strip holds that channel."""
     at = 0
     for _ in range(chunk.copies):
-        if chunk.piece == 1:
+        if chunk.length == 1:
             for c in range(chunk.here):
                 wide[at + c] = values[offset + c]
         else:
             for c in range(chunk.here):
                 v = values[offset + c]
-                for i in range(chunk.piece):
-                    wide[at + c * chunk.piece + i] = v
-        at += chunk.here * chunk.piece
+                for i in range(chunk.length):
+                    wide[at + c * chunk.length + i] = v
+        at += chunk.here * chunk.length
 
 
 @compiled  # type: ignore[untyped-decorator]
-def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, j: Any, valid: Any) -> None:
-    """Which elements of a strip are valid: each row's piece of the mask, once per channel."""
-    piece = min(chunk.piece, chunk.length - j * WIDTH)
+def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> None:
+    """Which elements of a strip are valid: each row's mask, once per channel."""
     at = 0
     for r in range(row, row + several):
-        start = r * chunk.length + j * WIDTH
         for _ in range(chunk.here):
-            for i in range(piece):
-                valid[at + i] = mask[start + i]
-            at += piece
+            for i in range(chunk.length):
+                valid[at + i] = mask[r * chunk.length + i]
+            at += chunk.length
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -111,21 +111,21 @@ def clear(values: Any, count: Any) -> None:
         values[i] = like(0.0, values[i])
 
 
-@njit(forceinline=True, error_model="numpy", fastmath={"reassoc"})  # type: ignore[untyped-decorator]
+@summed  # type: ignore[untyped-decorator]
 def fold(wide: Any, chunk: Any, sums: Any) -> None:
     """Add the accumulators to their channels' sums and clear them. A plain sum: free to reorder."""
     at = 0
     for _ in range(chunk.copies):
-        if chunk.piece == 1:
+        if chunk.length == 1:
             for c in range(chunk.here):
                 sums[c] += wide[at + c]
         else:
             for c in range(chunk.here):
                 total = 0.0
-                for i in range(chunk.piece):
-                    total += wide[at + c * chunk.piece + i]
+                for i in range(chunk.length):
+                    total += wide[at + c * chunk.length + i]
                 sums[c] += total
-        at += chunk.here * chunk.piece
+        at += chunk.here * chunk.length
     clear(wide, at)
 
 
@@ -137,44 +137,93 @@ def sample(x: Any, chunk: Any, pivots: Any) -> None:
     """
     total = chunk.rows * chunk.length
     few = min(total, SAMPLE)
+    clear(pivots, chunk.here)
+    for k in range(few):
+        at = k * total // few
+        row, i = at // chunk.length, at % chunk.length
+        start = (row * chunk.channels + chunk.first) * chunk.length + i
+        if chunk.length == 1:
+            for c in range(chunk.here):
+                pivots[c] += widen(x[start + c])
+        else:
+            for c in range(chunk.here):
+                pivots[c] += widen(x[start + c * chunk.length])
     for c in range(chunk.here):
-        seen = 0.0
-        for k in range(few):
-            at = k * total // few
-            row, i = at // chunk.length, at % chunk.length
-            seen += widen(x[(row * chunk.channels + chunk.first + c) * chunk.length + i])
-        seen /= few
-        pivots[c] = like(seen if math.isfinite(seen) else 0.0, pivots[c])
+        pivot = pivots[c] / like(few, pivots[c])
+        pivots[c] = pivot if math.isfinite(pivot) else like(0.0, pivot)
 
 
 @compiled  # type: ignore[untyped-decorator]
-def reduce_moments(
+def pivot_at(mean: Any, chunk: Any, pivots: Any) -> None:
+    """Move the pivots to the means."""
+    for c in range(chunk.here):
+        m = mean[chunk.first + c]
+        pivots[c] = m if math.isfinite(m) else like(0.0, m)
+
+
+@summed  # type: ignore[untyped-decorator]
+def moments_of_planes(x: Any, mask: Any, chunk: Any, pivot: Any, sums_1: Any, sums_2: Any) -> None:
+    """Σ(x - pivot) and Σ(x - pivot)² of the chunk's one channel, over valid positions."""
+    total_1, total_2 = 0.0, 0.0
+    for row in range(chunk.top, chunk.bottom):
+        for begin in range(0, chunk.length, PIECE):
+            start = start_of(chunk, row) + begin
+            part_1, part_2 = like(0.0, pivot), like(0.0, pivot)
+            for i in range(min(PIECE, chunk.length - begin)):
+                d = minus(widen(x[start + i]), pivot)
+                if mask is not None:
+                    d = d if mask[row * chunk.length + begin + i] != 0 else like(0.0, d)
+                part_1 += d
+                part_2 += d * d
+            total_1 += part_1
+            total_2 += part_2
+    sums_1[0] = total_1
+    sums_2[0] = total_2
+
+
+@compiled  # type: ignore[untyped-decorator]
+def moments_of_strips(
     x: Any, mask: Any, valid: Any, chunk: Any, pivot: Any, wide_1: Any, wide_2: Any,
     sums_1: Any, sums_2: Any,
 ) -> None:  # fmt: skip
     """Σ(x - pivot) and Σ(x - pivot)² of every channel of the chunk, over valid positions."""
     clear(sums_1, chunk.here)
     clear(sums_2, chunk.here)
-    clear(wide_1, chunk.copies * chunk.here * chunk.piece)
-    clear(wide_2, chunk.copies * chunk.here * chunk.piece)
+    columns = chunk.here * chunk.length
+    clear(wide_1, chunk.copies * columns)
+    clear(wide_2, chunk.copies * columns)
+    step = chunk.together * chunk.channels * chunk.length
     held = 0
-    for row in range(chunk.top, chunk.bottom, chunk.together):
-        several = min(chunk.together, chunk.bottom - row)
-        for j in range(chunk.pieces):
-            start = strip_start(chunk, row, j)
+    row = chunk.top
+    while row < chunk.bottom:
+        a = start_of(chunk, row)
+        if mask is None and row + 4 * chunk.together <= chunk.bottom:
+            # Four strips at once: fewer trips to the accumulators.
+            b, c, d = a + step, a + 2 * step, a + 3 * step
+            for i in range(chunk.together * columns):
+                p = pivot[i]
+                d_0, d_1 = widen(x[a + i]) - p, widen(x[b + i]) - p
+                d_2, d_3 = widen(x[c + i]) - p, widen(x[d + i]) - p
+                wide_1[i] += (d_0 + d_1) + (d_2 + d_3)
+                wide_2[i] += (d_0 * d_0 + d_1 * d_1) + (d_2 * d_2 + d_3 * d_3)
+            row += 4 * chunk.together
+            held += 4
+        else:
+            several = min(chunk.together, chunk.bottom - row)
             if mask is not None:
-                spread_mask(mask, chunk, row, several, j, valid)
-            for i in range(strip_width(chunk, several, j)):
-                d = widen(x[start + i]) - pivot[i]
+                spread_mask(mask, chunk, row, several, valid)
+            for i in range(several * columns):
+                e = widen(x[a + i]) - pivot[i]
                 if mask is not None:
-                    d = d if valid[i] != 0 else like(0.0, d)
-                wide_1[i] += d
-                wide_2[i] += d * d
+                    e = e if valid[i] != 0 else like(0.0, e)
+                wide_1[i] += e
+                wide_2[i] += e * e
+            row += several
             held += 1
-            if held == FLUSH:
-                fold(wide_1, chunk, sums_1)
-                fold(wide_2, chunk, sums_2)
-                held = 0
+        if held >= FLUSH:
+            fold(wide_1, chunk, sums_1)
+            fold(wide_2, chunk, sums_2)
+            held = 0
     fold(wide_1, chunk, sums_1)
     fold(wide_2, chunk, sums_2)
 

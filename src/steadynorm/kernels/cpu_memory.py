@@ -16,6 +16,9 @@ WIDTH = 1024
 """Columns of a strip: the most elements an inner loop runs over. Six float32 arrays of this width
 (24 KiB) stay in a first-level cache of 32 KiB."""
 
+APART = 32
+"""Elements between one strip's scratch and the next, lest they collide at distances of 4096 bytes."""
+
 
 @intrinsic  # type: ignore[untyped-decorator]
 def pointer(typing: Any, address: Any, scalar: Any) -> Any:
@@ -34,7 +37,7 @@ def scratch(typing: Any, scalar: Any) -> Any:
     kind = types.CPointer(scalar.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        room = ir.ArrayType(context.get_data_type(scalar.dtype), WIDTH)
+        room = ir.ArrayType(context.get_data_type(scalar.dtype), WIDTH + APART)
         with builder.goto_entry_block():
             place = builder.alloca(room)
         place.align = 64
@@ -78,15 +81,15 @@ def widen(typing: Any, value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def narrow(typing: Any, value: Any, scalar: Any) -> Any:
-    """The computed value as one to store: to bfloat16's bits by rounding to nearest, ties to even."""
-    stored = scalar.dtype
+def narrow(typing: Any, value: Any, target: Any) -> Any:
+    """The computed value as one to store at the pointer `target`: to bfloat16's bits by rounding to nearest, ties to even."""
+    stored = target.dtype
     if stored != types.uint16:
 
         def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return context.cast(builder, arguments[0], value, stored)
 
-        return stored(value, scalar), cast
+        return stored(value, target), cast
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word, half = ir.IntType(32), ir.IntType(16)
@@ -98,7 +101,7 @@ def narrow(typing: Any, value: Any, scalar: Any) -> Any:
         bits = builder.select(nan, word(0x7FC00000), rounded)
         return builder.trunc(builder.lshr(bits, word(16)), half)
 
-    return stored(value, scalar), generate
+    return stored(value, target), generate
 
 
 
