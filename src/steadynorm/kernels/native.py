@@ -15,12 +15,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.activations import ACTIVATIONS
+
 HALF = (torch.float16, torch.bfloat16)
 # Number of axes -> the shape in which a channel array broadcasts.
 BESIDE = {n: (-1,) + (1,) * (n - 2) for n in range(2, 65)}
 
 
-def normalize_by_batch(
+def train(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -28,15 +30,18 @@ def normalize_by_batch(
     running_var: Tensor | None,
     momentum: float,
     eps: float,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
-    """Normalize by the batch's moments about its first sample's first value; update in place."""
+    """A plain training call, about the first value of each channel; moves the statistics."""
     pivot = None
     if x.dtype not in HALF:
         source = x.detach() if x.requires_grad else x
         pivot = source.as_strided((x.size(1),), (x.stride(1),))
         x = x - pivot.view(BESIDE[x.ndim])
     if running_mean is None or running_var is None:
-        return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
+        y = torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
+        return _finished(y, residual, activation)
     # `.data` aliases have version counters of their own: PyTorch saves these two for backward,
     # though it ignores them there, and would refuse after any later update of the buffers.
     y = torch.batch_norm(
@@ -44,18 +49,20 @@ def normalize_by_batch(
     )
     if pivot is not None:
         running_mean.data.add_(pivot, alpha=momentum)
-    return y
+    return _finished(y, residual, activation)
 
 
-def normalize_by_running(
+def infer(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
-    """Normalize by running statistics, which stay as they are."""
+    """Inference about the running mean; nothing moves."""
     if x.dtype in HALF:
         mean = running_mean.clone()
     else:
@@ -63,7 +70,29 @@ def normalize_by_running(
         x = x - running_mean.view(BESIDE[x.ndim])
     # A copy where there may be a backward: it reads the variance, and the buffer may have moved.
     var = running_var.clone() if torch.is_grad_enabled() else running_var
-    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, True)
+    y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, True)
+    return _finished(y, residual, activation)
+
+
+def one_operator(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Inference as the single operator that other runtimes know and fold; for export."""
+    y = torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, True)
+    return _finished(y, residual, activation)
+
+
+def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATIONS[activation].forward(y)
 
 
 @lru_cache(maxsize=256)

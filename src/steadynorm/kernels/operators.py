@@ -6,11 +6,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from steadynorm.kernels import eager, native
+from steadynorm.kernels import compiled, eager, native
 from steadynorm.kernels.activations import ACTIVATIONS
-from steadynorm.kernels.choice import needs_plain_operations, stages_for
+from steadynorm.kernels.choice import (
+    compiler_calls_cpu_kernels,
+    is_exporting,
+    needs_plain_operations,
+    stages_for,
+)
 from steadynorm.statistics import (
     Coefficients,
     Moments,
@@ -112,37 +116,6 @@ def normalize(
     return _forward(x, weight, bias, residual, mask, call)[0]
 
 
-def train_natively(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """A plain training call by PyTorch's own operator; moves the running statistics."""
-    y = native.normalize_by_batch(x, weight, bias, running_mean, running_var, momentum, eps)
-    return _finished(y, residual, activation)
-
-
-def infer_natively(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """Inference by PyTorch's own operator."""
-    y = native.normalize_by_running(x, weight, bias, running_mean, running_var, eps)
-    return _finished(y, residual, activation)
-
-
 def normalize_by_running(
     x: Tensor,
     weight: Tensor | None,
@@ -154,10 +127,10 @@ def normalize_by_running(
     activation: str | None,
 ) -> Tensor:
     """Inference, and training on frozen statistics: nothing moves."""
-    if _is_exporting():  # one operator that runtimes know and fold
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-        return _finished(y, residual, activation)
-
+    if _is_exported():
+        return native.one_operator(
+            x, weight, bias, running_mean, running_var, eps, residual, activation
+        )
     dtype = eager.statistics_dtype(x)
     # A copy: the buffer itself may change between this forward and its backward.
     mean = running_mean.to(dtype, copy=True)
@@ -165,15 +138,9 @@ def normalize_by_running(
     return normalize(x, weight, bias, residual, None, call)
 
 
-def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else ACTIVATIONS[activation].forward(y)
-
-
-def _is_exporting() -> bool:
+def _is_exported() -> bool:
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return is_exporting()
     return torch.onnx.is_in_onnx_export() or torch._C._is_tracing()
 
 
@@ -212,6 +179,11 @@ def _traceable(
     call: Call,
 ) -> Tensor:
     """The same in operations that PyTorch itself differentiates, transforms and compiles."""
+    if compiler_calls_cpu_kernels(x) and call.replicas is None and compiled.takes(x, residual):
+        measured = compiled.moments(x, mask, call.groups) if call.moments_needed else None
+        batch, normalizer = call.settle(measured)
+        around = (call.eps, call.activation, call.groups)
+        return compiled.normalize_by(normalizer, batch, x, weight, bias, residual, mask, *around)
     live = eager.moments(x, mask=mask, groups=call.groups) if call.moments_needed else None
     _, normalizer = call.settle(None if live is None else _constant(live))
     return _differentiable(x, weight, bias, residual, call, live, normalizer, call.activation)
@@ -371,13 +343,11 @@ def _second_order_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     call: Call = ctx.call
     batch, normalizer, _ = ctx.settled
     live = None if batch is None else eager.moments(x, mask=mask, groups=call.groups)
-    z = _differentiable(x, weight, bias, None, call, live, normalizer, None)
-    if call.activation is None:
-        g = grad
-    else:
+    z = _differentiable(x, weight, bias, residual, call, live, normalizer, None)
+    g = grad
+    if call.activation is not None:
         kind = ACTIVATIONS[call.activation]
-        rebuilt = z if residual is None else z + residual
-        g = kind.gradient(grad, y if kind.from_output else rebuilt)
+        g = kind.gradient(grad, y if kind.from_output else z)
     wanted = [
         t if needed else None
         for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False)

@@ -1,4 +1,12 @@
-"""Batch normalization for PyTorch."""
+"""Batch normalization for PyTorch.
+
+All other names are those of `torch.nn`, so that a network written with `import torch.nn as nn`
+changes in that line alone: `import steadynorm.nn as nn`.
+"""
+
+from typing import Any
+
+import torch.nn
 
 from steadynorm.nn import functional
 from steadynorm.nn.batchnorm import (
@@ -19,3 +27,9 @@ __all__ = [
     "LazyBatchNorm3d",
     "functional",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(f"module 'steadynorm.nn' has no attribute {name!r}")
+    return getattr(torch.nn, name)

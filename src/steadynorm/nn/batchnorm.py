@@ -233,7 +233,7 @@ class _Lazy(_LazyNormBase, SteadyNorm):
         self.synchronize = synchronize
         self.nonfinite = nonfinite
 
-    def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]
+    def initialize_parameters(self, input: Tensor) -> None:
         """Make parameters and statistics for input's channels."""
         super().initialize_parameters(input)
         self._widen_statistics()

@@ -1,4 +1,4 @@
-"""Arguments that cannot work are refused before anything changes: which, what was required, what came."""
+"""Refuses arguments that cannot work, before anything changes."""
 
 from __future__ import annotations
 

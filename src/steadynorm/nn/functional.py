@@ -108,7 +108,11 @@ def batch_norm(
             and input.numel() > input.size(1)
             and choice.native_sums_well(input)
         ):
-            if recomputation.is_recomputation() and running_mean is not None:
+            if (
+                recomputation.is_recomputation()
+                and running_mean is not None
+                and running_var is not None
+            ):
                 # The same operator on copies: checkpointing wants as many tensors saved as before.
                 running_mean, running_var = running_mean.clone(), running_var.clone()
                 num_batches_tracked = None

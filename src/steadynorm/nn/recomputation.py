@@ -25,7 +25,7 @@ _first_runs: Any = WeakIdKeyDictionary()
 
 
 def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass; the compiler recomputes by its own means."""
+    """Whether this forward runs in a backward pass; the compiler recomputes by its own means."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -65,8 +65,8 @@ class Replicas:
         """
         if torch.compiler.is_compiling():
             raise NotImplementedError(
-                f"{self.owner}: statistics=Ghost({policy.size}) with `synchronize` does not compile into one "
-                f"graph: where groups are cut depends on the other replicas' sample counts. "
+                f"{self.owner}: statistics=Ghost({policy.size}) with `synchronize` does not compile "
+                f"into one graph: where groups are cut depends on the other replicas' sample counts. "
                 f"Compile without fullgraph=True, or choose another policy."
             )
         samples = input.shape[0]
@@ -102,7 +102,7 @@ class Replicas:
         """What concerns this process's samples, of moments or a normalizer of the whole batch."""
         if self._rows is None:
             return whole
-        return whole._make(self._select(part) for part in whole)
+        return type(whole)(*(self._select(part) for part in whole))
 
     def link(self, live: Moments) -> Moments:
         """Pooled moments that carry gradient to this replica's input, summed over all losses.
@@ -115,7 +115,9 @@ class Replicas:
         whole = self.own(self._pooled)
         moved = torch.stack(contribution(live, whole))
         moved = moved - moved.detach()  # 0, with gradient
-        moved = self._select(_SumOfGradients.apply(self._spread(moved), self))
+        moved = self._select(
+            _SumOfGradients.apply(self._spread(moved), self)  # type: ignore[no-untyped-call]
+        )
         return whole._replace(
             mean_low=whole.mean_low + moved[0], var=whole.var + moved[1] - moved[0] * moved[0]
         )
@@ -147,14 +149,14 @@ class Replicas:
         return self._finished(reduce, sums.contiguous(), "sum", self.group.group_name)
 
     def _finished(self, collective: Any, *arguments: Any) -> Tensor:
-        """The result of a collective (one that the compiler can see), or in one error what failed."""
+        """The result of a collective, one that the compiler can see; or an error that explains."""
         try:
             result: Tensor = torch.ops._c10d_functional.wait_tensor(collective(*arguments))
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.owner}: `synchronize`: the exchange of statistics with the other replicas "
-                f"failed: another replica stopped, or did not reach this layer in time. Look at the "
-                f"first replica that ended; all replicas must call the layer equally often. "
+                f"failed: another replica stopped, or did not reach this layer in time. Look at "
+                f"the first replica that ended; all replicas must call the layer equally often. "
                 f"({error})"
             ) from error
         return result
@@ -170,7 +172,10 @@ class _SumOverReplicas(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _SumOverReplicas.apply(grad, ctx.replicas), None
+        total: Tensor = _SumOverReplicas.apply(  # type: ignore[no-untyped-call]
+            grad, ctx.replicas
+        )
+        return total, None
 
 
 class _SumOfGradients(torch.autograd.Function):
@@ -183,4 +188,7 @@ class _SumOfGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _SumOverReplicas.apply(grad, ctx.replicas), None
+        total: Tensor = _SumOverReplicas.apply(  # type: ignore[no-untyped-call]
+            grad, ctx.replicas
+        )
+        return total, None

@@ -27,13 +27,14 @@ class Buffers:
         """The statistics now; None where nothing is tracked."""
         if self.mean is None or self.var is None:
             return None
-        mean, var, batches = self.mean, self.var, self.num_batches_tracked
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        mean, var = self.mean, self.var
+        batches: Any = self.num_batches_tracked
+        if torch.compiler.is_compiling() and not choice.is_exporting():
             mean, var, *rest = recomputation.snapshot(
                 [mean, var] if batches is None else [mean, var, batches]
             )
             batches = rest[0] if rest else None
-        elif batches is not None and batches.is_cpu and not operators.needs_plain_operations():
+        elif batches is not None and batches.is_cpu and not choice.needs_plain_operations():
             batches = int(batches)  # plain numbers are cheaper than scalar tensors
         if isinstance(batches, Tensor) and dtype == torch.float64:
             batches = batches.double()  # weights such as 1/(t + 1) would else be float32
@@ -44,7 +45,7 @@ class Buffers:
         if self.mean is None or self.var is None:
             return
         if torch._C._are_functorch_transforms_active():
-            _WriteThroughTransforms.apply(
+            _WriteThroughTransforms.apply(  # type: ignore[no-untyped-call]
                 self.mean, self.var, self.num_batches_tracked, after.mean, after.var, after.batches
             )
             return
@@ -86,15 +87,15 @@ class _WriteThroughTransforms(torch.autograd.Function):
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         return (None,) * 6
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:  # type: ignore[override]
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
         return None
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, int | None]:
         old, new = tensors[:3], list(tensors[3:])
@@ -110,7 +111,10 @@ class _WriteThroughTransforms(torch.autograd.Function):
                 spread = value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
                 old_first = kept.movedim(kept_dim, 0)
                 new[i] = spread.expand_as(old_first).movedim(0, kept_dim)
-        return _WriteThroughTransforms.apply(*old, *new), None
+        done: Tensor = _WriteThroughTransforms.apply(  # type: ignore[no-untyped-call]
+            *old, *new
+        )
+        return done, None
 
 
 class TrainingStep(operators.Call):
