@@ -65,9 +65,9 @@ class Replicas:
         """
         if torch.compiler.is_compiling():
             raise NotImplementedError(
-                f"{self.owner}: statistics=Ghost({policy.size}) with `synchronize` does not compile "
-                f"into one graph: where groups are cut depends on the other replicas' sample counts. "
-                f"Compile without fullgraph=True, or choose another policy."
+                f"{self.owner}: statistics=Ghost({policy.size}) with `synchronize` does not "
+                f"compile into one graph: where groups are cut depends on the other replicas' "
+                f"sample counts. Compile without fullgraph=True, or choose another policy."
             )
         samples = input.shape[0]
         counts = self._all_gather(torch.tensor([samples], device=input.device)).tolist()
