@@ -70,6 +70,31 @@ def test_batches_count_together() -> None:
     torch.testing.assert_close(kept[0].running_var, kept[1].running_var)
 
 
+class Recurrent(nn.Module):
+    """Feeds its batch norm with what it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(3 * self.norm(x) + 1)
+
+
+def test_every_pass_mixes_with_the_same_source() -> None:
+    x = torch.tensor([[1.0], [2.0], [6.0], [7.0]])
+    network = nn.Sequential(nn.BatchNorm1d(1), Recurrent())
+    sn.adapt(network, [x], prior=4, passes="layerwise", progress=False)
+    first = (4 * 0 + 4 * 4) / 8, (4 * 1 + 4 * 26 / 3) / 8  # mean 4, unbiased variance 26/3
+    inner = (x.double().numpy() - first[0]) / np.sqrt(first[1] + 1e-5)
+    mean, var = inner.mean() / 2, (1 + inner.var(ddof=1)) / 2
+    again = 3 * (inner - mean) / np.sqrt(var + 1e-5) + 1
+    both = np.concatenate([inner, again])  # 8 samples at the layer, over its two calls
+    np.testing.assert_allclose(network[1].norm.running_mean.item(), both.mean() * 8 / 12, rtol=1e-5)
+    expected = (4 + 8 * both.var(ddof=1)) / 12
+    np.testing.assert_allclose(network[1].norm.running_var.item(), expected, rtol=1e-5)
+
+
 def test_no_prior_is_calibration() -> None:
     x = torch.randn(9, 2, 5, 5)
     adapted, calibrated = model(nn.BatchNorm2d), model(nn.BatchNorm2d)

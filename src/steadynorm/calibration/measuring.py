@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -94,8 +94,13 @@ class Pass:
 
 
 @contextmanager
-def measuring(layers: Sequence[Layer], mixture: Mixture) -> Iterator[Pass]:
+def measuring(
+    layers: Sequence[Layer], sources: Mapping[str, RunningStatistics], mixture: Mixture
+) -> Iterator[Pass]:
     """While it lasts, each call of a layer is measured and normalized by its own batch.
+
+    `sources`: by name, the running statistics that a batch is mixed with, and that normalize a
+    batch without a value.
 
     The model is in inference mode: a pre-hook writes the batch's statistics to the layer's running
     ones, which then normalize it. So whatever the layer is (ours, torch's, a subclass with an
@@ -106,16 +111,15 @@ def measuring(layers: Sequence[Layer], mixture: Mixture) -> Iterator[Pass]:
     run = Pass(layers, mixture)
     with ExitStack() as hooks, torch.no_grad(), _eagerly():
         for layer in layers:
-            hook = _hook(run, layer)
+            hook = _hook(run, layer, sources[layer.name])
             handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield run
 
 
-def _hook(run: Pass, layer: Layer) -> Callable[[Any, Any, Any], None]:
+def _hook(run: Pass, layer: Layer, source: RunningStatistics) -> Callable[[Any, Any, Any], None]:
     where = _accumulator(layer.module.running_mean)  # type: ignore[arg-type]
-    kept = layer.kept
-    before = RunningStatistics(kept.mean.to(where), kept.var.to(where), None)
+    before = RunningStatistics(source.mean.to(where), source.var.to(where), None)
 
     def hook(_: Any, args: Any, kwargs: Any) -> None:
         run.meet(layer, before, args, kwargs)

@@ -81,7 +81,7 @@ class Population:
 
         def measure() -> Yield:
             count = 0
-            with measuring(layers, self.mixture) as run:
+            with measuring(layers, self.before, self.mixture) as run:
                 for _ in self.feed.run(self.model):
                     count += 1
                     bar.step()
