@@ -119,8 +119,8 @@ def test_the_numerical_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPat
     from steadynorm.kernels import operators
     from steadynorm.statistics import GradientCoefficients
 
-    def nothing(normalizer: Any, batch: Any, scale: Tensor, *rest: Any) -> GradientCoefficients:
-        return GradientCoefficients(scale * 0, scale * 0)
+    def nothing(factors: Any, *sums: Tensor) -> GradientCoefficients:
+        return GradientCoefficients(factors.constant * 0, factors.constant * 0)
 
     monkeypatch.setattr(operators, "gradient_coefficients", nothing)
     inputs = tuple(double_inputs().values())[:3]
