@@ -71,7 +71,7 @@ def layer(policy: sn.Batch, shape: tuple[int, ...], **settings: Any) -> torch.nn
 
 
 def data(counts: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Any:
-    """Input, residual, mask and upstream gradient of the whole batch, and the slice that is ours."""
+    """Input, residual, mask, upstream gradient of the whole batch, and the slice that is ours."""
     random = torch.Generator().manual_seed(seed)
     full = (sum(counts), *shape)
     x, residual, grad = (torch.randn(full, generator=random, dtype=dtype) for _ in range(3))
@@ -79,6 +79,14 @@ def data(counts: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, se
     mask[::4] = mask[1::4] = mask[2::4] = True  # two values or more in every ghost group
     start = sum(counts[: dist.get_rank()])
     return 2 * x + 3, residual, mask, grad, slice(start, start + counts[dist.get_rank()])
+
+
+def error_of(call: Callable[[], object]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - the caller judges it
+        return error
+    return None
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -181,7 +189,8 @@ def an_empty_batch_everywhere_updates_nothing() -> None:
         y = ours(x)
         y.sum().backward()
         assert y.shape == x.shape, name
-        assert x.grad is not None and x.grad.shape == x.shape, name
+        assert x.grad is not None, name
+        assert x.grad.shape == x.shape, name
         for key, value in ours.state_dict().items():
             assert torch.equal(value, before[key]), (name, key)
 
@@ -194,17 +203,14 @@ def one_value_in_all_raises_everywhere() -> None:
     for policy in (sn.Batch(), sn.Ghost(4)):
         ours = layer(policy, (4,), synchronize=True)
         before = {key: value.clone() for key, value in ours.state_dict().items()}
-        try:
-            ours(alone)
-        except ValueError as error:
-            group = f" in a group of {policy!r}" if isinstance(policy, sn.Ghost) else ""
-            assert str(error) == (
-                f"BatchNorm1d: training needs more than one value per channel{group}; got input of "
-                f"shape {tuple(alone.shape)}. Use a larger batch, or statistics=sn.Steady(), "
-                f"sn.Running() or sn.Frozen(), which work with one value."
-            ), error
-        else:
-            raise AssertionError("one value per channel was accepted")
+        error = error_of(lambda made=ours: made(alone))
+        group = f" in a group of {policy!r}" if isinstance(policy, sn.Ghost) else ""
+        assert isinstance(error, ValueError), error
+        assert str(error) == (
+            f"BatchNorm1d: training needs more than one value per channel{group}; got input of "
+            f"shape {tuple(alone.shape)}. Use a larger batch, or statistics=sn.Steady(), "
+            f"sn.Running() or sn.Frozen(), which work with one value."
+        )
         for key, value in ours.state_dict().items():
             assert torch.equal(value, before[key]), key
         assert ours(torch.randn(3, 4)).shape == (3, 4)
@@ -274,10 +280,10 @@ def compiled_equals_one_process(name: str) -> None:
     settings = {"activation": "relu", "dtype": torch.float64}
     torch._dynamo.reset()
     ours = layer(POLICIES[name], (3, 4, 2), synchronize=True, **settings)
+    truth = layer(POLICIES[name], (3, 4, 2), **settings)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for seed, counts in enumerate([(4, 5), (6, 2)]):
         x, _, mask, grad, own = data(counts, (3, 4, 2), torch.float64, seed)
-        truth = layer(POLICIES[name], (3, 4, 2), **settings) if seed == 0 else truth
         x_own, x_all = x[own].clone().requires_grad_(), x.clone().requires_grad_()
         y_own, y_all = compiled(x_own, mask=mask[own]), truth(x_all, mask=mask)
         y_own.backward(grad[own])
@@ -299,17 +305,13 @@ def ghost_does_not_compile_into_one_graph() -> None:
     torch._dynamo.reset()
     x, _, _, _, own = data((4, 5), (3, 4, 2), torch.float64, 0)
     made = layer(sn.Ghost(3), (3, 4, 2), synchronize=True, dtype=torch.float64)
-    try:
-        torch.compile(made, fullgraph=True, backend="aot_eager")(x[own])
-    except Exception as error:  # noqa: BLE001 - the compiler wraps ours in its own kind
-        wanted = (
-            "BatchNorm2d: statistics=Ghost(3) with `synchronize` does not compile into one "
-            "graph: where groups are cut depends on the other replicas' sample counts. Compile "
-            "without fullgraph=True, or choose another policy."
-        )
-        assert wanted in str(error), error
-    else:
-        raise AssertionError("Ghost with synchronize compiled into one graph")
+    error = error_of(lambda: torch.compile(made, fullgraph=True, backend="aot_eager")(x[own]))
+    wanted = (  # the compiler wraps it in an error of its own
+        "BatchNorm2d: statistics=Ghost(3) with `synchronize` does not compile into one graph: "
+        "where groups are cut depends on the other replicas' sample counts. Compile without "
+        "fullgraph=True, or choose another policy."
+    )
+    assert wanted in str(error), error
     truth = layer(sn.Ghost(3), (3, 4, 2), dtype=torch.float64)
     y = torch.compile(made, backend="aot_eager")(x[own])
     assert_near(y.detach(), truth(x)[own].detach(), "output")

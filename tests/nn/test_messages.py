@@ -200,7 +200,11 @@ REFUSED_POLICIES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: sn.Ghost(0), ValueError, "Ghost: `size` must be at least 1; got 0."),
     (lambda: sn.Ghost(2.5), TypeError, "Ghost: `size` must be a whole number; got 2.5."),
     (lambda: sn.Renorm(r_max=0.5), ValueError, "Renorm: `r_max` must be at least 1; got 0.5."),
-    (lambda: sn.Renorm(d_max=float("nan")), ValueError, "Renorm: `d_max` must be at least 0; got nan."),
+    (
+        lambda: sn.Renorm(d_max=float("nan")),
+        ValueError,
+        "Renorm: `d_max` must be at least 0; got nan.",
+    ),
 ]
 
 
@@ -229,7 +233,8 @@ def test_the_function_speaks_under_its_own_name() -> None:
         ),
         (
             lambda: sn.functional.batch_norm(x, one, one, torch.ones(2)),
-            "batch_norm: `input` must have 2 channels on axis 1, as `weight` has; got shape (4, 3).",
+            "batch_norm: `input` must have 2 channels on axis 1, as `weight` has; "
+            "got shape (4, 3).",
         ),
         (
             lambda: sn.functional.batch_norm(x, one, one, training=True, momentum=None),
@@ -238,6 +243,6 @@ def test_the_function_speaks_under_its_own_name() -> None:
         ),
     ]
     for act, message in refused:
-        with pytest.raises(ValueError) as error:  # noqa: PT011 - compared whole below
+        with pytest.raises(ValueError) as error:
             act()
         assert str(error.value) == message

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-
-import steadynorm as sn
 from tests.nn import replica_worker
 from tests.nn.doomed_replica import DEATHS, TIMEOUT
+
+import steadynorm as sn
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
