@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -338,10 +339,18 @@ def test_bad_arguments() -> None:
         convert(3)  # type: ignore[type-var]
 
 
+def test_a_model_that_keeps_activations() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model.kept = [model(torch.randn(4, 3))]  # type: ignore[assignment]
+    result, _ = convert(model)
+    assert model.kept[0].grad_fn is not None
+    assert torch.equal(result.kept[0], model.kept[0])
+
+
 def test_a_model_that_cannot_be_copied() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    model.cache = torch.ones(1, requires_grad=True) * 2  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="Pass inplace=True"):
+    model.lock = Lock()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"convert: .*Pass inplace=True"):
         convert(model)
     result, _ = convert(model, inplace=True)
     assert type(result[0]) is sn.BatchNorm1d

@@ -9,11 +9,11 @@ from torch import nn
 
 from steadynorm.statistics import Running, Steady
 from steadynorm.surgery.changes import Change, Changes
+from steadynorm.surgery.copying import copied
 from steadynorm.surgery.graph import Graph, trace
 from steadynorm.surgery.layers import (
     channel_axis,
     channels,
-    copied,
     exact,
     is_host,
     named,

@@ -13,7 +13,8 @@ from steadynorm.statistics import Batch, Frozen, Policy, policy_from
 from steadynorm.surgery import fuse as fusion
 from steadynorm.surgery.adoption import adopt, release, why_not_ours
 from steadynorm.surgery.changes import Change, Changes
-from steadynorm.surgery.layers import Norm, copied, describe, named, recognize
+from steadynorm.surgery.copying import copied
+from steadynorm.surgery.layers import Norm, describe, named, recognize
 from steadynorm.surgery.verification import answers, compare
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from steadynorm.surgery.changes import Change, Changes
+from steadynorm.surgery.copying import copied
 from steadynorm.surgery.graph import Graph, Node, trace
 from steadynorm.surgery.layers import (
     CONVOLUTIONS,
@@ -15,7 +16,6 @@ from steadynorm.surgery.layers import (
     behaves,
     channel_axis,
     channels,
-    copied,
     describe,
     is_host,
     named,

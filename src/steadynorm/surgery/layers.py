@@ -193,23 +193,6 @@ def describe(module: nn.Module) -> str:
     return f"{type(module).__name__}({size})"
 
 
-_blank: Any = nn.UninitializedBuffer
-
-
-def copied(model: nn.Module, owner: str) -> Any:
-    """A deep copy; sharing inside the model is kept."""
-    blank = [b for b in model.buffers() if isinstance(b, nn.UninitializedBuffer)]
-    # torch copies uninitialized parameters, but not buffers
-    memo: dict[int, Any] = {id(b): _blank(device=b.device, dtype=b.dtype) for b in blank}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(
-            f"{owner}: `model` must be one that copy.deepcopy can copy ({error}). "
-            "Pass inplace=True to change the model itself."
-        ) from error
-
-
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, by its first name in the model; the model itself is "(model)"."""
     for name, module in model.named_modules():

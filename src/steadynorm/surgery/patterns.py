@@ -26,6 +26,7 @@ FUNCTIONS: dict[Any, str] = {
 METHODS = {name + end: name for name in ("relu", "sigmoid", "tanh") for end in ("", "_")}
 ADDS = (operator.add, torch.add)
 ADDS_IN_PLACE = (operator.iadd,)
+ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul)
 
 
 class Pattern(NamedTuple):
@@ -144,7 +145,8 @@ def _other(add: fx.Node, mine: fx.Node) -> fx.Node | None:
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
         return None
     writes = add.target in ADDS_IN_PLACE or add.target == "add_"
-    if second is mine and writes and (len(first.users) > 1 or first.op != "call_module"):
+    fresh = first.op == "call_module" or first.target in ARITHMETIC
+    if second is mine and writes and not (fresh and len(first.users) == 1):
         return None
     return second if first is mine else first
 
