@@ -407,8 +407,9 @@ def step(
     normalizer = policy.normalizer(batch, running, context)
     counts = None if known else batch.count > 0
     if counts is not None:
+        zero = 0 * batch.count  # `where` of two plain numbers would be float32 in torch
         normalizer = Normalizer(
-            *(xp.where(counts, a, b) for a, b in zip(normalizer, idle, strict=True))
+            *(xp.where(counts, a + zero, b + zero) for a, b in zip(normalizer, idle, strict=True))
         )
     if running is None:
         return normalizer, None
