@@ -1,7 +1,7 @@
 """Activations and their gradients, inside the compiled CPU kernels.
 
-Written with comparisons that let a NaN through (`0 if z <= 0 else z`). A kernel names its activation
-by a literal integer, so that only the one asked for is compiled.
+Written with comparisons that let a NaN through (`0 if z <= 0 else z`). A kernel names its
+activation by a literal integer, so that only the one asked for is compiled.
 """
 
 from __future__ import annotations
@@ -35,112 +35,123 @@ ROOT_HALF = math.sqrt(0.5)
 DENSITY = 1 / math.sqrt(2 * math.pi)
 
 
-def identity(z: Any) -> Any:
+def _identity(z: Any) -> Any:
     return z
 
 
-def relu(z: Any) -> Any:
+def _relu(z: Any) -> Any:
     return like(0.0, z) if z <= like(0.0, z) else z
 
 
-def relu6(z: Any) -> Any:
+def _relu6(z: Any) -> Any:
     low = like(0.0, z) if z <= like(0.0, z) else z
     return like(6.0, z) if low >= like(6.0, z) else low
 
 
-def leaky_relu(z: Any) -> Any:
+def _leaky_relu(z: Any) -> Any:
     return z if z > like(0.0, z) else z * like(LEAKY_SLOPE, z)
 
 
 @register_jitable  # type: ignore[untyped-decorator]
-def logistic(z: Any) -> Any:
+def _logistic(z: Any) -> Any:
     return like(1.0, z) / (like(1.0, z) + math.exp(-z))
 
 
-def silu(z: Any) -> Any:
-    return z * logistic(z)
+def _silu(z: Any) -> Any:
+    return z * _logistic(z)
 
 
-def gelu(z: Any) -> Any:
+def _gelu(z: Any) -> Any:
     return z * like(0.5, z) * (like(1.0, z) + math.erf(z * like(ROOT_HALF, z)))
 
 
-def hardswish(z: Any) -> Any:
+def _hardswish(z: Any) -> Any:
     gate = z + like(3.0, z)
     gate = like(0.0, z) if gate <= like(0.0, z) else gate
     gate = like(6.0, z) if gate >= like(6.0, z) else gate
     return z * gate * like(1 / 6, z)
 
 
-def elu(z: Any) -> Any:
+def _elu(z: Any) -> Any:
     return z if z > like(0.0, z) else math.expm1(z)
 
 
-def sigmoid(z: Any) -> Any:
-    return logistic(z)
+def _sigmoid(z: Any) -> Any:
+    return _logistic(z)
 
 
-def tanh(z: Any) -> Any:
+def _tanh(z: Any) -> Any:
     return math.tanh(z)
 
 
-def identity_grad(g: Any, y: Any) -> Any:
+def _identity_grad(g: Any, y: Any) -> Any:
     return g
 
 
-def relu_grad(g: Any, y: Any) -> Any:
+def _relu_grad(g: Any, y: Any) -> Any:
     return like(0.0, g) if y <= like(0.0, y) else g
 
 
-def relu6_grad(g: Any, y: Any) -> Any:
+def _relu6_grad(g: Any, y: Any) -> Any:
     rising = like(0.0, g) if y <= like(0.0, y) else g
     return like(0.0, g) if y >= like(6.0, y) else rising
 
 
-def leaky_relu_grad(g: Any, y: Any) -> Any:
+def _leaky_relu_grad(g: Any, y: Any) -> Any:
     return g if y > like(0.0, y) else g * like(LEAKY_SLOPE, g)
 
 
-def silu_grad(g: Any, z: Any) -> Any:
-    gate = logistic(z)
+def _silu_grad(g: Any, z: Any) -> Any:
+    gate = _logistic(z)
     return g * gate * (like(1.0, z) + z * (like(1.0, z) - gate))
 
 
-def gelu_grad(g: Any, z: Any) -> Any:
+def _gelu_grad(g: Any, z: Any) -> Any:
     below = like(0.5, z) * (like(1.0, z) + math.erf(z * like(ROOT_HALF, z)))
     return g * (below + z * like(DENSITY, z) * math.exp(like(-0.5, z) * z * z))
 
 
-def hardswish_grad(g: Any, z: Any) -> Any:
+def _hardswish_grad(g: Any, z: Any) -> Any:
     between = g * (z * like(1 / 3, z) + like(0.5, z))
     rising = like(0.0, g) if z <= like(-3.0, z) else between
     return g if z >= like(3.0, z) else rising
 
 
-def elu_grad(g: Any, y: Any) -> Any:
+def _elu_grad(g: Any, y: Any) -> Any:
     return g if y > like(0.0, y) else g * (y + like(1.0, y))
 
 
-def sigmoid_grad(g: Any, y: Any) -> Any:
+def _sigmoid_grad(g: Any, y: Any) -> Any:
     return g * y * (like(1.0, y) - y)
 
 
-def tanh_grad(g: Any, y: Any) -> Any:
+def _tanh_grad(g: Any, y: Any) -> Any:
     return g * (like(1.0, y) - y * y)
 
 
-FORWARD = (identity, relu, relu6, leaky_relu, silu, gelu, hardswish, elu, sigmoid, tanh)
+FORWARD = (
+    _identity,
+    _relu,
+    _relu6,
+    _leaky_relu,
+    _silu,
+    _gelu,
+    _hardswish,
+    _elu,
+    _sigmoid,
+    _tanh,
+)
 GRADIENT = (
-    identity_grad,
-    relu_grad,
-    relu6_grad,
-    leaky_relu_grad,
-    silu_grad,
-    gelu_grad,
-    hardswish_grad,
-    elu_grad,
-    sigmoid_grad,
-    tanh_grad,
+    _identity_grad,
+    _relu_grad,
+    _relu6_grad,
+    _leaky_relu_grad,
+    _silu_grad,
+    _gelu_grad,
+    _hardswish_grad,
+    _elu_grad,
+    _sigmoid_grad,
+    _tanh_grad,
 )
 
 
@@ -181,7 +192,7 @@ def _gradient(g: Any, v: Any, code: Any) -> Any:
 def gradient_at(
     g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: int
 ) -> Any:
-    """The gradient before the activation: by the output at `place`, or by z rebuilt where y is None.
+    """The gradient before the activation: by the output at `place`, or where y is None by z.
 
     z = moved·scale + shift + residual, with moved = x - center; a residual of None is left out.
     """

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel of the backward direction: `reduce_grad`, `apply_grad`, and both in one."""
+"""The compiled CPU kernel of the backward direction: `reduce_grad`, `apply_grad`, and both."""
 
 from __future__ import annotations
 
@@ -10,16 +10,51 @@ from numba.core.extending import overload
 
 from .cpu_activations import gradient_at
 from .cpu_loops import (
-    CENTER, CHUNKS, CONSTANT, CONSTANT_FACTOR, DRESIDUAL, DX, FLUSH, GRAD, MAP, MASK, MEAN_GAP,
-    MEAN_LOW, MERGE, MODE, PIECE, REDUCE, RESIDUAL, SCALE, SHIFT, SLOPE, SLOPE_FACTOR, STORED,
-    SUM_GRAD, SUM_GRAD_X, SUMMED, SUMS, X, Y, chunk_at, clear, compiled, fold, gather, minus, put_aside,
-    spread, spread_mask, start_of,
+    CENTER,
+    CHUNKS,
+    CONSTANT,
+    CONSTANT_FACTOR,
+    DRESIDUAL,
+    DX,
+    FLUSH,
+    GRAD,
+    MAP,
+    MASK,
+    MEAN_GAP,
+    MEAN_LOW,
+    MERGE,
+    MODE,
+    PIECE,
+    REDUCE,
+    RESIDUAL,
+    SCALE,
+    SHIFT,
+    SLOPE,
+    SLOPE_FACTOR,
+    STORED,
+    SUM_GRAD,
+    SUM_GRAD_X,
+    SUMMED,
+    SUMS,
+    X,
+    Y,
+    chunk_at,
+    clear,
+    compiled,
+    fold,
+    gather,
+    minus,
+    put_aside,
+    spread,
+    spread_mask,
+    start_of,
 )  # fmt: skip
 from .cpu_memory import like, narrow, pointer, scratch, take, widen
 
 
 @compiled  # type: ignore[untyped-decorator]
 def write_sums(chunk: Any, sums_1: Any, sums_2: Any, total: Any, moved: Any) -> None:
+    """Write the two sums, which the weight's and the bias's gradients are made of."""
     for c in range(chunk.here):
         total[chunk.first + c] = like(sums_1[c], total[0])
         moved[chunk.first + c] = like(sums_2[c], moved[0])
@@ -39,7 +74,16 @@ def write_map(
 
 
 def sums_of_planes(
-    grad: Any, x: Any, m: Any, s: Any, t: Any, y: Any, residual: Any, kept: Any, chunk: Any, code: int
+    grad: Any,
+    x: Any,
+    m: Any,
+    s: Any,
+    t: Any,
+    y: Any,
+    residual: Any,
+    kept: Any,
+    chunk: Any,
+    code: int,
 ) -> Any:
     """Σg and Σg·(x - center) of the chunk's one channel; g itself goes to `kept`, unless None."""
     raise NotImplementedError("only inside compiled kernels")
@@ -47,14 +91,32 @@ def sums_of_planes(
 
 @overload(sums_of_planes, prefer_literal=True, jit_options=SUMMED)  # type: ignore[untyped-decorator]
 def _sums_of_planes(
-    grad: Any, x: Any, m: Any, s: Any, t: Any, y: Any, residual: Any, kept: Any, chunk: Any, code: Any
+    grad: Any,
+    x: Any,
+    m: Any,
+    s: Any,
+    t: Any,
+    y: Any,
+    residual: Any,
+    kept: Any,
+    chunk: Any,
+    code: Any,
 ) -> Any:
     if not isinstance(code, types.IntegerLiteral):
         return None
     ACT = code.literal_value
 
     def implementation(
-        grad: Any, x: Any, m: Any, s: Any, t: Any, y: Any, residual: Any, kept: Any, chunk: Any, code: Any
+        grad: Any,
+        x: Any,
+        m: Any,
+        s: Any,
+        t: Any,
+        y: Any,
+        residual: Any,
+        kept: Any,
+        chunk: Any,
+        code: Any,
     ) -> Any:
         total_1, total_2 = 0.0, 0.0
         for row in range(chunk.top, chunk.bottom):
@@ -81,25 +143,16 @@ def backward(
     """Build the kernel for one stored type, the type computed in, activation, and options.
 
     REBUILT: the activation's gradient is taken at z rebuilt from x, and from a residual if ADD;
-    else at the output y, if there is an activation. WANT: the map writes the residual's gradient. KEEP: the
-    reduction does, and the map is then left to the plain kernel, which reads it as its gradient.
+    else at the output y, if there is an activation. WANT: the map writes the residual's gradient.
+    KEEP: the reduction does, and the map is left to the plain kernel, which reads it as `grad`.
     """
 
     def kernel(args: Any) -> None:
         grad, x = pointer(args[GRAD], SCALAR), pointer(args[X], SCALAR)
         dx, dresidual = pointer(args[DX], SCALAR), pointer(args[DRESIDUAL], SCALAR)
-        if REBUILT:
-            y = None
-        else:
-            y = pointer(args[Y], SCALAR)
-        if ADD:
-            residual = pointer(args[RESIDUAL], SCALAR)
-        else:
-            residual = None
-        if KEEP:
-            kept = dresidual
-        else:
-            kept = None
+        y = None if REBUILT else pointer(args[Y], SCALAR)
+        residual = pointer(args[RESIDUAL], SCALAR) if ADD else None
+        kept = dresidual if KEEP else None
         mask = pointer(args[MASK], np.uint8)
         center, scale, shift = (
             pointer(args[CENTER], REAL), pointer(args[SCALE], REAL), pointer(args[SHIFT], REAL),
@@ -125,7 +178,9 @@ def backward(
                 spread(shift, chunk.first, chunk, wide_t)
 
             if mode & REDUCE and chunk.planes:
-                sums_1[0], sums_2[0] = sums_of_planes(grad, x, m, s, t, y, residual, kept, chunk, ACT)
+                sums_1[0], sums_2[0] = sums_of_planes(
+                    grad, x, m, s, t, y, residual, kept, chunk, ACT
+                )
             elif mode & REDUCE:
                 clear(sums_1, chunk.here)
                 clear(sums_2, chunk.here)
@@ -142,10 +197,24 @@ def backward(
                         for i in range(chunk.together * columns):
                             d_0, d_1 = widen(x[a + i]) - wide_m[i], widen(x[b + i]) - wide_m[i]
                             g_0 = gradient_at(
-                                widen(grad[a + i]), d_0, wide_s[i], wide_t[i], y, residual, a + i, ACT
+                                widen(grad[a + i]),
+                                d_0,
+                                wide_s[i],
+                                wide_t[i],
+                                y,
+                                residual,
+                                a + i,
+                                ACT,
                             )
                             g_1 = gradient_at(
-                                widen(grad[b + i]), d_1, wide_s[i], wide_t[i], y, residual, b + i, ACT
+                                widen(grad[b + i]),
+                                d_1,
+                                wide_s[i],
+                                wide_t[i],
+                                y,
+                                residual,
+                                b + i,
+                                ACT,
                             )
                             wide_1[i] += g_0 + g_1
                             wide_2[i] += g_0 * d_0 + g_1 * d_1
@@ -176,7 +245,11 @@ def backward(
                 put_aside(partial, chunk, sums_1, sums_2)
             elif mode & (REDUCE | MERGE):
                 write_sums(
-                    chunk, sums_1, sums_2, pointer(args[SUM_GRAD], REAL), pointer(args[SUM_GRAD_X], REAL)
+                    chunk,
+                    sums_1,
+                    sums_2,
+                    pointer(args[SUM_GRAD], REAL),
+                    pointer(args[SUM_GRAD_X], REAL),
                 )
                 if args[SLOPE_FACTOR] != 0:
                     write_map(

@@ -9,9 +9,39 @@ import numpy as np
 
 from .cpu_activations import activate
 from .cpu_loops import (
-    AGAIN, BIAS, CENTER, CHUNKS, COUNT, EPS, LOW, MAP, MASK, MERGE, MODE, PIVOTED, REDUCE, RESIDUAL,
-    SCALE, SHIFT, STORED, SUMS, VAR, WEIGHT, X, Y, chunk_at, compiled, gather, moments_of_planes,
-    moments_of_strips, pivot_at, put_aside, sample, settle, spread, start_of,
+    AGAIN,
+    BIAS,
+    CENTER,
+    CHUNKS,
+    COUNT,
+    EPS,
+    LOW,
+    MAP,
+    MASK,
+    MERGE,
+    MODE,
+    PIVOTED,
+    REDUCE,
+    RESIDUAL,
+    SCALE,
+    SHIFT,
+    STORED,
+    SUMS,
+    VAR,
+    WEIGHT,
+    X,
+    Y,
+    chunk_at,
+    compiled,
+    gather,
+    moments_of_planes,
+    moments_of_strips,
+    pivot_at,
+    put_aside,
+    sample,
+    settle,
+    spread,
+    start_of,
 )  # fmt: skip
 from .cpu_memory import as_float, like, narrow, pointer, scratch, take, widen
 
@@ -34,6 +64,7 @@ def reduce(
     x: Any, mask: Any, valid: Any, chunk: Any, pivots: Any, wide_1: Any, wide_2: Any, wide_3: Any,
     sums_1: Any, sums_2: Any,
 ) -> None:  # fmt: skip
+    """Σ(x - pivot) and Σ(x - pivot)² of every channel of the chunk."""
     if chunk.planes:
         moments_of_planes(x, mask, chunk, pivots[0], sums_1, sums_2)
     else:
@@ -52,10 +83,7 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
         )  # fmt: skip
         low, var = pointer(args[LOW], REAL), pointer(args[VAR], REAL)
         partial = pointer(args[SUMS], np.float64)
-        if MASKED:
-            mask = pointer(args[MASK], np.uint8)
-        else:
-            mask = None
+        mask = pointer(args[MASK], np.uint8) if MASKED else None
         valid = scratch(np.uint8)
         pivots, wide_1, wide_2, wide_3 = scratch(REAL), scratch(REAL), scratch(REAL), scratch(REAL)
         sums_1, sums_2 = scratch(np.float64), scratch(np.float64)
@@ -102,7 +130,9 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
                 spread(shift, chunk.first, chunk, wide_3)
                 for row in range(chunk.top, chunk.bottom, chunk.together):
                     start = start_of(chunk, row)
-                    for i in range(min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length):
+                    for i in range(
+                        min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length
+                    ):
                         z = (widen(x[start + i]) - wide_1[i]) * wide_2[i] + wide_3[i]
                         if ADD:
                             z += widen(residual[start + i])

@@ -1,16 +1,16 @@
 """Geometry and sums shared by the compiled CPU kernels of both directions.
 
-x is seen as `rows` x `channels` x `length`, contiguous: N x C x L for channels-first, (N·L) x C x 1
-for channels-last, N x C x 1 for (N, C). Work is cut into chunks: a block of channels times a range of
-rows. There are two ways through a chunk:
+x is seen as `rows` x `channels` x `length`, contiguous: N x C x L for channels-first,
+(N·L) x C x 1 for channels-last, N x C x 1 for (N, C). Work is cut into chunks: a block of channels
+times a range of rows. There are two ways through a chunk:
 
     planes    length > WIDTH / 2: a block is one channel, the loops run along its planes
-    strips    shorter: one row's planes of a block of channels, at most WIDTH elements, are one strip;
-              where all channels of a row are less than that, `together` rows are one strip
+    strips    shorter: one row's planes of a block of channels, at most WIDTH elements, are one
+              strip; where a row has less than half of that, `together` rows are one strip
 
-A strip is added, element by element, to accumulators as wide as itself, and per-channel arguments are
-spread out to the same width. So the inner loops are maps without a carried sum: nothing is padded and
-small planes cost no remainder loops. Every FLUSH strips the accumulators are added to sums in float64.
+A strip is added, element by element, to accumulators as wide as itself, and per-channel arguments
+are spread out to the same width. So the inner loops are maps without a carried sum: nothing is
+padded, small planes cost no remainder loops. Every FLUSH strips go from float32 to float64 sums.
 
 A kernel's one argument is the address of SIZE int64, laid out by the constants below.
 """
@@ -63,12 +63,23 @@ def chunk_at(args: Any, index: Any) -> Any:
     together = args[TOGETHER]
     copies = min(together, bottom - top)
     return Chunk(
-        rows, channels, length, part, first, here, top, bottom, together, copies, length > WIDTH // 2
+        rows,
+        channels,
+        length,
+        part,
+        first,
+        here,
+        top,
+        bottom,
+        together,
+        copies,
+        length > WIDTH // 2,
     )
 
 
 @compiled  # type: ignore[untyped-decorator]
 def start_of(chunk: Any, row: Any) -> Any:
+    """Where the chunk's first channel begins in this row."""
     return (row * chunk.channels + chunk.first) * chunk.length
 
 
@@ -107,6 +118,7 @@ def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> No
 
 @compiled  # type: ignore[untyped-decorator]
 def clear(values: Any, count: Any) -> None:
+    """Set the first `count` values to 0."""
     for i in range(count):
         values[i] = like(0.0, values[i])
 
@@ -133,7 +145,7 @@ def fold(wide: Any, chunk: Any, sums: Any) -> None:
 def sample(x: Any, chunk: Any, pivots: Any) -> None:
     """A pivot per channel: the mean of values evenly spread over all positions.
 
-    Evenly spread, since neighbours resemble one another: the first values of an image are its border.
+    Evenly spread, since neighbours resemble one another: an image begins with its border.
     """
     total = chunk.rows * chunk.length
     few = min(total, SAMPLE)

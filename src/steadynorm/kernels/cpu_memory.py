@@ -17,7 +17,7 @@ WIDTH = 1024
 (24 KiB) stay in a first-level cache of 32 KiB."""
 
 APART = 32
-"""Elements between one strip's scratch and the next, lest they collide at distances of 4096 bytes."""
+"""Elements between one scratch and the next: at distances of 4096 bytes they would collide."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -74,7 +74,9 @@ def widen(typing: Any, value: Any) -> Any:
         return value(value), lambda context, builder, signature, arguments: arguments[0]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        bits = builder.shl(
+            builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16)
+        )
         return builder.bitcast(bits, ir.FloatType())
 
     return types.float32(value), generate
@@ -82,7 +84,7 @@ def widen(typing: Any, value: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def narrow(typing: Any, value: Any, target: Any) -> Any:
-    """The computed value as one to store at the pointer `target`: to bfloat16's bits by rounding to nearest, ties to even."""
+    """The computed value as one to store at `target`: bfloat16's bits by rounding to nearest."""
     stored = target.dtype
     if stored != types.uint16:
 
@@ -102,8 +104,6 @@ def narrow(typing: Any, value: Any, target: Any) -> Any:
         return builder.trunc(builder.lshr(bits, word(16)), half)
 
     return stored(value, target), generate
-
-
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -23,8 +23,12 @@ from .cpu_loops import COUNTER, SIZE
 
 Arguments = ctypes.c_int64 * SIZE
 
-_compiling = threading.RLock()
-_forked = False
+
+class _Process:
+    """What a fork changes."""
+
+    forked = False
+    compiling = threading.RLock()
 
 
 class Kernel:
@@ -44,7 +48,7 @@ class Kernel:
         """Run until the counter in the arguments has gone through every chunk."""
         self.calls += 1
         arguments[COUNTER] = 0
-        if threads == 1 or _forked:
+        if threads == 1 or _Process.forked:
             self._enter(arguments)
         else:
             team()(self, arguments, threads)
@@ -70,7 +74,7 @@ def _version() -> str:
 
 @cache
 def _fingerprint() -> str:
-    """Changes with any kernel source: Numba itself looks only at the file of the outermost function."""
+    """Changes with any kernel source: Numba looks only at the file of the outermost function."""
     digest = hashlib.sha256(numba.__version__.encode())
     for source in sorted(Path(__file__).parent.glob("cpu*.py")):
         digest.update(source.read_bytes())
@@ -81,7 +85,7 @@ def compile_kernel(function: Callable[[Any], None]) -> Kernel:
     """Compile, or load from the cache folder; a folder that cannot be used does no harm."""
     signature = types.void(types.CPointer(types.int64))
     options = {"error_model": "numpy", "fastmath": {"contract"}, "nopython": True}
-    with _compiling:
+    with _Process.compiling:
         before = config.CACHE_DIR
         try:
             config.CACHE_DIR = str(cache_folder())
@@ -126,9 +130,8 @@ def _pool() -> Callable[[Kernel, Any, int], None]:
 
 def _after_fork() -> None:
     """A forked child has none of its parent's threads: run on the one that is left."""
-    global _forked, _compiling
-    _forked = True
-    _compiling = threading.RLock()
+    _Process.forked = True
+    _Process.compiling = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
