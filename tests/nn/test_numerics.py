@@ -135,6 +135,17 @@ def test_inference(layout: str, mean: float) -> None:
     assert int(layer.num_batches_tracked) == running.batches
 
 
+@pytest.mark.usefixtures("route")
+def test_gradients_in_inference_after_a_call_in_inference_mode() -> None:
+    """What a kernel keeps between calls must not carry the mode of the call that made it."""
+    layer = sn.BatchNorm1d(113).eval()  # a number of channels that no other test uses
+    with torch.inference_mode():
+        layer(torch.ones(2, 113))
+    x = torch.ones(2, 113, requires_grad=True)
+    layer(x).backward(torch.full((2, 113), 2.0))
+    tolerances.close(x.grad, np.full((2, 113), 2 / np.sqrt(1 + 1e-5)), "backward")
+
+
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("policy", [*POLICIES, "inference"])
 def test_a_large_batch(policy: str, mean: float) -> None:

@@ -97,4 +97,5 @@ def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Ten
 
 @lru_cache(maxsize=256)
 def _zeros(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(channels, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # kept ones must serve where a backward follows, too
+        return torch.zeros(channels, dtype=dtype, device=device)
