@@ -128,6 +128,7 @@ def _work(job: Job, group: int) -> Any:
         with _done.get_lock():
             _done[group] += steps
 
+    tick(0)  # a run that was waiting when the others were stopped
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
