@@ -20,12 +20,19 @@ def fails(*, tick):
 
 
 def endless(path, *, tick):
+    path.write_text("started")
     try:
         while True:
             tick(1)
             time.sleep(0.01)
     finally:
         path.write_text("told to stop")
+
+
+def after(path, value, *, tick):
+    while not path.exists():
+        time.sleep(0.01)
+    return value
 
 
 def test_results_and_progress():
@@ -55,10 +62,10 @@ def test_leaving_early_stops_the_workers(tmp_path):
     note = tmp_path / "note"
     planned = [
         jobs.Job("a", (0,), 10**9, endless, (note,)),
-        jobs.Job("a", (1,), 1, square, (3,)),
+        jobs.Job("a", (1,), 1, after, (note, 9)),
     ]
     running = jobs.run(planned, workers=2)
-    job, (result, _) = next(running)
+    job, result = next(running)
     assert (job.key, result) == ((1,), 9)
     running.close()  # what Ctrl-C does: GeneratorExit or KeyboardInterrupt inside the loop
     assert note.read_text() == "told to stop"
