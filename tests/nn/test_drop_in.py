@@ -150,8 +150,6 @@ def test_module_samples(info: Any, dtype: torch.dtype, lazy: bool) -> None:
         kinds = LAZY[info.module_cls] if lazy else (info.module_cls, LAYERS[info.module_cls])
         if lazy:
             args = args[1:]
-            if "bias" in kwargs:
-                kwargs = {}  # torch's lazy layers know no bias=False
         theirs, ours = (kind(*args, **kwargs).to(dtype) for kind in kinds)
         if lazy:
             assert type(ours) is kinds[1]
