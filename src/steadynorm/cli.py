@@ -13,6 +13,7 @@ import typer
 
 from steadynorm.bench._cli import bench, warmup
 from steadynorm.calibration._cli import calibrate
+from steadynorm.checkpoints._cli import convert_weights
 from steadynorm.tour._cli import tour
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ def main(
 
 app.command()(tour)
 app.command()(calibrate)
+app.command()(convert_weights)
 app.command()(bench)
 app.command()(warmup)
 

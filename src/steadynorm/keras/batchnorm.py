@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from steadynorm.keras import stages
@@ -27,7 +27,7 @@ from steadynorm.statistics import (
 )
 
 Tensor = Any
-MANY = 1 << 30  # batches seen, where a checkpoint does not say how many
+MANY = np.int32(1 << 30)  # batches seen, where a checkpoint does not say how many
 
 
 @keras.saving.register_keras_serializable(package="steadynorm")
@@ -162,8 +162,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         training: bool | None = None,
         mask: Tensor | None = None,
         residual: Tensor | None = None,
+        inputs_mask: Tensor | None = None,
     ) -> Tensor:
         """Normalize `inputs`; see the class."""
+        if mask is None:
+            mask = inputs_mask  # where Keras puts a mask that arrives by itself, beside a residual
         axis = self.axis % len(inputs.shape)
         dtype = keras.backend.result_type(inputs.dtype, "float32")
         x = ops.cast(inputs, dtype)
@@ -247,7 +250,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         return {
             **super().get_config(),
             "synchronized": self.synchronized,
-            "statistics": {"policy": name, **asdict(self.statistics)},
+            "statistics": {"policy": name, **vars(self.statistics)},
             "activation": None if activation is None else keras.activations.serialize(activation),
             "nonfinite": self.nonfinite,
         }

@@ -58,5 +58,5 @@ def replicas() -> Replicas | None:
     group = framework.distributed
     if not group.is_available() or not group.is_initialized() or group.get_world_size() == 1:
         return None
-    sum_with_gradient = import_module("torch.distributed.nn.functional").all_reduce
+    sum_with_gradient = import_module(f"{backend}.distributed.nn.functional").all_reduce
     return Replicas(group.get_world_size(), group.get_rank(), sum_with_gradient)

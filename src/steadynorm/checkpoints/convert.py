@@ -1,0 +1,221 @@
+"""Names, momentum, eps and the bias of the variance: torch, Keras and flax, each way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from steadynorm.statistics import CONVENTIONS, convert_momentum, convert_variance
+
+MANY = 1 << 30
+"""Batches seen, for a layer that counts them, where the source does not say: enough that the next
+batch is one of many."""
+
+ROLES = ("weight", "bias", "mean", "var", "batches")
+NAMES = {
+    "torch": ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+    "keras": ("gamma", "beta", "moving_mean", "moving_variance", "num_batches_tracked"),
+    "flax": ("scale", "bias", "mean", "var", "num_batches_tracked"),
+}
+SEPARATORS = {"torch": ".", "keras": "/", "flax": "."}
+
+
+class Converted(NamedTuple):
+    """What came out, and in words what could not be kept as it was."""
+
+    values: dict[str, Any]
+    remarks: tuple[str, ...]
+
+
+def convert_weights(
+    weights: Mapping[str, Any],
+    source: str,
+    target: str,
+    *,
+    values_per_channel: int | Mapping[str, int] | None = None,
+    count_batches: bool = False,
+) -> Converted:
+    """The batch normalization layers of a checkpoint under another framework's names.
+
+    A layer is every prefix with a running mean and a running variance of one length. Its weight,
+    bias and running mean are the same numbers everywhere. Its running variance is unbiased in
+    torch and biased in Keras and flax: with n values per channel in a training batch
+    (`values_per_channel`, for all layers or by prefix), the biased one is (n - 1)/n of the other.
+
+    Args:
+        weights: arrays by name, names joined as `SEPARATORS` says.
+        source: "torch", "keras" or "flax".
+        target: likewise.
+        values_per_channel: n above; without, the variance is left as it is, and that is remarked.
+        count_batches: keep the number of batches seen for Keras and flax too, where only this
+            package's layers have a place for it, and only under policies that ask for it.
+
+    Returns:
+        The layers' arrays, and remarks on all that was not kept. Other weights are left out.
+
+    Raises:
+        ValueError: an unknown framework, a source without such a layer, an n below 1.
+
+    >>> torch_layer = {
+    ...     "1.weight": np.ones(2),
+    ...     "1.bias": np.zeros(2),
+    ...     "1.running_mean": np.zeros(2),
+    ...     "1.running_var": np.array([4.0, 8.0]),
+    ...     "1.num_batches_tracked": np.array(9),
+    ... }
+    >>> values, remarks = convert_weights(torch_layer, "torch", "keras", values_per_channel=4)
+    >>> values["1/moving_variance"]
+    array([3., 6.])
+    >>> remarks
+    ('1: num_batches_tracked (9) is left out: keras has no place for it.',)
+    """
+    names, new_names = _names(source, "source"), _names(target, "target")
+    layers = find_layers(weights, source)
+    if not layers:
+        raise ValueError(
+            f"weights hold no batch normalization layer of {source}: none has both "
+            f"{names[2]!r} and {names[3]!r} of one length."
+        )
+    converted: dict[str, Any] = {}
+    remarks: list[str] = []
+    used: set[str] = set()
+    for prefix in layers:
+        found = {
+            role: name
+            for role, name in zip(ROLES, (_join(prefix, n, source) for n in names), strict=True)
+            if name in weights
+        }
+        used |= set(found.values())
+        layer = {role: np.asarray(weights[name]) for role, name in found.items()}
+        n = (
+            values_per_channel.get(prefix)
+            if isinstance(values_per_channel, Mapping)
+            else values_per_channel
+        )
+        layer["var"] = _variance(layer["var"], n, source, target, prefix, remarks)
+        _batches(layer, target, prefix, count_batches, remarks)
+        new_prefix = prefix.replace(SEPARATORS[source], SEPARATORS[target])
+        for role, name in zip(ROLES, new_names, strict=True):
+            if role in layer:
+                converted[_join(new_prefix, name, target)] = layer[role]
+    if others := len(weights) - len(used):
+        remarks.append(f"{others} other arrays are left out: they are no batch normalization.")
+    return Converted(converted, tuple(remarks))
+
+
+def find_layers(weights: Mapping[str, Any], framework: str) -> list[str]:
+    """The prefixes of a checkpoint's batch normalization layers, in its order."""
+    _, _, mean, var, _ = _names(framework, "framework")
+    prefixes = []
+    for name, array in weights.items():
+        prefix, _, last = ("" + SEPARATORS[framework] + name).rpartition(SEPARATORS[framework])
+        prefix = prefix.removeprefix(SEPARATORS[framework])
+        other = weights.get(_join(prefix, var, framework))
+        if last == mean and other is not None and np.shape(other) == np.shape(array):
+            prefixes.append(prefix)
+    return prefixes
+
+
+def _join(prefix: str, name: str, framework: str) -> str:
+    return f"{prefix}{SEPARATORS[framework]}{name}" if prefix else name
+
+
+def _names(framework: str, argument: str) -> tuple[str, ...]:
+    if framework not in NAMES:
+        raise ValueError(f"{argument} must be one of {', '.join(NAMES)}; got {framework!r}.")
+    return NAMES[framework]
+
+
+def _variance(
+    var: np.ndarray, n: int | None, source: str, target: str, prefix: str, remarks: list[str]
+) -> np.ndarray:
+    have, want = CONVENTIONS[source].keeps, CONVENTIONS[target].keeps
+    if have == want:
+        return var
+    if n is None:
+        remarks.append(
+            f"{prefix}: the running variance stays as it is, {have} where {target} keeps it "
+            f"{want}: give values_per_channel to convert it."
+        )
+        return var
+    if n < 1:
+        raise ValueError(f"values_per_channel must be at least 1; got {n} for {prefix!r}.")
+    exact = convert_variance(var.astype(np.float64), n, source, target, xp=np)
+    return np.asarray(exact, var.dtype)
+
+
+def _batches(
+    layer: dict[str, Any], target: str, prefix: str, count_batches: bool, remarks: list[str]
+) -> None:
+    if target == "torch":
+        if "batches" not in layer:
+            layer["batches"] = np.asarray(MANY, np.int64)
+            remarks.append(
+                f"{prefix}: the number of batches seen is not known: num_batches_tracked is "
+                f"{MANY}, so that the next batch is one of many."
+            )
+        layer["batches"] = layer["batches"].astype(np.int64)
+    elif count_batches:
+        layer["batches"] = np.minimum(layer.get("batches", MANY), MANY).astype(np.int32)
+    elif "batches" in layer:
+        count = int(layer.pop("batches"))
+        remarks.append(
+            f"{prefix}: num_batches_tracked ({count}) is left out: {target} has no place for it."
+        )
+
+
+def convert_settings(settings: Mapping[str, Any], source: str, target: str) -> Converted:
+    """The arguments of one framework's layer as the arguments of another's.
+
+    `momentum`, `eps` or `epsilon`, and what is learned. What is not given is the source's default,
+    and is written out, because the defaults differ.
+
+    Args:
+        settings: torch: momentum, eps, affine, bias; Keras: momentum, epsilon, center, scale;
+            flax: momentum, epsilon, use_bias, use_scale. Others are refused.
+        source: "torch", "keras" or "flax".
+        target: likewise.
+
+    Returns:
+        The arguments, and remarks on what could not be kept.
+
+    Raises:
+        ValueError: an unknown framework or setting.
+
+    >>> convert_settings({"momentum": 0.1}, "torch", "keras").values
+    {'momentum': 0.9, 'epsilon': 1e-05, 'scale': True, 'center': True}
+    """
+    _names(source, "source"), _names(target, "target")
+    here, there = CONVENTIONS[source], CONVENTIONS[target]
+    given, remarks = dict(settings), []
+    momentum = given.pop("momentum", here.momentum)
+    eps = given.pop("eps" if source == "torch" else "epsilon", here.eps)
+    if source == "torch":
+        scale = given.pop("affine", True)
+        center = scale and given.pop("bias", True)
+    else:
+        scale, center = (given.pop(name, True) for name in _LEARNED[source])
+    if given:
+        raise ValueError(
+            f"settings must be those of {source} that have a counterpart; got {sorted(given)}."
+        )
+    if momentum is None:
+        remarks.append(
+            f"momentum=None averages over all batches; {target} has no such momentum: its default, "
+            f"{there.momentum}, stands. This package's statistics='running' starts that way."
+        )
+        momentum = there.momentum
+    else:
+        momentum = round(convert_momentum(momentum, source, target), 12)
+    if target == "torch":
+        if center and not scale:
+            remarks.append("torch learns no bias without a weight: the weight is 1, and learned.")
+        values = {"momentum": momentum, "eps": eps, "affine": scale or center}
+        return Converted(values | ({} if center or not scale else {"bias": False}), tuple(remarks))
+    learned = dict(zip(_LEARNED[target], (scale, center), strict=True))
+    return Converted({"momentum": momentum, "epsilon": eps, **learned}, tuple(remarks))
+
+
+_LEARNED = {"keras": ("scale", "center"), "flax": ("use_scale", "use_bias")}

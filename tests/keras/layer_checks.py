@@ -1,0 +1,351 @@
+"""What `steadynorm.keras.BatchNormalization` must do on the backend of this process.
+
+Run by `test_backends.py`; alone: KERAS_BACKEND=jax python -m pytest tests/keras/layer_checks.py
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tests import truth
+
+import steadynorm as sn
+from steadynorm.keras import BatchNormalization
+
+# Keras's variables have NumPy's old `__array__`, without `copy`.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+BACKEND = keras.config.backend()
+POLICIES = {
+    "batch": sn.Batch(),
+    "steady": sn.Steady(),
+    "running": sn.Running(),
+    "renorm": sn.Renorm(warmup=0, r_ramp=2, d_ramp=2),
+    "ghost": sn.Ghost(3),
+    "frozen": sn.Frozen(),
+}
+SHAPES = {"2d": ((11, 3), -1), "last": ((5, 4, 3, 3), -1), "first": ((5, 3, 4, 2), 1)}
+Layer = keras.layers.BatchNormalization
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def array(tensor: Any) -> np.ndarray:
+    return ops.convert_to_numpy(tensor)
+
+
+def built(kind: type[Layer], shape: tuple[int, ...], seed: int = 5, **arguments: Any) -> Layer:
+    """A layer with arbitrary weights: gamma, beta and the moving statistics."""
+    layer = kind(**arguments)
+    layer.build(shape)
+    channels = shape[layer.axis]
+    values = [draw(channels, seed=seed + i) for i in range(2 * layer.scale + layer.center)]
+    values = values[: layer.scale + layer.center]
+    moving = [draw(channels, seed=seed + 7), draw(channels, seed=seed + 8) ** 2 + 0.5]
+    layer.set_weights([*values, *moving, *([np.int32(7)] if len(layer.weights) == 5 else [])])
+    return layer
+
+
+def gradients(layer: Layer, x: np.ndarray, grad: np.ndarray, **call: Any) -> list[np.ndarray]:
+    """Of `sum(layer(x) * grad)`, for x and the trainable weights, by the backend's own means."""
+    weights = layer.trainable_variables
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            t = tf.convert_to_tensor(x)
+            tape.watch(t)
+            loss = tf.reduce_sum(layer(t, training=True, **call) * grad)
+        found = tape.gradient(loss, [t, *(w.value for w in weights)])
+    elif BACKEND == "torch":
+        t = ops.convert_to_tensor(x).requires_grad_()
+        layer.zero_grad()
+        (layer(t, training=True, **call) * ops.convert_to_tensor(grad)).sum().backward()
+        found = [t.grad, *(w.value.grad for w in weights)]
+    else:
+        import jax
+
+        fixed = [v.value for v in layer.non_trainable_variables]
+
+        def loss(t: Any, values: list[Any]) -> tuple[Any, list[Any]]:
+            y, moved = layer.stateless_call(values, fixed, t, training=True, **call)
+            return (y * grad).sum(), moved
+
+        both = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        (dx, dweights), moved = both(x, [w.value for w in weights])
+        for variable, value in zip(layer.non_trainable_variables, moved, strict=True):
+            variable.assign(value)
+        found = [dx, *dweights]
+    return [array(t) for t in found]
+
+
+@pytest.mark.parametrize(("policy", "masked"), list(product(POLICIES, [False, True])))
+def test_values_gradients_and_statistics_are_right(policy: str, masked: bool) -> None:
+    shape, axis = SHAPES["first" if masked else "last"]
+    x, grad = 2 * draw(*shape) + 1, draw(*shape, seed=1)
+    mask = draw(*np.delete(shape, axis), seed=2) < 0.5 if masked else None
+    layer = built(
+        BatchNormalization, shape, axis=axis, momentum=0.8, statistics=POLICIES[policy],
+        activation="tanh",
+    )  # fmt: skip
+    gamma, beta, mean, var, *_ = layer.get_weights()
+    second = [np.moveaxis(t, axis, 1) for t in (x, grad)]
+    expected = truth.train(
+        second[0],
+        POLICIES[policy],
+        truth.Running(mean, var, 7),
+        truth.Setting(gamma, beta, "tanh", 0.2, 1e-3, unbiased=False),
+        mask=mask,
+        grad=second[1],
+    )
+    y = array(layer(x, training=False))
+    hat = (np.moveaxis(x, axis, -1) - mean) / np.sqrt(var + 1e-3)
+    np.testing.assert_allclose(y, np.moveaxis(np.tanh(hat * gamma + beta), -1, axis), atol=2e-6)
+    call = {} if mask is None else {"mask": mask}
+    dx, dgamma, dbeta = gradients(layer, x, grad, **call)
+    np.testing.assert_allclose(np.moveaxis(dx, axis, 1), expected.dx, atol=1e-5)
+    np.testing.assert_allclose(dgamma, expected.dweight, atol=2e-5)
+    np.testing.assert_allclose(dbeta, expected.dbias, atol=2e-5)
+    np.testing.assert_allclose(array(layer.moving_mean), expected.running.mean, atol=1e-6)
+    np.testing.assert_allclose(array(layer.moving_variance), expected.running.var, rtol=2e-6)
+    layer.set_weights([gamma, beta, mean, var, *([np.int32(7)] if len(layer.weights) == 5 else [])])
+    y = array(layer(x, training=True, **call))
+    np.testing.assert_allclose(np.moveaxis(y, axis, 1), expected.y, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"axis": 1, "momentum": 0.5, "epsilon": 1e-5}, {"scale": False}, {"center": False}],
+    ids=str,
+)
+def test_equal_to_kerass_layer(arguments: dict[str, Any]) -> None:
+    """Outputs in both modes, moving statistics, and weights exchanged both ways."""
+    x = draw(6, 3, 3)
+    theirs = built(Layer, x.shape, **arguments)
+    ours = BatchNormalization(**arguments)
+    ours.build(x.shape)
+    ours.set_weights(theirs.get_weights())
+    for step in (1, 2):
+        for training in (True, False):
+            found, expected = ours(x * step, training=training), theirs(x * step, training=training)
+            np.testing.assert_allclose(array(found), array(expected), atol=3e-6)
+    theirs.set_weights(ours.get_weights())
+    np.testing.assert_allclose(array(theirs(x)), array(ours(x)), atol=3e-6)
+    assert {**theirs.get_config(), "name": ours.name}.items() <= ours.get_config().items()
+    assert isinstance(ours, Layer)
+
+
+def test_not_trainable_means_inference_and_nothing_moves() -> None:
+    layer = built(BatchNormalization, (6, 3))
+    layer.trainable = False
+    before, x = layer.get_weights(), draw(6, 3)
+    np.testing.assert_array_equal(array(layer(x, training=True)), array(layer(x, training=False)))
+    for was, now in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mean", [0.0, 1e6])
+def test_forward_is_within_the_bar(policy: str, mean: float) -> None:
+    """2e-6 from float64, on float32 data of standard deviation 1."""
+    x = draw(64, 7, 5) + np.float32(mean)
+    layer = BatchNormalization(epsilon=1e-5, statistics=POLICIES[policy])
+    layer.build(x.shape)
+    moving = [np.ones(5), np.zeros(5), np.full(5, np.float32(mean + 0.3)), np.ones(5)]
+    layer.set_weights([*moving, *([np.int32(7)] if len(layer.weights) == 5 else [])])
+    running = truth.Running(*layer.get_weights()[2:4], 7)
+    setting = truth.Setting(momentum=0.01, unbiased=False)
+    expected = truth.train(np.moveaxis(x, -1, 1), POLICIES[policy], running, setting)
+    found = np.moveaxis(array(layer(x, training=True)).astype(np.float64), -1, 1)
+    assert np.abs(found - expected.y).max() <= 2e-6
+
+
+def test_the_compiler_keeps_the_bar() -> None:
+    x = draw(64, 7, 5) + np.float32(1e6)
+    double = x.astype(np.float64)
+    expected = (double - double.mean((0, 1))) / np.sqrt(double.var((0, 1)) + 1e-3)
+    model = keras.Sequential([keras.Input((7, 5)), BatchNormalization(momentum=0.0)])
+    seen = []
+
+    class Loss(keras.losses.Loss):
+        def call(self, _: Any, y: Any) -> Any:
+            return ops.mean(ops.square(y - ops.cast(expected, "float32")), axis=(1, 2))
+
+    model.compile(optimizer=keras.optimizers.SGD(0.0), loss=Loss(), jit_compile=BACKEND != "torch")
+    seen.append(model.train_on_batch(x, expected))
+    assert float(np.asarray(seen[0])) <= (6e-7) ** 2
+    np.testing.assert_allclose(array(model.layers[0].moving_variance), double.var((0, 1)), 1e-6)
+
+
+def test_variance_stays_right_where_kerass_falls() -> None:
+    """Keras on torch and NumPy: variance by E[x²] - E[x]², NaN at mean 1e3 and deviation 0.1."""
+    x = (1e3 + 0.1 * draw(512, 4)).astype(np.float32)
+    y = array(BatchNormalization(epsilon=1e-6)(x, training=True))
+    np.testing.assert_allclose(y.std(0), 1, atol=1e-3)
+
+
+def test_masks_with_channels_first() -> None:
+    """Keras fails, is silently wrong where C equals T, raises at C = 1, shrinks where none is."""
+    for channels in (1, 3, 4):
+        x, mask = draw(6, channels, 4), draw(6, 4, seed=1) < 0.5
+        layer = BatchNormalization(axis=1, momentum=0.0)
+        layer(x, training=True, mask=mask)
+        valid = np.moveaxis(x, 1, -1)[mask]
+        np.testing.assert_allclose(array(layer.moving_mean), valid.mean(0), atol=1e-6)
+        np.testing.assert_allclose(array(layer.moving_variance), valid.var(0), rtol=1e-5)
+        layer(x, training=True, mask=np.zeros((6, 4), bool))
+        np.testing.assert_allclose(array(layer.moving_variance), valid.var(0), rtol=1e-5)
+
+
+def test_a_mask_arrives_by_itself_beside_a_residual_too() -> None:
+    tokens = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
+    embedded = keras.layers.Embedding(5, 3, mask_zero=True)
+    for residual in (False, True):
+        layer = BatchNormalization(momentum=0.0)
+        x = embedded(tokens)
+        layer(x, training=True, **({"residual": x} if residual else {}))
+        np.testing.assert_allclose(
+            array(layer.moving_mean), array(x)[tokens > 0].mean(0), atol=1e-6
+        )
+
+
+def test_loading_moving_variance_into_renorm_keeps_it() -> None:
+    """Keras's renorm layer: 25 becomes about 2 after one step."""
+    x = 5 * draw(64, 3)
+    source = Layer()
+    source.build(x.shape)
+    source.set_weights([np.ones(3), np.zeros(3), np.zeros(3), np.full(3, 25.0)])
+    layer = BatchNormalization(statistics="renorm")
+    layer.build(x.shape)
+    layer.set_weights(source.get_weights())
+    layer(x, training=True)
+    np.testing.assert_allclose(array(layer.moving_variance), 25, rtol=0.02)
+
+
+def test_residual_and_activation_run_inside() -> None:
+    x, residual = draw(6, 3), draw(6, 3, seed=1)
+    layer = BatchNormalization(activation="relu")
+    expected = np.maximum(x / np.sqrt(1 + 1e-3) + residual, 0)
+    np.testing.assert_allclose(array(layer(x, residual=residual)), expected, atol=1e-6)
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layer(inputs, residual=inputs))
+    np.testing.assert_allclose(array(model(x)), np.maximum(x / np.sqrt(1 + 1e-3) + x, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["batch", "steady"])
+def test_files_round_trip(policy: str, tmp_path: Path) -> None:
+    x, y = draw(64, 6), draw(64, 2)
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(4),
+            BatchNormalization(statistics=policy, activation="relu", nonfinite="skip"),
+            keras.layers.Dense(2),
+        ]
+    )
+    model.compile(optimizer="sgd", loss="mse")
+    model.fit(x, y, batch_size=24, epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    layer = again.layers[1]
+    assert type(layer) is BatchNormalization
+    assert layer.statistics == POLICIES[policy]
+    assert layer.nonfinite == "skip"
+    np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
+    if policy == "steady":
+        assert int(layer.num_batches_tracked) == 6
+    model.save_weights(tmp_path / "model.weights.h5")
+    again.layers[0].set_weights([0 * w for w in again.layers[0].get_weights()])
+    again.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize("policy", ["batch", "running"])
+def test_weight_files_of_kerass_layer_load(policy: str, tmp_path: Path) -> None:
+    theirs = keras.Sequential([keras.Input((3,)), Layer()])
+    theirs.layers[0].set_weights([draw(3, seed=i) ** 2 for i in range(4)])
+    theirs.save_weights(tmp_path / "a.weights.h5")
+    ours = keras.Sequential([keras.Input((3,)), BatchNormalization(statistics=policy, name="b")])
+    ours.layers[0].name = theirs.layers[0].name
+    model = keras.Sequential([keras.Input((3,)), ours.layers[0]])
+    model.layers[0].load_own_variables({str(i): w for i, w in enumerate(theirs.get_weights())})
+    x = draw(6, 3)
+    np.testing.assert_allclose(array(model(x)), array(theirs(x)), atol=2e-6)
+    model(x, training=True)
+    moved = 0.99 * draw(3, seed=2) ** 2 + 0.01 * x.mean(0)  # momentum holds: batches were "many"
+    np.testing.assert_allclose(array(model.layers[0].moving_mean), moved, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_skip_keeps_nonfinite_batches_out(bad: float) -> None:
+    x = draw(6, 3)
+    x[0, 0] = bad
+    layer = BatchNormalization(nonfinite="skip", statistics="steady")
+    layer(x, training=True)
+    np.testing.assert_array_equal(array(layer.moving_mean), 0)
+    assert int(layer.num_batches_tracked) == 0
+
+
+def test_one_value_gives_beta_and_an_empty_batch_moves_nothing() -> None:
+    layer = BatchNormalization()
+    np.testing.assert_array_equal(array(layer(draw(1, 3), training=True)), np.zeros((1, 3)))
+    before = layer.get_weights()
+    assert tuple(layer(draw(0, 3), training=True).shape) == (0, 3)
+    for was, now in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+
+def test_half_precision_keeps_float32_statistics() -> None:
+    layer = BatchNormalization(dtype="mixed_float16", momentum=0.0)
+    y = layer(100 + draw(64, 3), training=True)
+    assert keras.backend.standardize_dtype(y.dtype) == "float16"
+    assert {str(w.dtype) for w in layer.weights} == {"float32"}
+    np.testing.assert_allclose(array(y).astype(np.float32).std(0), 1, atol=5e-3)
+    if BACKEND != "jax":  # which holds float64 only where that is switched on
+        exact = BatchNormalization(dtype="float64", statistics="steady")
+        y = exact(draw(6, 3).astype(np.float64), training=True, mask=np.ones((6,), bool))
+        assert keras.backend.standardize_dtype(y.dtype) == "float64"
+
+
+def test_what_is_refused() -> None:
+    x = draw(6, 4, 3)
+    with pytest.raises(
+        ValueError, match=r"`residual` must have the shape of `inputs`, \(6, 4, 3\)"
+    ):
+        BatchNormalization()(x, residual=x[:1])
+    with pytest.raises(ValueError, match=r"one axis fewer than `inputs`: the shape \(6, 4\)"):
+        BatchNormalization()(x, training=True, mask=np.ones((6,), bool))
+    with pytest.raises(ValueError, match=r"Write statistics=sn\.Renorm\("):
+        BatchNormalization(renorm=True)
+    with pytest.raises(ValueError, match="`nonfinite` must be 'propagate' or 'skip'"):
+        BatchNormalization(nonfinite="drop")
+    with pytest.raises(ValueError, match="statistics must be one of 'batch'"):
+        BatchNormalization(statistics="layer")
+    with pytest.raises(ValueError, match="groups samples along axis 0"):
+        BatchNormalization(axis=0, statistics="ghost")(x, training=True)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["as written", "before the activation"])
+def test_the_classic_example_learns_real_digits(before: bool) -> None:
+    """With only the import changed; shortened to two epochs of half the digits."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x_train = (digits.data[:900] / 16).astype(np.float32)
+    y_train = keras.utils.to_categorical(digits.target[:900], 10)
+    keras.utils.set_random_seed(0)
+    hidden = (
+        [keras.layers.Dense(128), BatchNormalization(), keras.layers.Activation("relu")]
+        if before
+        else [keras.layers.Dense(128, activation="relu"), BatchNormalization()]
+    )
+    model = keras.Sequential([*hidden, keras.layers.Dense(10, activation="softmax")])
+    model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
+    history = model.fit(x_train, y_train, batch_size=32, epochs=2, verbose=0)
+    assert history.history["accuracy"][-1] > 0.8

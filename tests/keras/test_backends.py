@@ -1,0 +1,48 @@
+"""Keras reads its backend once, so `layer_checks.py` runs in one process for each backend."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+BACKENDS = ("tensorflow", "jax", "torch")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(backend: str) -> dict[str, str]:
+    quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **quiet, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layer(backend: str) -> None:
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    checks = Path(__file__).with_name("layer_checks.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(backend), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_import_loads_the_backend_alone(backend: str) -> None:
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    others = [name for name in ("torch", "tensorflow", "flax") if name != backend]
+    ask = f"import sys, steadynorm.keras; print(*(f for f in {others} if f in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        env=environment(backend),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == []
