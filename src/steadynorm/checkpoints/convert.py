@@ -43,12 +43,15 @@ def convert_weights(
     bias and running mean are the same numbers everywhere. Its running variance is unbiased in
     torch and biased in Keras and flax: with n values per channel in a training batch
     (`values_per_channel`, for all layers or by prefix), the biased one is (n - 1)/n of the other.
+    Left as it is, inference gives the same output in the new framework; converted, the statistics
+    are what the new framework would have kept. Under `Steady` and `Running` this package's layers
+    keep the biased variance in torch too: leave those as they are.
 
     Args:
         weights: arrays by name, names joined as `SEPARATORS` says.
         source: "torch", "keras" or "flax".
         target: likewise.
-        values_per_channel: n above; without, the variance is left as it is, and that is remarked.
+        values_per_channel: n above; without, the variance is left as it is, which is remarked.
         count_batches: keep the number of batches seen for Keras and flax too, where only this
             package's layers have a place for it, and only under policies that ask for it.
 
@@ -137,7 +140,8 @@ def _variance(
     if n is None:
         remarks.append(
             f"{prefix}: the running variance stays as it is, {have} where {target} keeps it "
-            f"{want}: give values_per_channel to convert it."
+            f"{want}: inference gives the same output. To go on training as {target} would have "
+            f"trained, give values_per_channel."
         )
         return var
     if n < 1:

@@ -91,12 +91,14 @@ def write(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write arrays to `.safetensors` or `.npz`; an old file stays whole until the new one is.
 
     Raises:
-        ValueError: another kind of file.
+        ValueError: another kind of file, or what is no array of numbers.
     """
     path = Path(path)
     if path.suffix not in {".safetensors", ".npz"}:
         raise ValueError(f"path must end in .safetensors or .npz; got {path.name!r}.")
     arrays = {name: np.array(array, order="C") for name, array in weights.items()}
+    if strange := [name for name, array in arrays.items() if array.dtype == object]:
+        raise ValueError(f"weights must be arrays of numbers; got objects under {strange}.")
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         if path.suffix == ".npz":
