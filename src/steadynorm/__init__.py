@@ -20,6 +20,14 @@ if TYPE_CHECKING:
         functional,
     )
     from steadynorm.statistics import Batch, Frozen, Ghost, Renorm, Running, Steady
+    from steadynorm.surgery import (
+        convert,
+        drop_redundant_bias,
+        fold,
+        freeze,
+        parameter_groups,
+        unfreeze,
+    )
 
 __version__ = "0.1.0"
 
@@ -35,6 +43,14 @@ _HOMES = {
         "functional",
     ),
     "steadynorm.statistics": ("Batch", "Frozen", "Ghost", "Renorm", "Running", "Steady"),
+    "steadynorm.surgery": (
+        "convert",
+        "drop_redundant_bias",
+        "fold",
+        "freeze",
+        "parameter_groups",
+        "unfreeze",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -53,7 +69,13 @@ __all__ = [
     "Steady",
     "adapt",
     "calibrate",
+    "convert",
+    "drop_redundant_bias",
+    "fold",
+    "freeze",
     "functional",
+    "parameter_groups",
+    "unfreeze",
 ]
 
 

@@ -14,6 +14,7 @@ import typer
 from steadynorm.bench._cli import bench, warmup
 from steadynorm.calibration._cli import calibrate
 from steadynorm.checkpoints._cli import convert_weights
+from steadynorm.surgery._cli import convert, fold
 from steadynorm.tour._cli import tour
 
 app = typer.Typer(
@@ -41,6 +42,8 @@ def main(
 
 
 app.command()(tour)
+app.command()(convert)
+app.command()(fold)
 app.command()(calibrate)
 app.command()(convert_weights)
 app.command()(bench)

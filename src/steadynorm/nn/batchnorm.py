@@ -69,16 +69,22 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             self._check_input_dim(input)
         training = self.training
         tracked = self.track_running_stats or not training
+        # Module.__getattr__ costs 0.4 µs a name, a sixth of a small call for all five.
+        own, kept = self._parameters, self._buffers
+        mean = kept["running_mean"] if "running_mean" in kept else self.running_mean
+        var = kept["running_var"] if "running_var" in kept else self.running_var
+        name = "num_batches_tracked"
+        batches = kept[name] if name in kept else self.num_batches_tracked
         return batch_norm(
             input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
+            mean if tracked else None,
+            var if tracked else None,
+            own["weight"] if "weight" in own else self.weight,
+            own["bias"] if "bias" in own else self.bias,
             training,
             self.momentum,
             self.eps,
-            num_batches_tracked=self.num_batches_tracked if tracked else None,
+            num_batches_tracked=batches if tracked else None,
             statistics=self.statistics,
             activation=self.activation,
             residual=residual,

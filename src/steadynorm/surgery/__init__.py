@@ -1,11 +1,17 @@
 """Whole models: convert, fold, drop redundant biases, freeze, group parameters."""
 
-from steadynorm.surgery.bias import drop_redundant_bias
-from steadynorm.surgery.changes import Change, Changes
-from steadynorm.surgery.convert import convert
-from steadynorm.surgery.fold import fold
-from steadynorm.surgery.freeze import freeze, unfreeze
-from steadynorm.surgery.parameter_groups import parameter_groups
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steadynorm.surgery.bias import drop_redundant_bias
+    from steadynorm.surgery.changes import Change, Changes
+    from steadynorm.surgery.conversion import convert
+    from steadynorm.surgery.folding import fold
+    from steadynorm.surgery.freezing import freeze, unfreeze
+    from steadynorm.surgery.grouping import parameter_groups
 
 __all__ = [
     "Change",
@@ -17,3 +23,20 @@ __all__ = [
     "parameter_groups",
     "unfreeze",
 ]
+
+_HOME_OF = {
+    "Change": "changes",
+    "Changes": "changes",
+    "convert": "conversion",
+    "drop_redundant_bias": "bias",
+    "fold": "folding",
+    "freeze": "freezing",
+    "parameter_groups": "grouping",
+    "unfreeze": "freezing",
+}
+
+
+def __getattr__(name: str) -> Any:  # so that the command line starts without torch
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'steadynorm.surgery' has no attribute {name!r}")
+    return getattr(import_module(f"steadynorm.surgery.{_HOME_OF[name]}"), name)

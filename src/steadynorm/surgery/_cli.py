@@ -30,7 +30,7 @@ def convert(
     to: Annotated[str, typer.Option(help="steadynorm or torch.")] = "steadynorm",
 ) -> None:
     """Turn every batch norm of a model into ours, and say what changed."""
-    from steadynorm.surgery.convert import convert as convert_model
+    from steadynorm.surgery.conversion import convert as convert_model
 
     with _Told():
         loaded, example_inputs = _load(model, weights, data)
@@ -51,7 +51,7 @@ def fold(
     ] = None,
 ) -> None:
     """Merge batch norms into their neighbours, for inference, and say what changed."""
-    from steadynorm.surgery.fold import fold as fold_model
+    from steadynorm.surgery.folding import fold as fold_model
 
     with _Told():
         loaded, example_inputs = _load(model, weights, data)
