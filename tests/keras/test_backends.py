@@ -52,3 +52,21 @@ def test_import_loads_the_backend_alone(backend: str) -> None:
         timeout=300,
     )
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replicas_are_one_batch(backend: str, tmp_path: Path) -> None:
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("replica_checks.py")), str(tmp_path)],
+        cwd=ROOT,
+        env={**environment(backend), **two},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "passed").exists()
