@@ -171,3 +171,9 @@ def test_channels_are_followed_through_rearranging(how: str) -> None:
 def test_batch_norm_over_another_axis_stays() -> None:
     _, changes = fold(disturb(Tokens("wrong")).eval(), torch.randn(3, 5, 6))
     assert "acts on another axis" in changes.left[0].why
+
+
+def test_recording_a_run_leaves_no_global_hook():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
+    fold(network, torch.randn(4, 3))
+    assert not torch.nn.modules.module._has_any_global_hook()

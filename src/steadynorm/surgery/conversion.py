@@ -70,7 +70,7 @@ def convert(
     >>> model, changes = convert(model, statistics=sn.Steady())
     >>> print(changes)
     what       where  before          after           why
-    converted  1      BatchNorm2d(8)  BatchNorm2d(8)  Steady(prior=2.0, horizon=640)
+    converted  1      BatchNorm2d(8)  BatchNorm2d(8)  Steady(prior=4.0, horizon=640)
     fused      1      relu after it   inside it       2 is an identity now
     >>> model[1].activation
     'relu'

@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -321,6 +325,8 @@ def _recorded(model: nn.Module, example_inputs: Any) -> Graph:
     finally:
         for hook in hooks:
             hook.remove()
+            # torch 2.13 forgets this table, and then warns at every compilation of global hooks.
+            _global_forward_hooks_with_kwargs.pop(hook.id, None)
     # Whatever outlives the run is held by the caller or by the model, and so has one more user.
     output = Node("output")
     for node, reference in recorder.made:
