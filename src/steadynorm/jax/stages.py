@@ -43,13 +43,13 @@ class _Frame(NamedTuple):
 
 
 def _total(t: Array, axes: tuple[int, ...]) -> Array:
-    """The sum over `axes`, kept with length 1: one axis after the other, the longest first.
+    """The sum over `axes`, kept with length 1: one axis after the other, the last first.
 
     XLA on the CPU adds hundreds of values of one channel in a row; for data near 1e6, whose
     roundings repeat, that cost the variance of 448 values 2e-6. Without the barrier XLA would join
     the axes again.
     """
-    for axis in sorted(axes, key=lambda axis: -t.shape[axis]):
+    for axis in sorted(axes, reverse=True):  # the first one first takes XLA 20 times as long
         t = _barrier(t.sum(axis, keepdims=True))
     return t
 

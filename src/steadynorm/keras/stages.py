@@ -75,12 +75,12 @@ def _over_groups(
 
 
 def _total(t: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The sum over `axes`, kept with length 1: one axis after the other, the longest first.
+    """The sum over `axes`, kept with length 1: one axis after the other, the last first.
 
     Added in one go, hundreds of values of a channel would be added in a row, by XLA on the CPU at
     least; for data near 1e6, whose roundings repeat, that cost the variance of 448 values 2e-6.
     """
-    for axis in sorted(axes, key=lambda axis: -(t.shape[axis] or 1 << 30)):
+    for axis in sorted(axes, reverse=True):  # the first one first takes XLA 20 times as long
         t = ops.sum(t, axis, keepdims=True)
         if keras.config.backend() == "jax":  # whose compiler would join the axes again
             t = import_module("jax").lax.optimization_barrier(t)
