@@ -133,11 +133,13 @@ class Steady(Policy):
     the δ² term. Ours; kin of Yong et al. 2020 (momentum batch normalization) and Schneider et al.
     2020 (prior-weighted statistics). torch, Keras and flax have no such policy.
 
-    >>> Steady(prior=4)
-    Steady(prior=4, horizon=640)
+    >>> Steady()
+    Steady(prior=4.0, horizon=640)
+    >>> Steady(prior=1)
+    Steady(prior=1, horizon=640)
     """
 
-    prior: float = 2.0
+    prior: float = 4.0
     horizon: float = 640
 
     unbiased = False
@@ -439,7 +441,7 @@ def policy_from(value: object) -> Policy:
     Raises ValueError for an unknown name and TypeError for anything else.
 
     >>> policy_from("steady")
-    Steady(prior=2.0, horizon=640)
+    Steady(prior=4.0, horizon=640)
     """
     if isinstance(value, Policy):
         return value
