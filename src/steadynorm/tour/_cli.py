@@ -20,21 +20,34 @@ def tour(
         Optional[Path],  # noqa: UP045  typer reads it at run time
         typer.Option(help="Folder with MNIST's IDX files, instead of scikit-learn's digits."),
     ] = None,
+    framework: Annotated[
+        str, typer.Option(help="torch for the whole tour; keras or jax for a stop in that.")
+    ] = "torch",
 ) -> None:
     """Train small networks on real handwritten digits and see what normalizes them."""
     errors = Console(stderr=True)
     needed = {"altair": "altair", "vl_convert": "vl-convert-python"}
+    if framework not in ("torch", "keras", "jax"):
+        errors.print(
+            f"steadynorm tour: --framework must be torch, keras or jax; got {framework}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(2)
+    extra = {"torch": "lab", "keras": "lab,keras", "jax": "lab,jax"}[framework]
+    needed |= {"torch": {}, "keras": {"keras": "keras"}, "jax": {"jax": "jax", "flax": "flax"}}[
+        framework
+    ]
     if data_dir is None:
         needed["sklearn"] = "scikit-learn"
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
         errors.print(
-            f'steadynorm tour needs {", ".join(missing)}: pip install "steadynorm[lab]"',
+            f'steadynorm tour needs {", ".join(missing)}: pip install "steadynorm[{extra}]"',
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         raise typer.Exit(2)
     try:
-        _visit(out, seed, short, data_dir)
+        _visit(out, seed, short, data_dir, framework)
     except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:
         errors.print(f"steadynorm tour: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
@@ -43,7 +56,7 @@ def tour(
         raise typer.Exit(130) from None
 
 
-def _visit(out: Path, seed: int, short: bool, data_dir: Path | None) -> None:
+def _visit(out: Path, seed: int, short: bool, data_dir: Path | None, framework: str) -> None:
     from rich.progress import (
         BarColumn,
         Progress,
@@ -56,6 +69,7 @@ def _visit(out: Path, seed: int, short: bool, data_dir: Path | None) -> None:
     from steadynorm.report.terminal import to_rich
     from steadynorm.tour.stop import Setting, Stop
     from steadynorm.tour.stops import STOPS
+    from steadynorm.tour.stops.frameworks import InFramework
     from steadynorm.tour.tour import run
 
     console = Console()
@@ -75,7 +89,8 @@ def _visit(out: Path, seed: int, short: bool, data_dir: Path | None) -> None:
         def progress(group: str, steps: int) -> None:
             bars.update(tasks[group], completed=steps)
 
-        visited = run(STOPS, setting, begin=begin, progress=progress)
+        stops = STOPS if framework == "torch" else (InFramework(framework),)
+        visited = run(stops, setting, begin=begin, progress=progress)
     console.print(f"Digits: {visited.data}\n", markup=False, highlight=False)
     for _, result in visited.results:
         for table in result.tables:
