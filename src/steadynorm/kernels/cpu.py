@@ -57,7 +57,13 @@ def _name(dtype: torch.dtype) -> str:
 def _forward_kernel(
     dtype: torch.dtype, activation: str | None = None, *, add: bool = False, masked: bool = False
 ) -> Kernel:
-    return compile_kernel(forward(*_SCALARS[dtype], CODES[activation], add, masked))
+    function = forward(*_SCALARS[dtype], CODES[activation], add, masked)
+    return compile_kernel(function, _title("forward", dtype, activation, add=add, masked=masked))
+
+
+def _title(direction: str, dtype: torch.dtype, activation: str | None, **options: bool) -> str:
+    chosen = (name for name, on in options.items() if on)
+    return "-".join((direction, _name(dtype), activation or "identity", *chosen))
 
 
 @cache
@@ -72,7 +78,10 @@ def _backward_kernel(
 ) -> Kernel:
     code = CODES[activation]
     rebuilt = code in FROM_INPUT
-    return compile_kernel(backward(*_SCALARS[dtype], code, rebuilt, add, want, keep, masked))
+    return compile_kernel(
+        backward(*_SCALARS[dtype], code, rebuilt, add, want, keep, masked),
+        _title("backward", dtype, activation, add=add, want=want, keep=keep, masked=masked),
+    )
 
 
 def warmup(

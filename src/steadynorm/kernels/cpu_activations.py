@@ -6,7 +6,9 @@ activation by a literal integer, so that only the one asked for is compiled.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 from numba.core import types
@@ -155,81 +157,53 @@ GRADIENT = (
 )
 
 
-def activate(z: Any, code: int) -> Any:
-    """The activation with this code of z."""
-    return FORWARD[code](z)
+def by_activation(**options: Any) -> Callable[[Callable[[int], Any]], Any]:
+    """Turn `build(ACT)`, which returns a function, into a function for use in compiled code.
+
+    Its last argument is the activation's code, which has to be a literal there: so the one function
+    that `build` returns for this code is all that gets compiled. `options` are `numba.njit`'s.
+    """
+
+    def decorate(build: Callable[[int], Any]) -> Any:
+        def choose(*arguments: Any) -> Any:
+            code = arguments[-1]
+            return build(code.literal_value) if isinstance(code, types.IntegerLiteral) else None
+
+        choose.__signature__ = inspect.signature(build(IDENTITY))  # type: ignore[attr-defined]
+        overload(build, prefer_literal=True, jit_options=options)(choose)
+        return build
+
+    return decorate
 
 
-def gradient(g: Any, v: Any, code: int) -> Any:
-    """g times the activation's derivative at v: z for those in FROM_INPUT, else the output y."""
-    return GRADIENT[code](g, v)
+@by_activation()
+def activate(ACT: int) -> Any:
+    """The activation of z."""
+    chosen = register_jitable(FORWARD[ACT])
 
-
-@overload(activate, prefer_literal=True)  # type: ignore[untyped-decorator]
-def _activate(z: Any, code: Any) -> Any:
-    if not isinstance(code, types.IntegerLiteral):
-        return None
-    chosen = register_jitable(FORWARD[code.literal_value])
-
-    def implementation(z: Any, code: Any) -> Any:
+    def activated(z: Any, code: Any) -> Any:
         return chosen(z)
 
-    return implementation
+    return activated
 
 
-@overload(gradient, prefer_literal=True)  # type: ignore[untyped-decorator]
-def _gradient(g: Any, v: Any, code: Any) -> Any:
-    if not isinstance(code, types.IntegerLiteral):
-        return None
-    chosen = register_jitable(GRADIENT[code.literal_value])
-
-    def implementation(g: Any, v: Any, code: Any) -> Any:
-        return chosen(g, v)
-
-    return implementation
-
-
-def gradient_at(
-    g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: int
-) -> Any:
-    """The gradient before the activation: by the output at `place`, or where y is None by z.
+@by_activation()
+def gradient_at(ACT: int) -> Any:
+    """g times the activation's derivative, by the output y at `place`, or by z if y is None.
 
     z = moved·scale + shift + residual, with moved = x - center; a residual of None is left out.
     """
-    raise NotImplementedError("only inside compiled kernels")
+    chosen = register_jitable(GRADIENT[ACT])
 
-
-@overload(gradient_at, prefer_literal=True)  # type: ignore[untyped-decorator]
-def _gradient_at(
-    g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
-) -> Any:
-    if not isinstance(code, types.IntegerLiteral):
-        return None
-    known = code.literal_value
-    plain, added = known == IDENTITY, not isinstance(residual, types.NoneType)
-
-    def unchanged(
+    def gradient(
         g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
     ) -> Any:
-        return g
+        if ACT == IDENTITY:
+            return g
+        if y is not None:
+            return chosen(g, widen(y[place]))
+        if residual is not None:
+            return chosen(g, moved * scale + shift + widen(residual[place]))
+        return chosen(g, moved * scale + shift)
 
-    def by_output(
-        g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
-    ) -> Any:
-        return gradient(g, widen(y[place]), known)
-
-    def by_input(
-        g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
-    ) -> Any:
-        return gradient(g, moved * scale + shift, known)
-
-    def by_sum(
-        g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any
-    ) -> Any:
-        return gradient(g, moved * scale + shift + widen(residual[place]), known)
-
-    if plain:
-        return unchanged
-    if not isinstance(y, types.NoneType):
-        return by_output
-    return by_sum if added else by_input
+    return gradient

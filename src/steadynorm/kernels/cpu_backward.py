@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba.core import types
-from numba.core.extending import overload
 
-from .cpu_activations import gradient_at
+from .cpu_activations import by_activation, gradient_at
 from .cpu_loops import (
     CENTER,
     CHUNKS,
@@ -49,75 +47,39 @@ from .cpu_loops import (
     spread_mask,
     start_of,
 )  # fmt: skip
-from .cpu_memory import like, narrow, pointer, scratch, take, widen
+from .cpu_memory import bring, like, narrow, pointer, scratch, take, widen
 
 
 @compiled  # type: ignore[untyped-decorator]
-def write_sums(chunk: Any, sums_1: Any, sums_2: Any, total: Any, moved: Any) -> None:
-    """Write the two sums, which the weight's and the bias's gradients are made of."""
-    for c in range(chunk.here):
-        total[chunk.first + c] = like(sums_1[c], total[0])
-        moved[chunk.first + c] = like(sums_2[c], moved[0])
+def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, constant: Any) -> None:
+    """Write the sums, and what flows back through the statistics: `slope·(x - center) + constant`.
 
-
-@compiled  # type: ignore[untyped-decorator]
-def write_map(
-    chunk: Any, sums_1: Any, sums_2: Any, slope_factor: Any, constant_factor: Any, mean_low: Any,
-    mean_gap: Any, slope: Any, constant: Any,
-) -> None:  # fmt: skip
-    """What flows back through the statistics, as `slope·(x - center) + constant`."""
+    The latter only if its factors are given.
+    """
+    total, moved = bring(args[SUM_GRAD], slope), bring(args[SUM_GRAD_X], slope)
+    slope_factor, constant_factor = (
+        bring(args[SLOPE_FACTOR], slope),
+        bring(args[CONSTANT_FACTOR], slope),
+    )
+    mean_low, mean_gap = bring(args[MEAN_LOW], slope), bring(args[MEAN_GAP], slope)
     for c in range(chunk.here):
         k = chunk.first + c
-        tilt = -slope_factor[k] * (sums_2[c] - mean_low[k] * sums_1[c])
-        slope[k] = like(tilt, slope[k])
-        constant[k] = like(-constant_factor[k] * sums_1[c] - tilt * mean_gap[k], constant[k])
+        total[k] = like(sums_1[c], total[k])
+        moved[k] = like(sums_2[c], moved[k])
+        if args[SLOPE_FACTOR] != 0:
+            tilt = -slope_factor[k] * (sums_2[c] - mean_low[k] * sums_1[c])
+            slope[k] = like(tilt, slope[k])
+            constant[k] = like(-constant_factor[k] * sums_1[c] - tilt * mean_gap[k], constant[k])
 
 
-def sums_of_planes(
-    grad: Any,
-    x: Any,
-    m: Any,
-    s: Any,
-    t: Any,
-    y: Any,
-    residual: Any,
-    kept: Any,
-    chunk: Any,
-    code: int,
-) -> Any:
+@by_activation(**SUMMED)
+def sums_of_planes(ACT: int) -> Any:
     """Σg and Σg·(x - center) of the chunk's one channel; g itself goes to `kept`, unless None."""
-    raise NotImplementedError("only inside compiled kernels")
 
-
-@overload(sums_of_planes, prefer_literal=True, jit_options=SUMMED)  # type: ignore[untyped-decorator]
-def _sums_of_planes(
-    grad: Any,
-    x: Any,
-    m: Any,
-    s: Any,
-    t: Any,
-    y: Any,
-    residual: Any,
-    kept: Any,
-    chunk: Any,
-    code: Any,
-) -> Any:
-    if not isinstance(code, types.IntegerLiteral):
-        return None
-    ACT = code.literal_value
-
-    def implementation(
-        grad: Any,
-        x: Any,
-        m: Any,
-        s: Any,
-        t: Any,
-        y: Any,
-        residual: Any,
-        kept: Any,
-        chunk: Any,
+    def reduce(
+        grad: Any, x: Any, y: Any, residual: Any, kept: Any, chunk: Any, m: Any, s: Any, t: Any,
         code: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         total_1, total_2 = 0.0, 0.0
         for row in range(chunk.top, chunk.bottom):
             for begin in range(0, chunk.length, PIECE):
@@ -134,7 +96,108 @@ def _sums_of_planes(
                 total_2 += part_2
         return total_1, total_2
 
-    return implementation
+    return reduce
+
+
+@by_activation(forceinline=True, error_model="numpy")
+def sums_of_strips(ACT: int) -> Any:
+    """Σg and Σg·(x - center) of every channel of the chunk; g goes to `kept`, unless None."""
+
+    def reduce(
+        grad: Any, x: Any, y: Any, residual: Any, kept: Any, chunk: Any, m: Any, s: Any, t: Any,
+        wide_1: Any, wide_2: Any, sums_1: Any, sums_2: Any, code: Any,
+    ) -> None:  # fmt: skip
+        clear(sums_1, chunk.here)
+        clear(sums_2, chunk.here)
+        columns = chunk.here * chunk.length
+        clear(wide_1, chunk.copies * columns)
+        clear(wide_2, chunk.copies * columns)
+        step = chunk.together * chunk.channels * chunk.length
+        held = 0
+        row = chunk.top
+        while row < chunk.bottom:
+            a = start_of(chunk, row)
+            if kept is None and row + 2 * chunk.together <= chunk.bottom:
+                # Two strips at once: fewer trips to the accumulators.
+                b = a + step
+                for i in range(chunk.together * columns):
+                    d, e = widen(x[a + i]) - m[i], widen(x[b + i]) - m[i]
+                    g = gradient_at(widen(grad[a + i]), d, s[i], t[i], y, residual, a + i, ACT)
+                    h = gradient_at(widen(grad[b + i]), e, s[i], t[i], y, residual, b + i, ACT)
+                    wide_1[i] += g + h
+                    wide_2[i] += g * d + h * e
+                row += 2 * chunk.together
+                held += 2
+            else:
+                several = min(chunk.together, chunk.bottom - row)
+                for i in range(several * columns):
+                    d = widen(x[a + i]) - m[i]
+                    g = gradient_at(widen(grad[a + i]), d, s[i], t[i], y, residual, a + i, ACT)
+                    if kept is not None:
+                        kept[a + i] = narrow(g, kept)
+                    wide_1[i] += g
+                    wide_2[i] += g * d
+                row += several
+                held += 1
+            if held >= FLUSH:
+                fold(wide_1, chunk, sums_1)
+                fold(wide_2, chunk, sums_2)
+                held = 0
+        fold(wide_1, chunk, sums_1)
+        fold(wide_2, chunk, sums_2)
+
+    return reduce
+
+
+@by_activation(forceinline=True, error_model="numpy", fastmath={"contract"})
+def map_planes(ACT: int) -> Any:
+    """dx of the chunk's one channel, and g to `wanted`, unless None."""
+
+    def write(
+        grad: Any, x: Any, y: Any, residual: Any, mask: Any, dx: Any, wanted: Any, chunk: Any,
+        m: Any, s: Any, t: Any, slope: Any, constant: Any, code: Any,
+    ) -> None:  # fmt: skip
+        for row in range(chunk.top, chunk.bottom):
+            start = start_of(chunk, row)
+            from_mask = row * chunk.length - start
+            for i in range(start, start + chunk.length):
+                d = widen(x[i]) - m
+                g = gradient_at(widen(grad[i]), d, s, t, y, residual, i, ACT)
+                if wanted is not None:
+                    wanted[i] = narrow(g, wanted)
+                through = slope * d + constant
+                if mask is not None:
+                    through = through if mask[from_mask + i] != 0 else like(0.0, through)
+                dx[i] = narrow(s * g + through, dx)
+
+    return write
+
+
+@by_activation(forceinline=True, error_model="numpy", fastmath={"contract"})
+def map_strips(ACT: int) -> Any:
+    """dx of every channel of the chunk, and g to `wanted`, unless None."""
+
+    def write(
+        grad: Any, x: Any, y: Any, residual: Any, mask: Any, valid: Any, dx: Any, wanted: Any,
+        chunk: Any, m: Any, s: Any, t: Any, slope: Any, constant: Any, code: Any,
+    ) -> None:  # fmt: skip
+        for row in range(chunk.top, chunk.bottom, chunk.together):
+            several = min(chunk.together, chunk.bottom - row)
+            start = start_of(chunk, row)
+            if mask is not None:
+                spread_mask(mask, chunk, row, several, valid)
+            for i in range(several * chunk.here * chunk.length):
+                k = start + i
+                d = widen(x[k]) - m[i]
+                g = gradient_at(widen(grad[k]), d, s[i], t[i], y, residual, k, ACT)
+                if wanted is not None:
+                    wanted[k] = narrow(g, wanted)
+                through = slope[i] * d + constant[i]
+                if mask is not None:
+                    through = through if valid[i] != 0 else like(0.0, through)
+                dx[k] = narrow(s[i] * g + through, dx)
+
+    return write
 
 
 def backward(
@@ -148,12 +211,14 @@ def backward(
     """
 
     def kernel(args: Any) -> None:
-        grad, x = pointer(args[GRAD], SCALAR), pointer(args[X], SCALAR)
-        dx, dresidual = pointer(args[DX], SCALAR), pointer(args[DRESIDUAL], SCALAR)
+        grad, x, dx = (
+            pointer(args[GRAD], SCALAR), pointer(args[X], SCALAR), pointer(args[DX], SCALAR),
+        )  # fmt: skip
         y = None if REBUILT else pointer(args[Y], SCALAR)
         residual = pointer(args[RESIDUAL], SCALAR) if ADD else None
-        kept = dresidual if KEEP else None
-        mask = pointer(args[MASK], np.uint8)
+        wanted = pointer(args[DRESIDUAL], SCALAR) if WANT else None
+        kept = pointer(args[DRESIDUAL], SCALAR) if KEEP else None
+        mask = pointer(args[MASK], np.uint8) if MASKED else None
         center, scale, shift = (
             pointer(args[CENTER], REAL), pointer(args[SCALE], REAL), pointer(args[SHIFT], REAL),
         )  # fmt: skip
@@ -170,7 +235,6 @@ def backward(
             if index >= args[CHUNKS]:
                 return
             chunk = chunk_at(args, index)
-            columns = chunk.here * chunk.length
             m, s, t = center[chunk.first], scale[chunk.first], shift[chunk.first]
             if not chunk.planes:
                 spread(center, chunk.first, chunk, wide_m)
@@ -179,118 +243,31 @@ def backward(
 
             if mode & REDUCE and chunk.planes:
                 sums_1[0], sums_2[0] = sums_of_planes(
-                    grad, x, m, s, t, y, residual, kept, chunk, ACT
+                    grad, x, y, residual, kept, chunk, m, s, t, ACT
                 )
             elif mode & REDUCE:
-                clear(sums_1, chunk.here)
-                clear(sums_2, chunk.here)
-                clear(wide_1, chunk.copies * columns)
-                clear(wide_2, chunk.copies * columns)
-                step = chunk.together * chunk.channels * chunk.length
-                held = 0
-                row = chunk.top
-                while row < chunk.bottom:
-                    a = start_of(chunk, row)
-                    if not KEEP and row + 2 * chunk.together <= chunk.bottom:
-                        # Two strips at once: fewer trips to the accumulators.
-                        b = a + step
-                        for i in range(chunk.together * columns):
-                            d_0, d_1 = widen(x[a + i]) - wide_m[i], widen(x[b + i]) - wide_m[i]
-                            g_0 = gradient_at(
-                                widen(grad[a + i]),
-                                d_0,
-                                wide_s[i],
-                                wide_t[i],
-                                y,
-                                residual,
-                                a + i,
-                                ACT,
-                            )
-                            g_1 = gradient_at(
-                                widen(grad[b + i]),
-                                d_1,
-                                wide_s[i],
-                                wide_t[i],
-                                y,
-                                residual,
-                                b + i,
-                                ACT,
-                            )
-                            wide_1[i] += g_0 + g_1
-                            wide_2[i] += g_0 * d_0 + g_1 * d_1
-                        row += 2 * chunk.together
-                        held += 2
-                    else:
-                        several = min(chunk.together, chunk.bottom - row)
-                        for i in range(several * columns):
-                            d = widen(x[a + i]) - wide_m[i]
-                            g = gradient_at(
-                                widen(grad[a + i]), d, wide_s[i], wide_t[i], y, residual, a + i, ACT
-                            )
-                            if KEEP:
-                                dresidual[a + i] = narrow(g, dresidual)
-                            wide_1[i] += g
-                            wide_2[i] += g * d
-                        row += several
-                        held += 1
-                    if held >= FLUSH:
-                        fold(wide_1, chunk, sums_1)
-                        fold(wide_2, chunk, sums_2)
-                        held = 0
-                fold(wide_1, chunk, sums_1)
-                fold(wide_2, chunk, sums_2)
+                sums_of_strips(
+                    grad, x, y, residual, kept, chunk, wide_m, wide_s, wide_t, wide_1, wide_2,
+                    sums_1, sums_2, ACT,
+                )  # fmt: skip
             if mode & MERGE:
                 gather(partial, args[STORED], chunk, sums_1, sums_2)
             if mode & REDUCE and not mode & MAP:
                 put_aside(partial, chunk, sums_1, sums_2)
             elif mode & (REDUCE | MERGE):
-                write_sums(
-                    chunk,
-                    sums_1,
-                    sums_2,
-                    pointer(args[SUM_GRAD], REAL),
-                    pointer(args[SUM_GRAD_X], REAL),
-                )
-                if args[SLOPE_FACTOR] != 0:
-                    write_map(
-                        chunk, sums_1, sums_2, pointer(args[SLOPE_FACTOR], REAL),
-                        pointer(args[CONSTANT_FACTOR], REAL), pointer(args[MEAN_LOW], REAL),
-                        pointer(args[MEAN_GAP], REAL), slope, constant,
-                    )  # fmt: skip
+                write_sums(args, chunk, sums_1, sums_2, slope, constant)
 
-            if KEEP or not mode & MAP:
-                continue
-            if chunk.planes:
+            if not KEEP and mode & MAP and chunk.planes:
                 u, v = slope[chunk.first], constant[chunk.first]
-                for row in range(chunk.top, chunk.bottom):
-                    start = start_of(chunk, row)
-                    from_mask = row * chunk.length - start
-                    for i in range(start, start + chunk.length):
-                        d = widen(x[i]) - m
-                        g = gradient_at(widen(grad[i]), d, s, t, y, residual, i, ACT)
-                        if WANT:
-                            dresidual[i] = narrow(g, dresidual)
-                        through = u * d + v
-                        if MASKED:
-                            through = through if mask[from_mask + i] != 0 else like(0.0, through)
-                        dx[i] = narrow(s * g + through, dx)
-                continue
-            spread(slope, chunk.first, chunk, wide_1)
-            spread(constant, chunk.first, chunk, wide_2)
-            for row in range(chunk.top, chunk.bottom, chunk.together):
-                several = min(chunk.together, chunk.bottom - row)
-                start = start_of(chunk, row)
-                if MASKED:
-                    spread_mask(mask, chunk, row, several, valid)
-                for i in range(several * columns):
-                    k = start + i
-                    d = widen(x[k]) - wide_m[i]
-                    g = gradient_at(widen(grad[k]), d, wide_s[i], wide_t[i], y, residual, k, ACT)
-                    if WANT:
-                        dresidual[k] = narrow(g, dresidual)
-                    through = wide_1[i] * d + wide_2[i]
-                    if MASKED:
-                        through = through if valid[i] != 0 else like(0.0, through)
-                    dx[k] = narrow(wide_s[i] * g + through, dx)
+                map_planes(
+                    grad, x, y, residual, mask, dx, wanted, chunk, m, s, t, u, v, ACT
+                )  # fmt: skip
+            elif not KEEP and mode & MAP:
+                spread(slope, chunk.first, chunk, wide_1)
+                spread(constant, chunk.first, chunk, wide_2)
+                map_strips(
+                    grad, x, y, residual, mask, valid, dx, wanted, chunk, wide_m, wide_s, wide_t,
+                    wide_1, wide_2, ACT,
+                )  # fmt: skip
 
     return kernel

@@ -113,7 +113,8 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
                 if mode & (MAP | MERGE) and args[SCALE] != 0:
                     write_map(
                         chunk, low, var, pointer(args[WEIGHT], REAL), args[WEIGHT] != 0,
-                        pointer(args[BIAS], REAL), args[BIAS] != 0, as_float(args[EPS]), scale, shift,
+                        pointer(args[BIAS], REAL), args[BIAS] != 0, as_float(args[EPS]),
+                        scale, shift,
                     )  # fmt: skip
             if mode & MAP and chunk.planes:
                 m, s, t = mean[chunk.first], scale[chunk.first], shift[chunk.first]

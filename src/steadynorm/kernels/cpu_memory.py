@@ -32,6 +32,16 @@ def pointer(typing: Any, address: Any, scalar: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def bring(typing: Any, address: Any, model: Any) -> Any:
+    """The address, an integer, as a pointer of the type of the pointer `model`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(model))
+
+    return model(address, model), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def scratch(typing: Any, scalar: Any) -> Any:
     """Room for WIDTH elements of `scalar` on the stack, aligned to a cache line, uninitialized."""
     kind = types.CPointer(scalar.dtype)

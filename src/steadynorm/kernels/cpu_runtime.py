@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from typing import Any
 
 import numba
 import torch
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 from numba import cfunc, types
 from numba.core import config
 
@@ -74,27 +77,45 @@ def _version() -> str:
 
 @cache
 def _fingerprint() -> str:
-    """Changes with any kernel source: Numba looks only at the file of the outermost function."""
-    digest = hashlib.sha256(numba.__version__.encode())
+    """Changes with any kernel source, of which Numba would look at one, and with the processor."""
+    made_with = (numba.__version__, config.OPT, config.CPU_NAME, config.CPU_FEATURES)
+    processor = (get_host_cpu_name(), get_host_cpu_features().flatten())
+    digest = hashlib.sha256(repr((made_with, processor)).encode())
     for source in sorted(Path(__file__).parent.glob("cpu*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def compile_kernel(function: Callable[[Any], None]) -> Kernel:
-    """Compile, or load from the cache folder; a folder that cannot be used does no harm."""
+def compile_kernel(function: Callable[[Any], None], name: str) -> Kernel:
+    """Compile, or load from the cache folder; a folder that cannot be used does no harm.
+
+    Every kernel has a folder of its own: Numba numbers the variants of one function as it finds the
+    index, and two processes at once could each believe a number theirs.
+    """
     signature = types.void(types.CPointer(types.int64))
     options = {"error_model": "numpy", "fastmath": {"contract"}, "nopython": True}
     with _Process.compiling:
-        before = config.CACHE_DIR
-        try:
-            config.CACHE_DIR = str(cache_folder())
-            return Kernel(cfunc(signature, cache=True, **options)(function))
-        except (OSError, RuntimeError, EOFError, ValueError):
-            # No home, a read-only or full disk, a damaged file: compile for this process alone.
-            return Kernel(cfunc(signature, **options)(function))
-        finally:
-            config.CACHE_DIR = before
+        folder, before = cache_folder() / name, config.CACHE_DIR
+        if _can_be_written(folder):
+            try:
+                config.CACHE_DIR = str(folder)
+                return Kernel(cfunc(signature, cache=True, **options)(function))
+            except Exception:  # noqa: BLE001
+                # A damaged file may raise anything; an error of the compiler comes again below.
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                config.CACHE_DIR = before
+        return Kernel(cfunc(signature, **options)(function))
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Asked beforehand, since Numba would turn to folders of its own choice instead."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 @cache
@@ -108,13 +129,14 @@ def team() -> Callable[[Kernel, Any, int], None]:
     try:
         start = ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (OSError, AttributeError):
-        return _pool()
+        return python_team()
     start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     start.restype = None
     return lambda kernel, arguments, threads: start(kernel.address, arguments, threads, 0)
 
 
-def _pool() -> Callable[[Kernel, Any, int], None]:
+def python_team() -> Callable[[Kernel, Any, int], None]:
+    """How to run a kernel on a pool of Python threads, which leave the interpreter meanwhile."""
     workers = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "steadynorm")
 
     def run(kernel: Kernel, arguments: Any, threads: int) -> None:

@@ -1,0 +1,29 @@
+"""Fresh memory full of NaN, and both ways through the CPU kernels."""
+
+import pytest
+import torch
+
+from steadynorm.kernels import cpu_slabs
+
+
+@pytest.fixture
+def nan_in_fresh_memory():
+    """PyTorch fills uninitialized memory with NaN while it is asked to be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(9).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["visit", "parts"])
+def way(request, monkeypatch):
+    """Both ways through a direction, and two threads however small the input."""
+    monkeypatch.setattr(cpu_slabs, "PARALLEL_FROM", 0)
+    if request.param == "parts":
+        monkeypatch.setattr(cpu_slabs, "VISIT_UP_TO", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    cpu_slabs.plan.cache_clear()
+    yield request.param
+    torch.set_num_threads(threads)
+    cpu_slabs.plan.cache_clear()

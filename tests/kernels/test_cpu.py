@@ -1,0 +1,289 @@
+"""The CPU kernels' forward against float64 NumPy: types, layouts, activations, ghosts, masks.
+
+All tests run with fresh memory filled with NaN, so that an element left out cannot pass.
+"""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from tests import truth
+from tests.kernels.cpu_cases import (
+    BF16,
+    EDGES,
+    EPS,
+    F32,
+    F64,
+    LAYOUTS,
+    SHAPES,
+    Case,
+    beside,
+    check_forward,
+    check_moments,
+    laid,
+    mean_of,
+    seen,
+)
+from tests.tolerances import error, within_bar
+
+from steadynorm.kernels import cpu, cpu_runtime
+
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_moments(shape, layout, way):
+    case = Case(shape, layout)
+    check_moments(case, cpu.moments(case.x))
+
+
+@pytest.mark.parametrize("groups", [(2, 1, 3), (6,), (1,) * 6], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moments_of_ghosts(groups, layout, way):
+    for shape in ((6, 50, 9, 11), (6, 3, 30, 30)):
+        case = Case(shape, layout, groups=groups)
+        check_moments(case, cpu.moments(case.x, groups=groups))
+
+
+@pytest.mark.parametrize("groups", [None, (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_masked_moments(layout, groups, dtype, way):
+    for shape in ((6, 50, 9, 11), (6, 3, 30, 30), (6, 5)):
+        case = Case(shape, layout, dtype, groups=groups)
+        mask = torch.rand(shape[:1] + shape[2:], generator=torch.Generator().manual_seed(1)) > 0.4
+        mask[2] = False  # one ghost without a valid position
+        case.x.movedim(1, -1)[~mask] = float("nan")  # what stands there must not matter
+        found = cpu.moments(case.x, mask=mask, groups=groups)
+        valid = [
+            truth.moments(x, m.astype(bool))
+            for x, m in zip(case.split(case.x), case.split(mask), strict=True)
+        ]
+        assert np.asarray(found.count).reshape(-1).tolist() == [m.count for m in valid]
+        assert error(mean_of(found), case.rows([m.mean for m in valid])) < 5e-7
+        assert error(found.var, case.rows([m.var for m in valid])) < 5e-7
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(shape, layout, way):
+    check_forward(Case(shape, layout), "relu", add=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", list(truth.ACTIVATIONS))
+def test_forward_of_every_activation(activation, layout, way):
+    for shape in EDGES:
+        check_forward(Case(shape, layout), activation, add=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("groups", [None, (1, 2, 1)], ids=str)
+def test_forward_of_types_and_ghosts(groups, dtype, way):
+    for layout in LAYOUTS:
+        for shape in ((4, 3, 40, 40), (4, 50, 9, 11)):
+            check_forward(Case(shape, layout, dtype, groups=groups))
+
+
+@pytest.mark.parametrize("mean", [1e4, 1e6, -1e6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_keeps_to_the_bar_at_any_mean(mean, layout, way):
+    for shape in (*SHAPES, (512, 300)):
+        if np.prod(shape) // shape[1] < 8:
+            continue  # too few values for a standard deviation near 1
+        case = Case(shape, layout, mean=mean)
+        y, _ = cpu.normalize(case.x, None, None, EPS)
+        x, m = seen(case.x), truth.moments(seen(case.x))
+        right = (x - beside(m.mean, x)) / beside(np.sqrt(m.var + EPS), x)
+        within_bar(y, right, f"{shape} ")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_keeps_to_the_bar_over_millions_of_values(layout):
+    case = Case((8, 2, 400, 400), layout, mean=1e6)
+    y, _ = cpu.normalize(case.x, None, None, EPS)
+    x, m = seen(case.x), truth.moments(seen(case.x))
+    within_bar(y, (x - beside(m.mean, x)) / beside(np.sqrt(m.var + EPS), x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pivot_far_from_the_mean_is_moved(layout, way):
+    for shape in ((16, 2, 50, 50), (40, 6, 7, 7), (4000, 3)):
+        case = Case(shape, layout)
+        total = case.x.numel() // shape[1]
+        flat = case.x.movedim(1, -1).reshape(total, shape[1])
+        flat[torch.arange(16) * total // 16] += 1e4  # the very values that pivots are drawn from
+        case.x = laid(flat.reshape(shape[:1] + shape[2:] + shape[1:2]).movedim(-1, 1), layout)
+        check_moments(case, cpu.moments(case.x))
+        _, moments = cpu.normalize(case.x, None, None, EPS)
+        check_moments(case, moments)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e6, -3.7e-5])
+def test_a_constant_has_no_variance(value, way):
+    for shape in SHAPES:
+        x = torch.full(shape, value)
+        y, moments = cpu.normalize(x, None, None, EPS)
+        assert (moments.mean == x.flatten()[0]).all()
+        assert (moments.var == 0).all()
+        assert (y == 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_and_infinity_stay_in_their_channel(layout, way):
+    for shape in ((3, 4, 40, 40), (6, 50, 9, 11)):
+        for activation in (None, "relu"):
+            case = Case(shape, layout)
+            clean, _ = cpu.normalize(case.x, None, None, EPS, activation=activation)
+            flat = case.x.movedim(1, 0)
+            flat[0, 0], flat[2, -1, ..., -1] = float("nan"), float("inf")
+            y, moments = cpu.normalize(case.x, None, None, EPS, activation=activation)
+            assert moments.mean[0].isnan()
+            assert moments.mean[2] == float("inf")
+            assert moments.mean_low.isfinite().all()
+            assert moments.var[[0, 2]].isnan().all()
+            assert y[:, [0, 2]].isnan().all()
+            rest = [c for c in range(shape[1]) if c not in (0, 2)]
+            assert torch.equal(y[:, rest], clean[:, rest])
+
+
+def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(BF16)
+    x = every.reshape(256, 256)
+    zero = torch.zeros(256)
+    y = cpu.apply(x, zero, zero + 1 / 3, zero)
+    right = (x.float() * (zero + 1 / 3)).to(BF16)
+    assert torch.equal(y.isnan(), right.isnan())
+    assert torch.equal(y.nan_to_num(), right.nan_to_num())
+
+
+# Memory, types, layouts -----------------------------------------------------------------------
+
+
+def test_results_go_where_they_are_asked_to():
+    case = Case((4, 5, 6, 7))
+    y, moments, scale, shift = check_forward(case, "relu", add=True)
+    out = torch.empty_like(y)
+    again, _ = cpu.normalize(
+        case.x, case.weight, case.bias, EPS, residual=case.residual, activation="relu", out=out
+    )
+    assert again is out
+    assert torch.equal(out, y)
+    pair = torch.empty_like(y), torch.empty_like(y)
+    zeros = torch.zeros(5)
+    options = {"y": y, "activation": "relu", "want_residual": True}
+    at = (moments.mean, scale, shift)
+    dx, dresidual = cpu.apply_grad(case.grad, case.x, *at, zeros, zeros, out=pair, **options)
+    assert (dx, dresidual) == pair
+    assert torch.equal(dresidual, case.grad * (y > 0))
+
+
+def test_other_strides_of_the_companions_are_brought_in_line():
+    case = Case((4, 5, 6, 7), "last")
+    right, _ = cpu.normalize(case.x, None, None, EPS, residual=case.residual)
+    y, _ = cpu.normalize(case.x, None, None, EPS, residual=case.residual.contiguous())
+    assert torch.equal(y, right)
+    one = torch.ones(5)
+    expanded = torch.ones(()).expand(case.x.shape)
+    total, _ = cpu.reduce_grad(expanded, case.x, one, one, one)
+    assert (total == 4 * 6 * 7).all()
+
+
+REFUSED = {
+    "the input is float16, not float32, float64 or bfloat16": lambda x: x.half(),
+    "the input is empty": lambda x: x[:0],
+    "the input is contiguous neither channels-first nor channels-last": lambda x: x[:, ::2],
+    "the input is on meta": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_refused_and_why(reason):
+    assert cpu.takes(REFUSED[reason](torch.randn(4, 6, 5, 5))) == reason
+
+
+def test_what_is_taken():
+    x = torch.randn(4, 6, 5, 5)
+    taken = [x, x.double(), x.bfloat16(), x.to(memory_format=torch.channels_last), x[1:], x[..., 0]]
+    assert [cpu.takes(t) for t in taken[:5]] == [None] * 5
+    assert cpu.takes(taken[5]) is not None
+    assert cpu.takes(x, residual=x.half()) == "the residual is float16, the input float32"
+
+
+def test_shapes_that_do_not_fit_are_named():
+    x = torch.randn(4, 6)
+    one = torch.ones(6)
+    with pytest.raises(ValueError, match=r"^`residual` must have x's shape \(4, 6\); got \(4, 5\)"):
+        cpu.apply(x, one, one, one, residual=torch.ones(4, 5))
+    with pytest.raises(ValueError, match=r"must have shape \(C,\), C = 6; got \(5,\)"):
+        cpu.apply(x, one[1:], one, one)
+    with pytest.raises(ValueError, match=r"`groups` must sum to 4, x's samples; got \(2, 1\)"):
+        cpu.moments(x, groups=(2, 1))
+    with pytest.raises(ValueError, match="`x` must be contiguous"):
+        cpu.moments(x[:, ::2])
+    with pytest.raises(ValueError, match="`out` must have x's type and strides"):
+        cpu.apply(x, one, one, one, out=x.t().contiguous().t())
+    with pytest.raises(ValueError, match="`y` must be the output, for the gradient of relu"):
+        cpu.reduce_grad(x, x, one, one, one, activation="relu")
+
+
+# Threads --------------------------------------------------------------------------------------
+
+
+def parallel_case():
+    case = Case((16, 24, 30, 30))
+    return case, cpu.normalize(case.x, case.weight, case.bias, EPS)[0]
+
+
+def test_every_number_of_threads_gives_the_same(way):
+    case, right = parallel_case()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        y, _ = cpu.normalize(case.x, case.weight, case.bias, EPS)
+        assert error(y, right) < 5e-7
+
+
+def test_several_python_threads_at_once(way):
+    case, right = parallel_case()
+    wrong = []
+
+    def work():
+        for _ in range(40):
+            y, _ = cpu.normalize(case.x, case.weight, case.bias, EPS)
+            if not torch.equal(y, right):
+                wrong.append(y)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_a_pool_of_python_threads_where_openmp_is_not_gnus(way, monkeypatch):
+    case, right = parallel_case()
+    ran = []
+    pool = cpu_runtime.python_team()
+
+    def team():
+        ran.append(True)
+        return pool
+
+    monkeypatch.setattr(cpu_runtime, "team", team)
+    y, _ = cpu.normalize(case.x, case.weight, case.bias, EPS)
+    assert torch.equal(y, right)
+    assert ran
+
+
+def test_calls_are_counted_and_the_machine_code_runs():
+    case = Case((4, 5))
+    cpu.calls.clear()
+    kernel = cpu.warmup([F32], [None])["forward identity float32"]
+    before = kernel.calls
+    cpu.normalize(case.x, None, None, EPS)
+    cpu.apply(case.x, *[torch.ones(5)] * 3)
+    assert cpu.calls == {"normalize": 1, "apply": 1}
+    assert kernel.calls == before + 2
