@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+import torch
 
 from steadynorm.lab import jobs
 
@@ -27,6 +28,12 @@ def endless(path, *, tick):
             time.sleep(0.01)
     finally:
         path.write_text("told to stop")
+
+
+def times(*, tick):
+    started = time.time()
+    time.sleep(0.2)
+    return started, time.time(), torch.get_num_threads()
 
 
 def after(path, value, *, tick):
@@ -71,5 +78,27 @@ def test_leaving_early_stops_the_workers(tmp_path):
     assert note.read_text() == "told to stop"
 
 
+def test_timed_jobs_run_after_all_others_one_by_one_on_all_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what torch takes by itself, in the workers
+    planned = [jobs.Job("a", (n,), 1, times, alone=n < 2) for n in range(4)]
+    told = []
+    found = {
+        job.key[0]: outcome
+        for job, outcome in jobs.run(planned, workers=2, progress=lambda _, done: told.append(done))
+    }
+    others_end = max(found[2][1], found[3][1])
+    (first, first_end, _), (second, _, _) = sorted((found[0], found[1]))
+    assert others_end <= first
+    assert first_end <= second
+    assert [found[n][2] for n in range(4)] == [2, 2, 1, 1]
+    assert told == sorted(told), "progress goes on where the first pool left it"
+    assert told[-1] == 4
+
+
 def test_no_jobs():
     assert list(jobs.run([])) == []
+
+
+def test_workers_are_counted_from_one():
+    with pytest.raises(ValueError, match=r"^run: `workers` must be at least 1; got 0\.$"):
+        list(jobs.run([], workers=0))

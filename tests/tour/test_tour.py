@@ -89,6 +89,34 @@ def test_a_batch_of_2_says_little_of_the_running_statistics(record):
     assert widths[2] > 2 * widths[64]
 
 
+def test_the_folded_network_gives_the_same_answers(record):
+    (run_of,) = record["stops"]["folding"]["runs"]
+    assert run_of["layers"] == 3
+    assert [change["what"] for change in run_of["changes"]] == ["folded"] * 3
+    assert run_of["same_answers"] == run_of["digits"] == 360
+    assert 0 < run_of["logit_difference"] < 1e-5 * run_of["logit"]
+    assert run_of["accuracy"] > 0.9
+    for seconds in run_of["seconds"].values():
+        assert list(seconds) == ["torch.nn", "steadynorm", "folded"]
+        assert all(value > 0 for values in seconds.values() for value in values)
+
+
+def test_the_timed_steps_train_alike(record):
+    (run_of,) = record["stops"]["speed"]["runs"]
+    assert [change["what"] for change in run_of["changes"]] == ["converted", "fused"] * 3
+    theirs, ours = run_of["losses"].values()
+    assert ours == pytest.approx(theirs, rel=1e-2)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours[-1] < ours[0]
+    assert {len(values) + 2 for values in run_of["seconds"].values()} == {len(ours)}
+
+
+def test_stops_that_take_times_run_alone():
+    for stop in STOPS:
+        timed = stop.name in {"folding", "speed"}
+        assert {job.alone for job in stop.jobs(Setting(None, (0,), True))} == {timed}
+
+
 def test_the_terminal_shows_tables_and_where_the_report_is(visited):
     folder, printed = visited
     for words in (

@@ -2,7 +2,8 @@
 
 Networks this small are ruled by the overhead of single operations, so one process with one thread
 per core is faster than one process with many threads, and gives the same figures on any machine
-with the same processor.
+with the same processor. A run that is timed is the exception: it comes after the others, alone,
+with all threads.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Job:
     """One run: `function(*arguments, tick=...)`, all of it picklable.
 
     `key` names it among the others of its `group`; `steps` is about how many steps it takes, for
-    the order (longest first) and the progress.
+    the order (longest first) and the progress. `alone`: it takes times, so it runs after all
+    others, with nothing beside it, on as many threads as torch takes by itself.
     """
 
     group: str
@@ -35,6 +37,7 @@ class Job:
     steps: int
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
+    alone: bool = False
 
 
 Progress = Callable[[str, int], None]
@@ -56,20 +59,37 @@ def run(
     `workers` is the number of processes, all cores by default. What a job raises is raised here,
     after the others have been told to stop; so is KeyboardInterrupt.
     """
-    jobs = sorted(jobs, key=lambda job: -job.steps)
+    if workers is not None and workers < 1:
+        raise ValueError(f"run: `workers` must be at least 1; got {workers!r}.")
     groups = sorted({job.group for job in jobs})
-    workers = min(cores() if workers is None else workers, len(jobs))
-    if workers < 1:
-        return
     context = multiprocessing.get_context("spawn")  # fork and OpenMP's threads do not mix
     done = context.Array("q", len(groups))
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, _begin, (done, stop))
     finished = dict.fromkeys(groups, 0)
+    together, alone = ([job for job in jobs if job.alone is kind] for kind in (False, True))
+    for some, processes, threads in ((together, workers or cores(), 1), (alone, 1, None)):
+        if some:
+            yield from _spread(some, processes, threads, context, done, finished, progress)
+
+
+def _spread(
+    jobs: Sequence[Job],
+    workers: int,
+    threads: int | None,
+    context: Any,
+    done: Any,
+    finished: dict[str, int],
+    progress: Progress | None,
+) -> Iterator[tuple[Job, Any]]:
+    """Run the jobs in a pool of their own. `done` counts each group's steps as the workers tell
+    them, `finished` those of the jobs that have ended.
+    """
+    groups = list(finished)
+    stop = context.Event()
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (done, stop, threads))
     pending: dict[Future[Any], Job] = {}
     try:
         with _interrupts_held():
-            for job in jobs:
+            for job in sorted(jobs, key=lambda job: -job.steps):
                 pending[pool.submit(_work, job, groups.index(job.group))] = job
         while pending:
             ready, _ = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
@@ -107,13 +127,14 @@ _done: Any = None
 _stop: Any = None
 
 
-def _begin(done: Any, stop: Any) -> None:
+def _begin(done: Any, stop: Any, threads: int | None) -> None:
     global _done, _stop
     _done, _stop = done, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     import torch
 
-    torch.set_num_threads(1)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _work(job: Job, group: int) -> Any:

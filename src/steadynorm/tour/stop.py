@@ -43,7 +43,9 @@ class Stop(Protocol):
     """Its heading."""
 
     def jobs(self, setting: Setting) -> Sequence[Job]:
-        """The runs it needs, independent of each other, with `group` set to its name."""
+        """The runs it needs, independent of each other, with `group` set to its name. One that
+        takes times says `alone=True`, and runs after all others with nothing beside it.
+        """
         ...
 
     def result(self, setting: Setting, outcomes: Mapping[tuple[Any, ...], Any]) -> StopResult:

@@ -41,8 +41,8 @@ class Tour:
         )
 
     def record(self) -> dict[str, Any]:
-        """Everything as plain dicts and lists. All but "machine" is the same for the same seeds,
-        on the same processor with the same versions.
+        """Everything as plain dicts and lists. All but "machine" and times is the same for the same
+        seeds, on the same processor with the same versions.
         """
         return {
             "data": self.data,
@@ -86,8 +86,8 @@ def run(
     begin: Callable[[Stop, int], None] | None = None,
     progress: jobs.Progress | None = None,
 ) -> Tour:
-    """Visit the stops, all their runs spread over the cores. `begin` is told of every stop and the
-    steps it will take, `progress` of the steps done.
+    """Visit the stops, their runs spread over the cores, the timed ones last and alone. `begin` is
+    told of every stop and the steps it will take, `progress` of the steps done.
     """
     started = time.perf_counter()
     data = str(load(setting.data_dir))

@@ -78,8 +78,8 @@ class SmallBatches:
                 "other, so what a digit looks like to the network depends on its partner; at "
                 "batch 1 nothing is left of it. Running and Steady normalize with a memory of "
                 "earlier batches too; Steady believes the batch as far as it knows, n values "
-                "against a prior of 2 remembered ones, and keeps its memory over 640 samples, "
-                "whatever the batch size."
+                f"against a prior of {Steady().prior:g} remembered ones, and keeps its memory over "
+                f"{Steady().horizon:g} samples, whatever the batch size."
             ],
             figures={
                 "runs": [
