@@ -14,7 +14,7 @@ from steadynorm.kernels import eager, native
 
 # Values in the input up to which PyTorch's own operator about a pivot beats a Python autograd node,
 # for plain calls: measured crossover in docs/speed.md, `steadynorm bench --small` shows it.
-NATIVE_LIMIT = 1 << 14
+NATIVE_LIMIT = 1 << 17
 
 HAS_NUMBA = find_spec("numba") is not None
 

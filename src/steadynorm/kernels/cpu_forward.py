@@ -96,7 +96,7 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
                 if moved or mode & PIVOTED:
                     pivot_at(mean, chunk, pivots)
                 else:
-                    sample(x, chunk, pivots)
+                    sample(x, mask, chunk, pivots)
                 if mode & MERGE:
                     gather(partial, args[STORED], chunk, sums_1, sums_2)
                 else:

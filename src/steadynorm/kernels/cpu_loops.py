@@ -44,7 +44,9 @@ Chunk = namedtuple(
     "rows channels length part first here top bottom together copies planes",
 )
 
-compiled = njit(forceinline=True, error_model="numpy")
+COMPILED = {"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}}
+compiled = njit(**COMPILED)
+"""Set in full: Numba hands down to a function the leave for reordering that its caller has."""
 SUMMED = {"forceinline": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
 summed = njit(**SUMMED)
 """For sums only: they may be reordered, and so vectorized. NaN and infinity keep their meaning."""
@@ -142,16 +144,21 @@ def fold(wide: Any, chunk: Any, sums: Any) -> None:
 
 
 @compiled  # type: ignore[untyped-decorator]
-def sample(x: Any, chunk: Any, pivots: Any) -> None:
-    """A pivot per channel: the mean of values evenly spread over all positions.
+def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
+    """A pivot per channel: the mean of values evenly spread over all positions, of the valid ones.
 
     Evenly spread, since neighbours resemble one another: an image begins with its border.
     """
     total = chunk.rows * chunk.length
     few = min(total, SAMPLE)
+    seen = 0
     clear(pivots, chunk.here)
     for k in range(few):
         at = k * total // few
+        if mask is not None:
+            if mask[at] == 0:
+                continue
+        seen += 1
         row, i = at // chunk.length, at % chunk.length
         start = (row * chunk.channels + chunk.first) * chunk.length + i
         if chunk.length == 1:
@@ -161,7 +168,7 @@ def sample(x: Any, chunk: Any, pivots: Any) -> None:
             for c in range(chunk.here):
                 pivots[c] += widen(x[start + c * chunk.length])
     for c in range(chunk.here):
-        pivot = pivots[c] / like(few, pivots[c])
+        pivot = pivots[c] / like(max(seen, 1), pivots[c])
         pivots[c] = pivot if math.isfinite(pivot) else like(0.0, pivot)
 
 

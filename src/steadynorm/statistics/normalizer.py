@@ -64,16 +64,21 @@ def coefficients(
     bias β is 0.
     """
     rho = (normalizer.var + eps) ** -0.5
-    scale = rho * normalizer.gain
+    scale = rho if _is(normalizer.gain, 1) else rho * normalizer.gain
     shift = -normalizer.mean_low * scale
     if weight is not None:
         scale, shift = scale * weight, shift * weight
-    if not (isinstance(normalizer.offset, int | float) and normalizer.offset == 0):
+    if not _is(normalizer.offset, 0):
         offset = normalizer.offset
         shift = shift + (offset if weight is None else weight * offset)
     if bias is not None:
         shift = shift + bias
     return Coefficients(normalizer.mean, scale, shift, rho)
+
+
+def _is(part: Array, number: int) -> bool:
+    """Whether a part of a normalizer is that plain number, and so costs no array operation."""
+    return isinstance(part, int | float) and part == number
 
 
 def attach(normalizer: Normalizer, batch: Moments, live: Moments) -> Normalizer:
@@ -98,8 +103,12 @@ def parameter_gradients(
     `sum_grad_x` is about the rounded mean, Σg·(x - center); S₂ follows from it.
     With groups the caller sums both results over the first axis.
     """
-    about_mean = sum_grad_x - normalizer.mean_low * sum_grad
-    return normalizer.gain * rho * about_mean + normalizer.offset * sum_grad, sum_grad
+    gradient = rho * (sum_grad_x - normalizer.mean_low * sum_grad)
+    if not _is(normalizer.gain, 1):
+        gradient = gradient * normalizer.gain
+    if not _is(normalizer.offset, 0):
+        gradient = gradient + normalizer.offset * sum_grad
+    return gradient, sum_grad
 
 
 def gradient_factors(

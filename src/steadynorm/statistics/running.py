@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from steadynorm.statistics.moments import Array, Moments, difference
+from steadynorm.statistics.moments import Array, Moments
 
 
 class RunningStatistics(NamedTuple):
@@ -127,10 +127,10 @@ def update_average(
     with a = `weight`; the factor n / (n - 1) only if `unbiased`, and left out for n = 1.
     Pure: returns new statistics whose `batches` is one higher.
     """
-    delta, delta_low = difference(batch, running.mean)
+    delta = (batch.mean - running.mean) + batch.mean_low
     var = batch.var * bessel(batch.count, xp=xp) if unbiased else batch.var
     return RunningStatistics(
-        running.mean + weight * (delta + delta_low),
+        running.mean + weight * delta,
         running.var + weight * (var - running.var),
         None if running.batches is None else running.batches + 1,
     )
