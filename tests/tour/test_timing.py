@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 
 import pytest
 
@@ -19,11 +18,20 @@ def test_every_round_calls_each_once_in_another_order():
     assert ticks == [1] * 5
 
 
-def test_seconds_are_of_one_call():
-    calls = []
-    found = interleaved({"sleeps": lambda: calls.append(time.sleep(0.001))}, 3, least=0.005)
-    assert 2 + 3 < len(calls) <= 2 + 3 * 5
-    assert all(time >= 0.001 for time in found["sleeps"])
+def test_seconds_are_of_one_call_and_quick_calls_are_repeated(monkeypatch):
+    now, calls = [0.0], []
+
+    def takes(name, seconds):
+        def call():
+            calls.append(name)
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr("steadynorm.tour.timing.perf_counter", lambda: now[0])
+    found = interleaved({"a": takes("a", 0.25), "b": takes("b", 0.5)}, 2, least=2.0)
+    assert "".join(calls) == "ab" * 2 + "aaaabbbb" + "bbbbaaaa"
+    assert found == {"a": [0.25, 0.25], "b": [0.5, 0.5]}
 
 
 @pytest.mark.parametrize("on", [True, False])
