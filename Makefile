@@ -9,6 +9,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Tests call many small tensors: two processes of one thread beat one process of two threads.
 PYTEST_ARGS ?= --numprocesses=2 --dist=worksteal
 TOUR_ARGS   ?=
+BENCH_ARGS  ?=
 
 .PHONY: help tour tour-short test lint format types docs bench clean
 
@@ -38,8 +39,8 @@ types: $(VENV)/.dev  ## mypy --strict on src
 docs: $(VENV)/.dev  ## the documentation, into site/; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(VENV)/.dev  ## speed against torch.nn, side by side in one run
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/.dev  ## speed against torch.nn and a plain copy, side by side in one run
+	$(BIN)/steadynorm bench $(BENCH_ARGS)
 
 clean:  ## remove what these commands made
 	rm -rf $(VENV) site tour build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
