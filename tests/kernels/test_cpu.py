@@ -287,3 +287,30 @@ def test_calls_are_counted_and_the_machine_code_runs():
     cpu.apply(case.x, *[torch.ones(5)] * 3)
     assert cpu.calls == {"normalize": 1, "apply": 1}
     assert kernel.calls == before + 2
+
+
+@pytest.mark.parametrize("activation", list(truth.ACTIVATIONS))
+def test_activations_over_all_that_float32_holds(activation):
+    """Tails, overflow and denormals, where a polynomial could go wrong and random input is rare."""
+    reach = torch.logspace(-45, 38, 4000, dtype=F64).float()
+    z = torch.cat((reach, -reach, torch.linspace(-110, 110, 4001), torch.zeros(1)))
+    zero = torch.zeros(len(z))
+    y = cpu.apply(z[None], zero, zero + 1, zero, activation=activation)
+    forward, derivative = truth.ACTIVATIONS[activation]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        right, slope = forward(seen(z)), derivative(seen(z))
+    right = np.where(np.isfinite(right), right, np.where(seen(z) > 0, seen(z), 0.0))
+    slope = np.where(np.isfinite(slope), slope, seen(z) > 0)
+    wrong = np.abs(seen(y[0]) - right) / np.maximum(1.0, np.abs(right))
+    assert wrong.max() < 5e-7, z[wrong.argmax()]
+    ones = torch.ones(1, len(z))
+    dx, _ = cpu.apply_grad(
+        ones, z[None], zero, zero + 1, zero, zero, zero, y=y, activation=activation
+    )
+    wrong = np.abs(seen(dx[0]) - slope)
+    assert wrong.max() < 2e-6, z[wrong.argmax()]
+    for special in (float("nan"), float("inf"), -float("inf")):
+        value = torch.full((1, 1), special)
+        found = cpu.apply(value, *torch.tensor([[0.0], [1.0], [0.0]]), activation=activation)
+        plain = {None: lambda t: t}.get(activation) or getattr(torch.nn.functional, activation)
+        torch.testing.assert_close(found, plain(value), equal_nan=True)

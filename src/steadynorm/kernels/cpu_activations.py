@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from numba.core import types
-from numba.core.extending import overload, register_jitable
+from numba.core.extending import overload
 
+from .cpu_exponential import erf, exp, expm1_below_zero, strictly, tanh
 from .cpu_memory import like, widen
 
 IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, GELU, HARDSWISH, ELU, SIGMOID, TANH = range(10)
@@ -54,9 +55,9 @@ def _leaky_relu(z: Any) -> Any:
     return z if z > like(0.0, z) else z * like(LEAKY_SLOPE, z)
 
 
-@register_jitable  # type: ignore[untyped-decorator]
+@strictly  # type: ignore[untyped-decorator]
 def _logistic(z: Any) -> Any:
-    return like(1.0, z) / (like(1.0, z) + math.exp(-z))
+    return like(1.0, z) / (like(1.0, z) + exp(-z))
 
 
 def _silu(z: Any) -> Any:
@@ -64,18 +65,19 @@ def _silu(z: Any) -> Any:
 
 
 def _gelu(z: Any) -> Any:
-    return z * like(0.5, z) * (like(1.0, z) + math.erf(z * like(ROOT_HALF, z)))
+    return z * like(0.5, z) * (like(1.0, z) + erf(z * like(ROOT_HALF, z)))
 
 
 def _hardswish(z: Any) -> Any:
     gate = z + like(3.0, z)
     gate = like(0.0, z) if gate <= like(0.0, z) else gate
     gate = like(6.0, z) if gate >= like(6.0, z) else gate
-    return z * gate * like(1 / 6, z)
+    return z * (gate * like(1 / 6, z))
 
 
 def _elu(z: Any) -> Any:
-    return z if z > like(0.0, z) else math.expm1(z)
+    low = like(0.0, z) if z > like(0.0, z) else z
+    return z if z > like(0.0, z) else expm1_below_zero(low)
 
 
 def _sigmoid(z: Any) -> Any:
@@ -83,7 +85,7 @@ def _sigmoid(z: Any) -> Any:
 
 
 def _tanh(z: Any) -> Any:
-    return math.tanh(z)
+    return tanh(z)
 
 
 def _identity_grad(g: Any, y: Any) -> Any:
@@ -109,8 +111,8 @@ def _silu_grad(g: Any, z: Any) -> Any:
 
 
 def _gelu_grad(g: Any, z: Any) -> Any:
-    below = like(0.5, z) * (like(1.0, z) + math.erf(z * like(ROOT_HALF, z)))
-    return g * (below + z * like(DENSITY, z) * math.exp(like(-0.5, z) * z * z))
+    below = like(0.5, z) * (like(1.0, z) + erf(z * like(ROOT_HALF, z)))
+    return g * (below + z * like(DENSITY, z) * exp(like(-0.5, z) * z * z))
 
 
 def _hardswish_grad(g: Any, z: Any) -> Any:
@@ -176,10 +178,10 @@ def by_activation(**options: Any) -> Callable[[Callable[[int], Any]], Any]:
     return decorate
 
 
-@by_activation()
+@by_activation(forceinline=True, error_model="numpy", fastmath={"contract"})
 def activate(ACT: int) -> Any:
     """The activation of z."""
-    chosen = register_jitable(FORWARD[ACT])
+    chosen = strictly(FORWARD[ACT])
 
     def activated(z: Any, code: Any) -> Any:
         return chosen(z)
@@ -187,13 +189,13 @@ def activate(ACT: int) -> Any:
     return activated
 
 
-@by_activation()
+@by_activation(forceinline=True, error_model="numpy", fastmath={"contract"})
 def gradient_at(ACT: int) -> Any:
     """g times the activation's derivative, by the output y at `place`, or by z if y is None.
 
     z = moved·scale + shift + residual, with moved = x - center; a residual of None is left out.
     """
-    chosen = register_jitable(GRADIENT[ACT])
+    chosen = strictly(GRADIENT[ACT])
 
     def gradient(
         g: Any, moved: Any, scale: Any, shift: Any, y: Any, residual: Any, place: Any, code: Any

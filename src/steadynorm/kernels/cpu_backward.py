@@ -10,6 +10,7 @@ from .cpu_activations import by_activation, gradient_at
 from .cpu_loops import (
     CENTER,
     CHUNKS,
+    COMPILED,
     CONSTANT,
     CONSTANT_FACTOR,
     DRESIDUAL,
@@ -99,7 +100,7 @@ def sums_of_planes(ACT: int) -> Any:
     return reduce
 
 
-@by_activation(forceinline=True, error_model="numpy")
+@by_activation(**COMPILED)
 def sums_of_strips(ACT: int) -> Any:
     """Σg and Σg·(x - center) of every channel of the chunk; g goes to `kept`, unless None."""
 
@@ -149,7 +150,7 @@ def sums_of_strips(ACT: int) -> Any:
     return reduce
 
 
-@by_activation(forceinline=True, error_model="numpy", fastmath={"contract"})
+@by_activation(**COMPILED)
 def map_planes(ACT: int) -> Any:
     """dx of the chunk's one channel, and g to `wanted`, unless None."""
 
@@ -173,7 +174,7 @@ def map_planes(ACT: int) -> Any:
     return write
 
 
-@by_activation(forceinline=True, error_model="numpy", fastmath={"contract"})
+@by_activation(**COMPILED)
 def map_strips(ACT: int) -> Any:
     """dx of every channel of the chunk, and g to `wanted`, unless None."""
 

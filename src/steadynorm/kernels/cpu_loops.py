@@ -155,9 +155,8 @@ def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
     clear(pivots, chunk.here)
     for k in range(few):
         at = k * total // few
-        if mask is not None:
-            if mask[at] == 0:
-                continue
+        if mask is not None and mask[at] == 0:
+            continue
         seen += 1
         row, i = at // chunk.length, at % chunk.length
         start = (row * chunk.channels + chunk.first) * chunk.length + i

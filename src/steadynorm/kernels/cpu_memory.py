@@ -124,3 +124,25 @@ def as_float(typing: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], ir.DoubleType())
 
     return types.float64(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bits(typing: Any, value: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def from_bits(typing: Any, pattern: Any) -> Any:
+    """The float32 with these 32 bits; of a longer integer, its lowest."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        low = arguments[0] if pattern.bitwidth == 32 else builder.trunc(arguments[0], word)
+        return builder.bitcast(low, ir.FloatType())
+
+    return types.float32(pattern), generate
