@@ -103,7 +103,8 @@ def test_the_folded_network_gives_the_same_answers(record):
 
 def test_the_timed_steps_train_alike(record):
     (run_of,) = record["stops"]["speed"]["runs"]
-    assert [change["what"] for change in run_of["changes"]] == ["converted", "fused"] * 3
+    done = [change["what"] for change in run_of["changes"]]
+    assert sorted(done) == ["converted"] * 3 + ["fused"] * 3
     theirs, ours = run_of["losses"].values()
     assert ours == pytest.approx(theirs, rel=1e-2)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)

@@ -106,7 +106,7 @@ class Speed:
                         for arm in ARMS
                     ],
                     note="Forward, backward and SGD. Ratios of times from the same rounds: median "
-                    "and quartiles. Times are this machine's, with all its threads.",
+                    "and quartiles, which other work on the machine widens. With all its threads.",
                     digits=3,
                     emphasis=(1,),
                 )
