@@ -46,7 +46,7 @@ class SmallBatches:
 
     def recipe(self, setting: Setting, arm: Arm) -> Recipe:
         """All arms see the same digits equally often."""
-        return Recipe(arm.batch_size, samples=3_000 if setting.short else 6_000)
+        return Recipe(arm.batch_size, samples=2_400 if setting.short else 6_000)
 
     def jobs(self, setting: Setting) -> Sequence[Job]:
         jobs = []
