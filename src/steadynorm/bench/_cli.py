@@ -113,7 +113,7 @@ def warmup(
             [getattr(torch, kind) for kind in kinds],
             [None if name == "none" else name for name in names],
         )
-    ready = sum(done.values())
+    ready = sum(kernel.cached for kernel in done.values())
     console.print(
         f"{len(done)} kernels ready, {ready} of them from the disk cache, "
         f"in {time.perf_counter() - start:.1f} s.",
