@@ -1,4 +1,4 @@
-"""The CPU kernels on the shapes of ResNet-50, against eager PyTorch, `copy_` and the memory's limit.
+"""The CPU kernels on the shapes of ResNet-50 against eager PyTorch, `copy_` and memory's limit.
 
     python benchmarks/cpu_kernels.py [--last] [--case bn|relu|add] [--shapes 0,3] [--bf16]
 
@@ -118,8 +118,10 @@ def main():
     torch.set_num_threads(options.threads)
     moved = {"bn": (1.0, 1.5), "relu": (1.0, 2.0), "add": (1.5, 2.5)}[options.case]
     print(f"{options.case}, {'NHWC' if options.last else 'NCHW'}, limit {moved[0]} / {moved[1]}")
-    print(f"{'shape':>20} {'copy ms':>8} {'fwd':>6} {'bwd':>6} {'both':>6} {'eager':>6} {'×':>5}"
-          f" {'infer':>6} {'eager':>6} {'×':>5}")
+    print(
+        f"{'shape':>20} {'copy ms':>8} {'fwd':>6} {'bwd':>6} {'both':>6} {'eager':>6} {'×':>5}"
+        f" {'infer':>6} {'eager':>6} {'×':>5}"
+    )
     gains, inference_gains = [], []
     for index in map(int, options.shapes.split(",")):
         shape = SHAPES[index]
@@ -128,10 +130,15 @@ def main():
         c = t["copy"]
         gains.append(t["eager"] / t["both"])
         inference_gains.append(t["eager inference"] / t["inference"])
-        print(f"{','.join(map(str, shape)):>20} {c * 1e3:8.2f} {t['fwd given'] / c:6.2f}"
-              f" {t['bwd given'] / c:6.2f} {t['both'] / c:6.2f} {t['eager'] / c:6.1f} {gains[-1]:5.2f}"
-              f" {t['inference'] / c:6.2f} {t['eager inference'] / c:6.1f} {inference_gains[-1]:5.2f}",
-              flush=True)  # fmt: skip
+        label = ",".join(map(str, shape))
+        names = ("fwd given", "bwd given", "both", "eager")
+        training = " ".join(f"{t[name] / c:6.2f}" for name in names)
+        inference = " ".join(f"{t[name] / c:6.2f}" for name in ("inference", "eager inference"))
+        print(
+            f"{label:>20} {c * 1e3:8.2f} {training} {gains[-1]:5.2f} {inference} "
+            f"{inference_gains[-1]:5.2f}",
+            flush=True,
+        )
     for name, values in (("training", gains), ("inference", inference_gains)):
         mean = math.exp(statistics.mean(map(math.log, values)))
         print(f"{name}: geometric mean {mean:.2f}, least {min(values):.2f}")

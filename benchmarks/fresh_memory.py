@@ -1,6 +1,6 @@
 """What fresh memory costs: `x.clone()` against `y.copy_(x)`, 103 MB, under allocator settings.
 
-    python benchmarks/fresh_memory.py
+python benchmarks/fresh_memory.py
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def table(title: str, rows: list[dict[str, Any]], training: bool) -> str:
         cells = [shape]
         for name in names:
             split = training and name in MINE
-            for direction in ("forward", "backward") if split else (total,):
-                cells.append(f"{found[name, direction]:.2f}")
+            ways = ("forward", "backward") if split else (total,)
+            cells += [f"{found[name, way]:.2f}" for way in ways]
         for peer in peers:
             gains[peer].append(found[peer, total] / found["ours", total])
             cells.append(f"{gains[peer][-1]:.2f}x")

@@ -71,16 +71,16 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         tracked = self.track_running_stats or not training
         # Module.__getattr__ costs 0.4 µs a name, a sixth of a small call for all five.
         own, kept = self._parameters, self._buffers
-        mean = kept["running_mean"] if "running_mean" in kept else self.running_mean
-        var = kept["running_var"] if "running_var" in kept else self.running_var
+        mean = kept["running_mean"] if "running_mean" in kept else self.running_mean  # noqa: SIM401
+        var = kept["running_var"] if "running_var" in kept else self.running_var  # noqa: SIM401
         name = "num_batches_tracked"
-        batches = kept[name] if name in kept else self.num_batches_tracked
+        batches = kept[name] if name in kept else self.num_batches_tracked  # noqa: SIM401
         return batch_norm(
             input,
             mean if tracked else None,
             var if tracked else None,
-            own["weight"] if "weight" in own else self.weight,
-            own["bias"] if "bias" in own else self.bias,
+            own["weight"] if "weight" in own else self.weight,  # noqa: SIM401  get() looks up both
+            own["bias"] if "bias" in own else self.bias,  # noqa: SIM401
             training,
             self.momentum,
             self.eps,

@@ -326,7 +326,8 @@ class Ghost(Policy):
         >>> Ghost(size=4).pieces(before=6, samples=5, total=12)
         (1, (2, 3))
         """
-        first, held, start = 0, [], 0
+        first, start = 0, 0
+        held: list[int] = []
         for group, length in enumerate(self.lengths(total)):
             end = start + length
             common = min(end, before + samples) - max(start, before)
