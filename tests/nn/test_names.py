@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import steadynorm as sn
-import steadynorm.nn as nn
+from steadynorm import nn
 
 
 def test_our_layers_and_torchs_other_names():
