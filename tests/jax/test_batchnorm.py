@@ -56,7 +56,7 @@ def test_attributes_variables_and_state_are_flaxes() -> None:
         {"scale_init": nnx.initializers.normal(), "bias_init": nnx.initializers.normal()},
         {"dtype": jnp.float32, "param_dtype": jnp.bfloat16},
     ],
-    ids=str,
+    ids=lambda arguments: " ".join(arguments) or "defaults",
 )
 def test_training_and_inference_equal_flaxes(arguments: dict[str, Any]) -> None:
     theirs, ours = pair(use_fast_variance=False, **arguments)
