@@ -18,9 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import steadynorm as sn
 from steadynorm.kernels import choice
 
-# Every kernel would first be compiled in every process; which one runs is not the matter here.
-choice._cpu_kernels = lambda: (None, "replicas are tested in plain PyTorch")  # type: ignore[assignment]
-
 POLICIES = {
     "batch": sn.Batch(),
     "steady": sn.Steady(),
@@ -334,4 +331,7 @@ def main(results: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Every kernel would first be compiled in every process; which one runs is not the matter here.
+    choice._cpu_kernels = lambda: (None, "replicas are tested in plain PyTorch")  # type: ignore[assignment]
+    choice.HAS_NUMBA = False
     main(Path(sys.argv[1]))

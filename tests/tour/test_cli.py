@@ -75,9 +75,12 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     (out / "report.json").write_text("old")
     command = [sys.executable, "-m", "steadynorm.cli", "tour", "--out", str(out)]
     # A process group of its own, so that the signal reaches the workers too, as in a terminal.
+    # Tests that run in the background ignore the signal, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while len(children(running.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -31,6 +31,11 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     return total, (a - (total - b_part)) + (b - b_part)
 
 
+def at_least_one(count: Array) -> Array:
+    """`count`, or 1 where it is 0, so that nothing is divided by 0."""
+    return count + 0.0**count  # 0 to the power 0 is 1; TensorFlow adds no boolean to a float
+
+
 def difference(batch: Moments, center: Array) -> tuple[Array, Array]:
     """`mean - center` to twice the precision, as a pair (rounded, what the rounding lost)."""
     high, low = two_sum(batch.mean, -center)
@@ -55,7 +60,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     (3, 2.0, 2.666667)
     """
     count = a.count + b.count
-    weight = b.count / (count + (count == 0))
+    weight = b.count / at_least_one(count)
     delta, delta_low = difference(b, a.mean)
     delta_low = delta_low - a.mean_low
     mean, low = two_sum(a.mean, weight * delta)
@@ -95,6 +100,6 @@ def contribution(part: Moments, whole: Moments) -> tuple[Array, Array]:
     Summed over all parts: 0 and the whole's variance. For gradients when the whole's mean is held
     fixed; as it moves by δ, the variance about it is less by δ².
     """
-    weight = part.count / (whole.count + (whole.count == 0))
+    weight = part.count / at_least_one(whole.count)
     away = (part.mean - whole.mean) + (part.mean_low - whole.mean_low)
     return weight * away, weight * (part.var + away * away)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from steadynorm.statistics.moments import Array, Moments
+from steadynorm.statistics.moments import Array, Moments, at_least_one
 
 
 class Normalizer(NamedTuple):
@@ -120,7 +120,7 @@ def gradient_factors(
 
     With several replicas `batch` holds the pooled moments, and the sums run over all of them.
     """
-    per_value = scale * (normalizer.share / (batch.count + (batch.count == 0)))
+    per_value = scale * (normalizer.share / at_least_one(batch.count))
     gap = (batch.mean - normalizer.mean) + batch.mean_low
     return GradientFactors(per_value * rho * rho, per_value, normalizer.mean_low, gap)
 

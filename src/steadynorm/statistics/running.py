@@ -68,7 +68,8 @@ def bessel(count: Array, *, xp: Any) -> Array:
     """n / (n - 1), the factor from a biased to an unbiased variance; 1 where n is 1 or less."""
     if isinstance(count, int | float):
         return count / (count - 1) if count > 1 else 1.0
-    return xp.where(count > 1, count / (count - 1 + (count == 1)), xp.ones_like(count))
+    one = xp.ones_like(count)
+    return xp.where(count > 1, count / xp.where(count > 1, count - 1, one), one)
 
 
 def convert_variance(var: Array, count: Array, source: str, target: str, *, xp: Any) -> Array:
