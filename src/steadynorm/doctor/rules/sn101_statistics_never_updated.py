@@ -1,0 +1,84 @@
+"""SN101."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from steadynorm.doctor.evidence import Evidence, Layer, State
+from steadynorm.doctor.finding import Finding, Severity
+from steadynorm.doctor.rules.rule import Rule
+
+
+class StatisticsNeverUpdated(Rule):
+    """SN101: the running statistics are still 0 and 1."""
+
+    code = "SN101"
+    name = "statistics-never-updated"
+    summary = "The running statistics are the 0 and 1 that the layer was made with."
+    why = (
+        "In inference such a layer normalizes nothing: it subtracts 0 and divides by 1, while "
+        "weight and bias were trained for normalized values. It happens where the layers were in "
+        "inference mode while the model trained, where momentum is 0, where statistics were reset "
+        "or left out when weights were loaded."
+    )
+    source = "Ioffe & Szegedy 2015, Alg. 2; pytorch/pytorch issues 4741 and 5406."
+    threshold = (
+        "Every mean exactly 0 and every variance exactly 1, which no data gives. An error where "
+        "training shows elsewhere: in this layer's weight or bias, in its count of batches, or in "
+        "another layer's statistics. Information where nothing of the model was trained yet."
+    )
+    cure = "Measure the statistics on training data, with the weights held still."
+    line = "sn.calibrate(model, batches)"
+    severity = Severity.ERROR
+    safe = True
+    needs = "state"
+
+    def judge(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
+        """A finding where statistics are as they were made."""
+        state = layer.state
+        if not initial(state):
+            return
+        others = sum(not initial(other.state) for other in evidence.layers)
+        batches = state.num_batches_tracked
+        numbers: dict[str, float | int | str] = {
+            "running_mean": 0,
+            "running_var": 1,
+            "layers_updated": others,
+            "layers": len(evidence.layers),
+        }
+        if batches is not None:
+            numbers["num_batches_tracked"] = batches
+        message = f"running_mean is 0 and running_var is 1 in all {state.num_features} channels"
+        if batches:
+            yield self.finding(layer, f"{message}, after {batches} batches", numbers)
+        elif affine_moved(state):
+            yield self.finding(layer, f"{message}, but weight and bias were trained", numbers)
+        elif others:
+            total = len(evidence.layers)
+            message = f"{message}, but {others} of {total} layers have statistics"
+            yield self.finding(layer, message, numbers)
+        else:
+            message = f"{message}; nothing in this model was trained yet"
+            yield self.finding(layer, message, numbers, severity=Severity.INFO)
+
+
+def initial(state: State) -> bool:
+    """Whether the statistics are 0 and 1, as every framework makes them."""
+    mean, var = state.running_mean, state.running_var
+    if mean is None or var is None or not mean.size:
+        return False
+    return bool(np.all(mean == 0) and np.all(var == 1))
+
+
+def affine_moved(state: State) -> bool:
+    """Whether weight or bias are other than initialization leaves them."""
+    weight, bias = state.weight, state.bias
+    moved = bias is not None and bool(np.any(bias != 0))
+    if weight is None or not weight.size:
+        return moved
+    # Made equal in all channels, at 1, or at 0 where a residual branch ends; training parts them.
+    one_value = bool(np.all(weight == weight[0]))
+    usual = len(weight) > 1 or weight[0] in (0.0, 1.0)
+    return moved or not (one_value and usual)
