@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import steadynorm as sn
 from steadynorm.lab import jobs
+from steadynorm.lab.batches import tensors
 from steadynorm.lab.data import load
 from steadynorm.lab.networks import (
     convolutional,
@@ -31,7 +32,7 @@ from steadynorm.lab.networks import (
     normalization_2d,
 )
 from steadynorm.lab.runs import interval
-from steadynorm.lab.training import Recipe, Tick, inference_accuracy, tensors, train
+from steadynorm.lab.training import Recipe, Tick, inference_accuracy, train
 from steadynorm.tour.tour import processor
 
 SAMPLES = 9_000

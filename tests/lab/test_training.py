@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import steadynorm as sn
+from steadynorm.lab.batches import batches, tensors
 from steadynorm.lab.data import Digits
+from steadynorm.lab.layers import layer_statistics
 from steadynorm.lab.networks import (
     convolutional,
     fully_connected,
@@ -24,10 +26,7 @@ from steadynorm.lab.runs import interval
 from steadynorm.lab.training import (
     Recipe,
     accuracy_in_training,
-    batches,
     inference_accuracy,
-    layer_statistics,
-    tensors,
     train,
 )
 

@@ -95,7 +95,8 @@ def _normalization(
         return partial(getattr(nn, layer), momentum=momentum)
     from steadynorm import nn as ours
 
-    return partial(getattr(ours, layer), momentum=momentum, statistics=statistics)
+    # Does nothing unless several processes train together (`steadynorm.lab.replicas`).
+    return partial(getattr(ours, layer), momentum=momentum, statistics=statistics, synchronize=True)
 
 
 def renorm_for(steps: int) -> Renorm:

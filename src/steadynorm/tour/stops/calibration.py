@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steadynorm.lab.batches import tensors
 from steadynorm.lab.data import Digits, load
 from steadynorm.lab.jobs import Job
 from steadynorm.lab.networks import (
@@ -17,7 +18,7 @@ from steadynorm.lab.networks import (
     normalization_2d,
 )
 from steadynorm.lab.runs import interval
-from steadynorm.lab.training import Recipe, Tick, inference_accuracy, tensors, train
+from steadynorm.lab.training import Recipe, Tick, inference_accuracy, train
 from steadynorm.report.charts import intervals
 from steadynorm.report.page import Chart, Table
 from steadynorm.tour.stop import Setting, StopResult

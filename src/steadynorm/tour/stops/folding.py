@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steadynorm.lab.batches import tensors
 from steadynorm.lab.jobs import Job
 from steadynorm.lab.networks import convolutional, initialize, normalization_2d
-from steadynorm.lab.training import Recipe, Tick, inference_accuracy, tensors, train
+from steadynorm.lab.training import Recipe, Tick, inference_accuracy, train
 from steadynorm.report.charts import intervals
 from steadynorm.report.page import Chart, Table
 from steadynorm.tour.stop import Setting, StopResult

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steadynorm.lab.batches import batches, tensors
 from steadynorm.lab.jobs import Job
 from steadynorm.lab.networks import convolutional, initialize, normalization_2d
-from steadynorm.lab.training import Tick, batches, tensors
+from steadynorm.lab.training import Tick
 from steadynorm.report.charts import lines
 from steadynorm.report.page import Table
 from steadynorm.tour.stop import Setting, StopResult

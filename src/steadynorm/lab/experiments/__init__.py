@@ -1,0 +1,27 @@
+"""The experiments, one claim in one file. To add one, name its file here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from steadynorm.lab.experiment import Experiment
+
+NAMES = ("convergence",)
+
+
+def get(name: str) -> Experiment:
+    """The experiment of a name: `learning_rate_range` or `learning-rate-range`.
+
+    Raises ValueError for a name that is not there.
+    """
+    module = name.replace("-", "_")
+    if module not in NAMES:
+        known = ", ".join(name.replace("_", "-") for name in NAMES)
+        raise ValueError(f"get: `name` must be one of {known}; got {name!r}.")
+    experiment: Experiment = import_module(f"{__name__}.{module}").EXPERIMENT
+    return experiment
+
+
+def every() -> list[Experiment]:
+    """All experiments, in the order of the report."""
+    return [get(name) for name in NAMES]
