@@ -3,88 +3,97 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import zipfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from steadynorm.checkpoints import formats
+from steadynorm.checkpoints.formats import LARGEST_EXPANSION, Entry
+
+READERS = {
+    ".safetensors": formats.safetensors,
+    ".pt": formats.torch_file,
+    ".pth": formats.torch_file,
+    ".bin": formats.torch_file,
+    ".npz": formats.npz,
+    ".h5": formats.hdf5,
+    ".keras": formats.keras,
+}
 READABLE = ".safetensors, .pt, .pth, .bin, .npz, .weights.h5, .h5, .keras"
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint by name.
 
-    torch: `.pt`, `.pth`, `.bin` (read with `weights_only=True`; a dictionary under "state_dict" or
-    "model" is taken) and `.safetensors`. Keras: `.weights.h5` and `.keras`, whose files number the
-    variables of a layer instead of naming them: a layer with four arrays of one length, and perhaps
-    a count, is taken for gamma, beta, moving_mean, moving_variance (num_batches_tracked); others
-    keep their numbers. flax: `.safetensors` or `.npz` with names joined by dots or slashes.
+    torch: `.pt`, `.pth`, `.bin` (read with `weights_only=True`; a dictionary under "state_dict",
+    "model_state_dict" or "model" is taken) and `.safetensors`. Keras: `.weights.h5` and `.keras`,
+    whose files number the variables of a layer instead of naming them: a layer with four arrays of
+    one length, and perhaps a count, is taken for gamma, beta, moving_mean, moving_variance
+    (num_batches_tracked); others keep their numbers. flax: `.safetensors` or `.npz` with names
+    joined by dots or slashes.
 
     Raises:
-        ValueError: another kind of file.
+        ValueError: another kind of file, or one that is damaged or would run code, in one line.
         FileNotFoundError: no such file.
     """
+    with entries(path) as held:
+        return {name: entry.load() for name, entry in held.items()}
+
+
+@contextmanager
+def entries(path: str | os.PathLike[str]) -> Iterator[dict[str, Entry]]:
+    """What arrays a checkpoint holds, each read only when its `load()` is called.
+
+    Raises as `read` does, inside the block too.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the checkpoint file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return {name: _array(tensor) for name, tensor in load_file(path).items()}
-    if path.suffix in {".pt", ".pth", ".bin"}:
-        return _read_torch(path)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    if path.suffix == ".h5":
-        return _read_keras(path)
-    if path.suffix == ".keras":
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-            return _read_keras(Path(archive.extract("model.weights.h5", folder)))
-    raise ValueError(f"path must end in one of {READABLE}; got {path.name!r}.")
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"path must end in one of {READABLE}; got {path.name!r}.")
+    size = path.stat().st_size
+    if not size:
+        raise ValueError(f"{path} is empty.")
+    with ExitStack() as opened:
+        with _damaged_told(path):
+            found = reader(path, opened)
+        yield {name: _guarded(entry, name, path, size) for name, entry in found.items()}
 
 
-def _array(tensor: Any) -> np.ndarray:
-    import torch
+def _guarded(entry: Entry, name: str, path: Path, size: int) -> Entry:
+    def load() -> np.ndarray:
+        if 2 * prod(entry.shape) > LARGEST_EXPANSION * max(size, 1 << 16):
+            raise ValueError(
+                f"{path} cannot be read: {name!r} of shape {entry.shape} is larger than such a "
+                f"file can hold."
+            )
+        with _damaged_told(path):
+            return entry.load()
 
-    tensor = tensor.detach().cpu()
-    array: np.ndarray = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    return array
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    import torch
-
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    return {k: _array(v) for k, v in content.items() if isinstance(v, torch.Tensor)}
+    return entry._replace(load=load)
 
 
-def _read_keras(path: Path) -> dict[str, np.ndarray]:
-    import h5py
-
-    found: dict[str, np.ndarray] = {}
-
-    def visit(name: str, group: Any) -> None:
-        if not (name.endswith("vars") and isinstance(group, h5py.Group)) or not len(group):
-            return
-        arrays = [np.asarray(group[key]) for key in sorted(group, key=int)]
-        prefix = name.removesuffix("vars").rstrip("/")
-        names = [str(i) for i in range(len(arrays))]
-        shapes = [array.shape for array in arrays]
-        counted = len(arrays) == 5 and shapes[4] == ()
-        if (len(arrays) == 4 or counted) and len(shapes[0]) == 1 and len(set(shapes[:4])) == 1:
-            names = ["gamma", "beta", "moving_mean", "moving_variance", "num_batches_tracked"]
-        found.update((f"{prefix}/{n}", array) for n, array in zip(names, arrays, strict=False))
-
-    with h5py.File(path, "r") as file:
-        file.visititems(visit)
-    return found
+@contextmanager
+def _damaged_told(path: Path) -> Iterator[None]:
+    """Turns whatever a library says of bytes it cannot make sense of into one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a library may warn first; the line below says it
+            yield
+    except Exception as error:
+        what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        lines = what.strip().splitlines()
+        line = lines[0].rstrip(".") if lines else type(error).__name__
+        short = line if len(line) < 200 else f"{line[:200]}…"
+        raise ValueError(f"{path} cannot be read: {short}.") from error
 
 
 def write(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
