@@ -17,11 +17,14 @@ from steadynorm.nn.batchnorm import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from steadynorm.nn.recurrent import BatchNormLSTM, BatchNormLSTMCell
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormLSTM",
+    "BatchNormLSTMCell",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

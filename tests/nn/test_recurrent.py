@@ -1,0 +1,544 @@
+"""Batch-normalized LSTM: values, gradients and statistics against NumPy in float64."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import truth
+from tests.tolerances import close
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import steadynorm as sn
+
+POLICIES = {
+    "batch": sn.Batch(),
+    "steady": sn.Steady(prior=3),
+    "running": sn.Running(),
+    "renorm": sn.Renorm(warmup=0, r_ramp=2, d_ramp=2),
+    "ghost": sn.Ghost(3),
+    "frozen": sn.Frozen(),
+}
+INPUT, HIDDEN, TIME, SAMPLES = 3, 4, 5, 7
+LENGTHS = [2, 5, 3, 5, 1, 5, 4]
+NORMS = ("input_norm", "hidden_norm", "cell_norm")
+
+
+def made(policy: Any = "batch", **settings: Any) -> Any:
+    """A float64 network with parameters and statistics that are nowhere 0 or 1."""
+    torch.manual_seed(3)
+    settings = {"max_length": TIME, "dtype": torch.float64, **settings}
+    network: Any = sn.BatchNormLSTM(INPUT, HIDDEN, statistics=policy, **settings)
+    with torch.no_grad():
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            if name.endswith("var"):
+                tensor.uniform_(0.5, 2)
+            elif tensor.is_floating_point():
+                tensor.normal_()
+            else:
+                tensor.fill_(4)
+        for cell in network.cells:
+            for norm in NORMS:
+                getattr(cell, norm).reached = settings["max_length"]
+    return network
+
+
+def sequences(samples: int = SAMPLES, time: int = TIME) -> torch.Tensor:
+    random = torch.Generator().manual_seed(11)
+    return torch.randn(time, samples, INPUT, generator=random, dtype=torch.float64)
+
+
+# The truth: one direction of one layer, forwards and backwards in time, in NumPy ---------------
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy().copy()
+
+
+class Norm:
+    """One normalization's parameters and its statistics for every step."""
+
+    def __init__(self, norm: Any, eps: float = 1e-5) -> None:
+        bias = None if norm.bias is None else array(norm.bias)
+        self.setting = truth.Setting(array(norm.weight), bias, eps=eps)
+        self.policy = norm.steps[0].statistics
+        self.training = norm.training
+        self.running = [
+            truth.Running(array(s.running_mean), array(s.running_var), int(s.num_batches_tracked))
+            for s in norm.steps
+        ]
+
+    def step(self, x: np.ndarray, time: int, grad: Any = None, running: Any = None) -> Any:
+        """A step's result; for a gradient `running` is what the forward met."""
+        at = min(time, len(self.running) - 1)
+        before = self.running[at] if running is None else running
+        if not self.training:
+            return truth.infer(x, before, self.setting, grad=grad), before
+        result = truth.train(x, self.policy, before, self.setting, grad=grad)
+        if grad is None:
+            self.running[at] = result.running
+        return result, before
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-z))
+
+
+class Truth:
+    """A cell over (T, N, I), the sequences' lengths given; `lengths` may be in any order."""
+
+    def __init__(self, cell: Any) -> None:
+        self.w_x, self.w_h = array(cell.weight_ih), array(cell.weight_hh)
+        self.bias = array(cell.bias)
+        self.norms = {name: Norm(getattr(cell, name)) for name in NORMS}
+
+    def forward(self, x: np.ndarray, lengths: list[int], h: Any = None, c: Any = None) -> Any:
+        n = x.shape[1]
+        self.x, self.trace = x, []
+        h = np.zeros((n, HIDDEN)) if h is None else h
+        c = np.zeros((n, HIDDEN)) if c is None else c
+        outputs = np.zeros((len(x), n, HIDDEN))
+        for time in range(len(x)):
+            rows = [i for i in range(n) if lengths[i] > time]
+            from_x = x[time, rows] @ self.w_x.T
+            from_h = h[rows] @ self.w_h.T
+            a, met_x = self.norms["input_norm"].step(from_x, time)
+            b, met_h = self.norms["hidden_norm"].step(from_h, time)
+            i, f, g, o = np.split(a.y + b.y + self.bias, 4, 1)
+            i, f, g, o = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
+            kept = (rows, from_x, from_h, h[rows].copy(), c[rows].copy(), (i, f, g, o))
+            h, c = h.copy(), c.copy()
+            c[rows] = f * kept[4] + i * g
+            s, met_c = self.norms["cell_norm"].step(c[rows], time)
+            h[rows] = o * np.tanh(s.y)
+            self.trace.append((*kept, c[rows].copy(), np.tanh(s.y), met_x, met_h, met_c))
+            outputs[time, rows] = h[rows]
+        return outputs, h, c
+
+    def backward(self, grad: np.ndarray, dh: np.ndarray, dc: np.ndarray) -> dict[str, Any]:
+        """Gradients of input and parameters for those of outputs and last states."""
+        found: dict[str, Any] = {"x": np.zeros_like(self.x), "bias": 0.0}
+        found |= dict.fromkeys(("weight_ih", "weight_hh", "cell_norm.bias"), 0.0)
+        found |= {f"{name}.weight": 0.0 for name in NORMS}
+        dh, dc = dh.copy(), dc.copy()
+        for time in reversed(range(len(self.x))):
+            rows, from_x, from_h, h, c, (i, f, g, o), c_new, s, *met = self.trace[time]
+            up = dh[rows] + grad[time, rows]
+            norm = self.norms["cell_norm"]
+            inner, _ = norm.step(c_new, time, up * o * (1 - s * s), met[2])
+            found["cell_norm.weight"] += inner.dweight
+            found["cell_norm.bias"] += inner.dbias
+            to_c = dc[rows] + inner.dx
+            gates = (to_c * g * i * (1 - i), to_c * c * f * (1 - f), to_c * i * (1 - g * g))
+            d_gates = np.concatenate([*gates, up * s * o * (1 - o)], 1)
+            found["bias"] += d_gates.sum(0)
+            to_x, _ = self.norms["input_norm"].step(from_x, time, d_gates, met[0])
+            to_h, _ = self.norms["hidden_norm"].step(from_h, time, d_gates, met[1])
+            found["input_norm.weight"] += to_x.dweight
+            found["hidden_norm.weight"] += to_h.dweight
+            found["weight_ih"] += to_x.dx.T @ self.x[time, rows]
+            found["weight_hh"] += to_h.dx.T @ h
+            found["x"][time, rows] = to_x.dx @ self.w_x
+            dh[rows], dc[rows] = to_h.dx @ self.w_h, to_c * f
+        return found | {"h": dh, "c": dc}
+
+
+def assert_statistics(cell: Any, expected: Truth) -> None:
+    for name in NORMS:
+        for time, (step, right) in enumerate(
+            zip(getattr(cell, name).steps, expected.norms[name].running, strict=True)
+        ):
+            close(step.running_mean, right.mean, "statistics", f"mean of {name}, step {time}")
+            close(step.running_var, right.var, "statistics", f"variance of {name}, step {time}")
+            assert int(step.num_batches_tracked) == right.batches
+
+
+def assert_like_the_truth(network: Any, lengths: list[int] | None, x: torch.Tensor) -> None:
+    cell = network.cells[0]
+    random = torch.Generator().manual_seed(13)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    n = x.shape[1]
+    h, c = normal(1, n, HIDDEN).requires_grad_(), normal(1, n, HIDDEN).requires_grad_()
+    x = x.clone().requires_grad_()
+    grad, dh, dc = normal(len(x), n, HIDDEN), normal(1, n, HIDDEN), normal(1, n, HIDDEN)
+    expected = Truth(cell)
+    known = [len(x)] * n if lengths is None else lengths
+    outputs, last_h, last_c = expected.forward(array(x), known, array(h[0]), array(c[0]))
+    found, state = network(x, (h, c), lengths=lengths)
+    close(found, outputs, "forward", "outputs")
+    close(state[0], last_h[None], "forward", "last h")
+    close(state[1], last_c[None], "forward", "last c")
+    torch.autograd.backward((found, *state), (grad, dh, dc))
+    past = np.array([[t < length for length in known] for t in range(len(x))])[..., None]
+    right = expected.backward(array(grad) * past, array(dh[0]), array(dc[0]))
+    close(x.grad, right["x"], "backward", "input")
+    close(h.grad[0], right["h"], "backward", "first h")
+    close(c.grad[0], right["c"], "backward", "first c")
+    for name, parameter in cell.named_parameters():
+        close(parameter.grad, right[name], "backward", name)
+    assert_statistics(cell, expected)
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_training(policy: Any) -> None:
+    assert_like_the_truth(made(policy), None, sequences())
+
+
+@pytest.mark.parametrize("policy", [p for name, p in POLICIES.items() if name != "ghost"], ids=repr)
+def test_training_on_unequal_lengths(policy: Any) -> None:
+    """Positions past the end take no part in the statistics and carry the state."""
+    assert_like_the_truth(made(policy), LENGTHS, sequences())
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["equal", "unequal"])
+def test_inference(lengths: Any) -> None:
+    assert_like_the_truth(made().eval(), lengths, sequences())
+
+
+@pytest.mark.parametrize("name", ["batch", "steady"])
+def test_steps_past_the_longest_use_the_last_ones_statistics(name: str) -> None:
+    assert_like_the_truth(made(POLICIES[name], max_length=3), None, sequences())
+    assert_like_the_truth(made(POLICIES[name], max_length=3).eval(), None, sequences())
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_all_steps_in_one_call_are_the_same_as_one_call_a_step(policy: Any) -> None:
+    """A hook asks for one call a step; the input's term then takes the other way."""
+    together, apart = made(policy), made(policy)
+    calls: list[int] = []
+    apart.cells[0].input_norm.steps[1].register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        x, grad = sequences(), torch.randn(TIME, SAMPLES, HIDDEN, dtype=torch.float64)
+        for network in (together, apart):
+            network(x)[0].backward(grad)
+    assert len(calls) == 3
+    for ours, theirs in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(together.state_dict(), apart.state_dict(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 4, 2, 4]], ids=["equal", "unequal"])
+@pytest.mark.parametrize("policy", [sn.Batch(), sn.Running(), sn.Frozen()], ids=repr)
+def test_gradcheck(policy: Any, lengths: Any) -> None:
+    """Through time, through the statistics; the statistics are put back for every probe."""
+    network = made(policy, num_layers=2, bidirectional=True)
+    start = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    names, tensors = zip(*network.named_parameters(), strict=True)
+
+    def outputs(x: torch.Tensor, h: torch.Tensor, c: torch.Tensor, *parameters: Any) -> Any:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(start[name])
+        with_these = dict(zip(names, parameters, strict=True))
+        arguments = ((x, (h, c)), {"lengths": lengths})
+        y, state = torch.func.functional_call(network, with_these, *arguments)
+        return y, *state
+
+    x = sequences(4, 4).requires_grad_()
+    first = [torch.randn(4, 4, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in "hc"]
+    assert torch.autograd.gradcheck(outputs, (x, *first, *tensors), fast_mode=True)
+
+
+# The interface of torch.nn.LSTM ----------------------------------------------------------------
+
+
+def as_torch(network: Any) -> torch.nn.LSTM:
+    """torch's LSTM with the same function in inference: the normalizations folded into it."""
+    peer = torch.nn.LSTM(
+        INPUT,
+        HIDDEN,
+        network.num_layers,
+        batch_first=network.batch_first,
+        bidirectional=network.bidirectional,
+        dtype=torch.float64,
+    )
+    for which, cell in enumerate(network.cells):
+        directions = 2 if network.bidirectional else 1
+        layer, direction = divmod(which, directions)
+        ending = f"_l{layer}" + ("_reverse" if direction else "")
+        with torch.no_grad():
+            for source, target in (("ih", "input_norm"), ("hh", "hidden_norm")):
+                norm = getattr(cell, target)
+                step = norm.steps[0]
+                scale = norm.weight / (step.running_var + step.eps).sqrt()
+                weight = getattr(cell, f"weight_{source}") * scale[:, None]
+                getattr(peer, f"weight_{source}{ending}").copy_(weight)
+                bias = cell.bias / 2 - step.running_mean * scale
+                getattr(peer, f"bias_{source}{ending}").copy_(bias)
+            cell.cell_norm.weight.fill_(1)
+            cell.cell_norm.bias.zero_()
+            cell.cell_norm.steps[0].running_mean.zero_()
+            cell.cell_norm.steps[0].running_var.fill_(1 - cell.cell_norm.eps)
+    return peer
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
+def test_shapes_orders_and_values_are_torchs(batch_first: bool, bidirectional: bool) -> None:
+    """In inference one step's statistics make it a plain LSTM with other weights."""
+    network = made(
+        max_length=1, num_layers=2, batch_first=batch_first, bidirectional=bidirectional
+    ).eval()
+    peer = as_torch(network)
+    x = sequences().transpose(0, 1).contiguous() if batch_first else sequences()
+    shape = (4 if bidirectional else 2, SAMPLES, HIDDEN)
+    hx = (torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64))
+    for given in (None, hx):
+        found, expected = network(x, given), peer(x, given)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    one = x[0] if batch_first else x[:, 0]
+    own = (hx[0][:, 0], hx[1][:, 0])
+    torch.testing.assert_close(network(one, own), peer(one, own), rtol=1e-10, atol=1e-12)
+    for sort in (True, False):
+        lengths = sorted(LENGTHS, reverse=True) if sort else LENGTHS
+        packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first, enforce_sorted=sort)
+        found, expected = network(packed, hx), peer(packed, hx)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-10, atol=1e-12)
+        for mine, theirs in zip(found[0], expected[0], strict=True):
+            assert (mine is None) is (theirs is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    found = network(x, hx, lengths=LENGTHS)
+    padded = pad_packed_sequence(expected[0], batch_first)[0]
+    torch.testing.assert_close(found, (padded, expected[1]), rtol=1e-10, atol=1e-12)
+
+
+def test_a_packed_sequence_trains_as_lengths_do() -> None:
+    first, second = made(sn.Steady(), bidirectional=True), made(sn.Steady(), bidirectional=True)
+    x = sequences()
+    packed = pack_padded_sequence(x, torch.tensor(LENGTHS), enforce_sorted=False)
+    done, state = first(packed)
+    assert isinstance(done, PackedSequence)
+    torch.testing.assert_close(
+        (pad_packed_sequence(done)[0], state), second(x, lengths=torch.tensor(LENGTHS))
+    )
+    torch.testing.assert_close(first.state_dict(), second.state_dict())
+
+
+def test_the_padding_has_no_say() -> None:
+    x = sequences()
+    dirty = x.clone()
+    for sample, length in enumerate(LENGTHS):
+        dirty[length:, sample] = float("nan")
+    clean, other = made("steady"), made("steady")
+    torch.testing.assert_close(clean(x, lengths=LENGTHS), other(dirty, lengths=LENGTHS))
+    torch.testing.assert_close(clean.state_dict(), other.state_dict())
+
+
+def test_dropout_acts_between_layers_in_training_alone() -> None:
+    # Frozen: where all samples are the same, a batch's variance is 0 and eps blows roundings up.
+    plain, dropping = (made(sn.Frozen(), num_layers=2, dropout=p) for p in (0.0, 1.0))
+    torch.testing.assert_close(plain.eval()(sequences()), dropping.eval()(sequences()))
+    zeros = dropping.train()(sequences())[0]
+    nothing = Truth(made(sn.Frozen(), num_layers=2).cells[1])
+    expected, *_ = nothing.forward(np.zeros((TIME, SAMPLES, HIDDEN)), [TIME] * SAMPLES)
+    close(zeros, expected, "forward")
+
+
+def test_the_cell_step_by_step_is_the_network() -> None:
+    network, cell = made("steady"), made("steady").cells[0]
+    x = sequences()
+    outputs, (h, c) = network(x, lengths=LENGTHS)
+    state = None
+    for time in range(TIME):
+        state = cell(x[time], state, step=time, mask=torch.tensor(LENGTHS) > time)
+        still = torch.tensor(LENGTHS) > time
+        torch.testing.assert_close(state[0][still], outputs[time][still])
+    torch.testing.assert_close(state, (h[0], c[0]))
+    torch.testing.assert_close(cell.state_dict(), network.cells[0].state_dict())
+    alone = cell.eval()(x[0, 0])
+    torch.testing.assert_close(alone[0], cell(x[0])[0][0])
+
+
+# Statistics -----------------------------------------------------------------------------------
+
+
+def test_in_inference_steps_never_trained_use_the_last_trained_ones() -> None:
+    network = sn.BatchNormLSTM(INPUT, HIDDEN, max_length=6, dtype=torch.float64)
+    network(sequences(time=3))
+    restored = sn.BatchNormLSTM(INPUT, HIDDEN, max_length=6, dtype=torch.float64)
+    restored.load_state_dict(network.state_dict())
+    for trained in (network, restored, copy.deepcopy(network)):
+        cell = trained.eval().cells[0]
+        assert [cell.cell_norm.index(time) for time in range(8)] == [0, 1, 2, 2, 2, 2, 2, 2]
+        expected = Truth(cell)
+        for norm in expected.norms.values():
+            norm.running = norm.running[:3]
+        outputs, *_ = expected.forward(array(sequences()), [TIME] * SAMPLES)
+        close(trained(sequences())[0], outputs, "forward")
+
+
+def test_calibrate_gives_every_step_the_populations_statistics() -> None:
+    network = made()
+    x = sequences(samples=12)
+    report = sn.calibrate(network, [x])
+    assert {row.status for row in report.layers} == {"calibrated"}
+    cell = network.cells[0]
+    terms = array(x) @ array(cell.weight_ih).T
+    for time, step in enumerate(cell.input_norm.steps):
+        close(step.running_mean, terms[time].mean(0), "statistics")
+        close(step.running_var, terms[time].var(0, ddof=1), "statistics")
+    # All by their own batch: what inference then does differs from training by Bessel's factor.
+    network.train()
+    trained = Truth(cell)
+    outputs, *_ = trained.forward(array(x), [TIME] * 12)
+    calibrated = network.eval()(x)[0].detach()
+    assert float((calibrated - torch.from_numpy(outputs)).abs().max()) < 0.1
+
+
+def test_surgery_knows_the_steps() -> None:
+    network = made()
+    steady, changes = sn.convert(network, statistics="steady")
+    assert [change.what for change in changes].count("converted") == 3 * TIME
+    assert all(step.statistics == sn.Steady() for step in steady.cells[0].cell_norm.steps)
+    x = sequences(samples=1)
+    with pytest.raises(ValueError, match="more than one sequence"):
+        network(x)
+    assert steady(x)[0].shape == (TIME, 1, HIDDEN)
+    frozen, _ = sn.freeze(network)
+    before = copy.deepcopy(frozen.state_dict())
+    frozen.train()(sequences())
+    torch.testing.assert_close(frozen.state_dict(), before)
+    groups = sn.parameter_groups(network, weight_decay=0.1)
+    cell = network.cells[0]
+    decays = {id(parameter) for parameter in groups[0]["params"]}
+    assert decays == {id(cell.weight_ih), id(cell.weight_hh)}
+
+
+def test_constant_beginnings_and_the_initial_noise() -> None:
+    """Without noise h is the same in all samples, and only eps stands below the gradient."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.zeros(TIME - 1, SAMPLES, INPUT), torch.randn(1, SAMPLES, INPUT)])
+
+    def spread(noise: float) -> float:
+        network = sn.BatchNormLSTM(INPUT, HIDDEN, max_length=TIME, initial_noise=noise)
+        network(x)
+        cell: Any = network.cells[0]
+        return float(cell.hidden_norm.steps[1].running_var.min()) / 0.9 - 1  # 0.1·v + 0.9·1
+
+    assert spread(0.0) == pytest.approx(0, abs=1e-6)
+    assert spread(0.1) > 1e-9
+    quiet = sn.BatchNormLSTM(INPUT, HIDDEN, max_length=TIME, initial_noise=0.1).eval()
+    torch.testing.assert_close(quiet(x), quiet(x), rtol=0, atol=0)
+
+
+# Types, compilation ---------------------------------------------------------------------------
+
+
+def test_starting_values() -> None:
+    network: Any = sn.BatchNormLSTM(INPUT, HIDDEN, max_length=2)
+    cell = network.cells[0]
+    assert all(bool((getattr(cell, norm).weight == 0.1).all()) for norm in NORMS)
+    assert cell.input_norm.bias is None
+    assert cell.hidden_norm.bias is None
+    assert bool((cell.cell_norm.bias == 0).all())
+    assert sum(p.numel() for p in network.parameters()) == (
+        4 * HIDDEN * (INPUT + HIDDEN + 1) + 2 * 4 * HIDDEN + 2 * HIDDEN
+    )
+
+
+def test_half_precision_keeps_wide_statistics() -> None:
+    network: Any = sn.BatchNormLSTM(INPUT, HIDDEN, max_length=TIME, statistics="steady")
+    network = network.to(torch.bfloat16)
+    output, state = network(sequences().to(torch.bfloat16))
+    assert output.dtype is state[1].dtype is torch.bfloat16
+    assert network.cells[0].cell_norm.steps[0].running_var.dtype is torch.float32
+
+
+def test_autocast() -> None:
+    network = sn.BatchNormLSTM(INPUT, HIDDEN, max_length=TIME)
+    twin = copy.deepcopy(network)
+    x = sequences().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = twin(x)
+        (output * torch.randn_like(output)).sum().backward()
+    torch.testing.assert_close(output.float(), network(x)[0], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["batch", "steady"])
+def test_compiles_in_one_graph(name: str) -> None:
+    network = made(POLICIES[name], max_length=2)
+    twin = copy.deepcopy(network)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    grad = torch.randn(3, SAMPLES, HIDDEN, dtype=torch.float64)
+    for _ in range(2):
+        expected, found = network(sequences(time=3)), compiled(sequences(time=3))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        expected[0].backward(grad)
+        found[0].backward(grad)
+    for mine, theirs in zip(twin.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(twin.state_dict(), network.state_dict(), rtol=1e-9, atol=1e-11)
+
+
+# Messages -------------------------------------------------------------------------------------
+
+LSTM = "BatchNormLSTM: "
+REFUSED = {
+    "features": (
+        lambda net: net(torch.zeros(2, 3, 9)),
+        LSTM + "`input` must have shape (T, N, 3) or (T, 3); got (2, 3, 9).",
+    ),
+    "no time": (
+        lambda net: net(torch.zeros(0, 3, 3)),
+        LSTM + "`input` must have at least one time step; got (0, 3, 3).",
+    ),
+    "state": (
+        lambda net: net(torch.zeros(2, 3, 3), (torch.zeros(1, 3, 4), torch.zeros(1, 2, 4))),
+        LSTM + "`hx` must hold c of shape (1, 3, 4); got (1, 2, 4).",
+    ),
+    "lengths' number": (
+        lambda net: net(torch.zeros(2, 3, 3), lengths=[1, 2]),
+        LSTM + "`lengths` must be 3 whole numbers, one a sequence; got torch.int64 of shape (2,).",
+    ),
+    "lengths' values": (
+        lambda net: net(torch.zeros(2, 3, 3), lengths=[0, 1, 3]),
+        LSTM + "`lengths` must lie in 1 to 2, the input's time steps; got 0 to 3.",
+    ),
+    "alone at the end": (
+        lambda net: net(torch.zeros(3, 3, 3, dtype=torch.float64), lengths=[2, 1, 3]),
+        LSTM
+        + "training needs more than one sequence at every time step under Batch(); got 1 at step "
+        "2. Use a larger batch, sequences of more even length, or statistics=sn.Steady(), "
+        "sn.Running() or sn.Frozen(), which work with one.",
+    ),
+    "cell's step": (
+        lambda net: net.cells[0](torch.zeros(2, 3), step=-1),
+        "BatchNormLSTMCell: `step` must be a whole number from 0 on; got -1.",
+    ),
+    "cell's input": (
+        lambda net: net.cells[0](torch.zeros(2, 3, 3)),
+        "BatchNormLSTMCell: `input` must have shape (N, 3) or (3,); got (2, 3, 3).",
+    ),
+    "sizes": (
+        lambda _: sn.BatchNormLSTM(3, 0, max_length=2),
+        "BatchNormLSTMCell: `hidden_size` must be at least 1; got 0.",
+    ),
+    "dropout": (
+        lambda _: sn.BatchNormLSTM(3, 4, dropout=2, max_length=2),
+        LSTM + "`dropout` must lie in [0, 1]; got 2.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals_say_what_to_do_and_change_nothing(call: Any, message: str) -> None:
+    network = made()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError) as caught:
+        call(network)
+    assert str(caught.value) == message
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_wrong_kinds() -> None:
+    with pytest.raises(TypeError, match=r"`max_length` must be a whole number; got 2\.5"):
+        sn.BatchNormLSTM(3, 4, max_length=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a tensor or a PackedSequence; got list"):
+        made()([1, 2])
+    with pytest.raises(TypeError, match="`hx` must be a pair of tensors"):
+        made()(sequences(), torch.zeros(1, SAMPLES, HIDDEN))
