@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -73,14 +74,9 @@ def drop_redundant_bias(
     graphs = [trace(model, example_inputs, training=training) for training in (False, True)]
     names = {id(module): name for name, module in named(model)}
     changes = Changes()
-    for name, host in named(model):
-        if not is_host(host) or host.bias is None:
-            continue
-        norms = _norms_after(host, graphs)
-        if not norms:
-            continue
+    for name, host, norms, reason in biases(model, graphs):
         size = f"{channels(host)[1]} values"
-        if reason := _why_needed(host, norms, graphs, model.training):
+        if reason:
             changes.append(Change("left", f"{name}.bias", size, size, reason))
             continue
         for norm in norms:
@@ -97,6 +93,20 @@ def drop_redundant_bias(
         got = answers(model, example_inputs, training=False)
         compare(expected, got, "drop_redundant_bias")
     return model, changes
+
+
+def biases(
+    model: nn.Module, graphs: list[Graph]
+) -> Iterator[tuple[str, Any, list[nn.Module], str | None]]:
+    """Every bias before batch norms: its layer's name, the layer, the norms, why it is needed.
+
+    The last is None for a redundant one. `graphs`: the model's in inference and in training.
+    """
+    for name, host in named(model):
+        if not is_host(host) or host.bias is None:
+            continue
+        if norms := _norms_after(host, graphs):
+            yield name, host, norms, _why_needed(host, norms, graphs, model.training)
 
 
 def _subtract(norm: Any, host: Any) -> None:

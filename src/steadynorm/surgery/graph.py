@@ -85,16 +85,30 @@ class Graph:
         self.nodes.remove(node)
 
 
-def trace(model: nn.Module, example_inputs: Any = None, *, training: bool = False) -> Graph:
+def is_atom(module: nn.Module) -> bool:
+    """Layers that surgery deals with; a graph never looks inside."""
+    return is_host(module) or recognize(module) is not None
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    training: bool = False,
+    atom: Callable[[nn.Module], bool] = is_atom,
+) -> Graph:
     """The graph of `model` in inference, or in training; the model is left as it was.
 
-    `example_inputs`: a tensor, a tuple of positional or a dict of keyword arguments.
+    `example_inputs`: as `call` takes them. `atom`: what is one node, with its module; what is not
+    is looked into.
 
     Raises ValueError where `torch.fx` cannot follow the model and no example inputs are given.
     """
     with as_it_was(model), torch.no_grad():
         set_training(model, training)
-        return _traced(model) if example_inputs is None else _recorded(model, example_inputs)
+        if example_inputs is None:
+            return _traced(model, atom)
+        return _recorded(model, example_inputs, atom)
 
 
 def set_training(model: nn.Module, training: bool) -> None:
@@ -129,7 +143,12 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
-    """Calls the model with a tensor, a tuple of positional or a dict of keyword arguments."""
+    """Calls the model with a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Or hands it to a function that calls it.
+    """
+    if callable(example_inputs):
+        return example_inputs(model)
     example_inputs = copy.deepcopy(example_inputs)  # a model may write into what it is given
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
@@ -150,11 +169,6 @@ def tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
             yield from tensors(item, depth - 1)
     elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
         yield from tensors(vars(value), depth - 1)
-
-
-def is_atom(module: nn.Module) -> bool:
-    """Layers that surgery deals with; a graph never looks inside."""
-    return is_host(module) or recognize(module) is not None
 
 
 # --- by torch.fx
@@ -206,14 +220,14 @@ class AtomTracer(fx.Tracer):
         return m in self._leaves or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced(model: nn.Module) -> Graph:
-    if is_atom(model):
+def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
+    if atom(model):
         start, end = Node("outside the model"), Node("output")
         only = Node("", model, [start], [end])
         start.users, end.inputs = [only], [only]
         return Graph([start, only, end], set(), recorded=False)
     try:
-        graph = AtomTracer().trace(model)
+        graph = AtomTracer(atom).trace(model)
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
@@ -231,7 +245,7 @@ def _traced(model: nn.Module) -> Graph:
             continue
         if entry.op == "get_attr":
             touched.update(id(tensor) for tensor in tensors(_attribute(model, str(entry.target))))
-        node = Node(str(entry.target), module if module and is_atom(module) else None)
+        node = Node(str(entry.target), module if module and atom(module) else None)
         node.plain = len(entry.args) == 1 and not entry.kwargs
         nodes[entry] = node
         order.append(node)
@@ -263,8 +277,9 @@ def _reads_only_metadata(entry: fx.Node) -> bool:
 class _Recorder(TorchDispatchMode):
     """Sees every operator outside the layers that surgery deals with."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, atom: Callable[[nn.Module], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.atom = atom
         self.names = {id(module): name for name, module in model.named_modules()}
         self.owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.touched: set[int] = set()
@@ -301,10 +316,10 @@ class _Recorder(TorchDispatchMode):
         return node
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        self.inside += is_atom(module)
+        self.inside += self.atom(module)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if not is_atom(module):
+        if not self.atom(module):
             return
         self.inside -= 1
         if not self.inside and id(module) in self.names:
@@ -313,8 +328,8 @@ class _Recorder(TorchDispatchMode):
             self.add(Node(self.names[id(module)], module, plain=plain), given, result)
 
 
-def _recorded(model: nn.Module, example_inputs: Any) -> Graph:
-    recorder = _Recorder(model)
+def _recorded(model: nn.Module, example_inputs: Any, atom: Callable[[nn.Module], bool]) -> Graph:
+    recorder = _Recorder(model, atom)
     hooks = [
         register_module_forward_pre_hook(recorder.enter),
         register_module_forward_hook(recorder.leave, with_kwargs=True),
