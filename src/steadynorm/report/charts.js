@@ -5,6 +5,12 @@ const palettes = {
   dark: ["#79b8ff", "#ff9f5a", "#4fd1a5", "#e79bd6", "#e3c14f", "#b3bfce", "#ff8597"],
 };
 
+// From sound to broken, as the cards have it.
+const states = {
+  light: ["#4b5a6e", "#0b62b0", "#a86e00", "#b3202f"],
+  dark: ["#b3bfce", "#79b8ff", "#f0b95a", "#ff8b95"],
+};
+
 function config(width) {
   const css = getComputedStyle(document.documentElement);
   const color = (name) => css.getPropertyValue(name).trim();
@@ -26,13 +32,19 @@ function config(width) {
     header: { labelColor: ink, titleColor: soft },
     rule: { color: soft },
     text: { color: soft },
-    range: { category: theme.dark ? palettes.dark : palettes.light },
+    range: {
+      category: theme.dark ? palettes.dark : palettes.light,
+      ordinal: theme.dark ? states.dark : states.light,
+    },
   };
 }
 
 async function draw(figure) {
   const target = figure.querySelector(".chart");
   const spec = JSON.parse(figure.querySelector("script.spec").textContent);
+  for (const { name, bind } of spec.params ?? []) { // what the reader chose outlives the drawing
+    if (bind?.input && target.view) spec.params.find((p) => p.name === name).value = target.view.signal(name);
+  }
   if (target.view) target.view.finalize();
   const result = await vegaEmbed(target, spec, {
     config: config(target.clientWidth), renderer: "svg", actions: false,

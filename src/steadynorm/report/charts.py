@@ -27,6 +27,7 @@ def lines(
     x_title: str | None = None,
     y_title: str | None = None,
     log_y: bool = False,
+    log_x: bool = False,
     percent: bool = False,
     replicate: str | None = None,
     y_max: float | None = None,
@@ -55,6 +56,8 @@ def lines(
     dash = alt.StrokeDash(f"{series}:N", scale=domain, legend=legend)
     width = alt.condition(alt.datum[series] == highlight, alt.value(4.0), alt.value(2.25))
     across = alt.X(f"{x}:Q", title=x_title or x)
+    if log_x:
+        across = across.scale(type="log").axis(tickCount=6, format="~g")
     base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
     up = "mean" if replicate else None
     y_shown = alt.Y(f"{y}:Q", title=y_title or y, scale=scale, axis=axis)
@@ -89,7 +92,7 @@ def lines(
         )
         layers.insert(0, band)
     chart = alt.layer(*layers).add_params(picked).properties(width="container", height=height)
-    return Chart(title, _spec(chart, description), description)
+    return Chart(title, specification(chart, description), description)
 
 
 def intervals(
@@ -158,10 +161,11 @@ def intervals(
         chart = chart.add_params(param)
     height = max(len(labels) * (14 * count + 12), 90)
     chart = chart.properties(width="container", height=height)
-    return Chart(title, _spec(chart, description), description, wide)
+    return Chart(title, specification(chart, description), description, wide)
 
 
-def _spec(chart: Any, description: str) -> dict[str, Any]:
+def specification(chart: Any, description: str) -> dict[str, Any]:
+    """What a `Chart` holds, from an altair chart."""
     spec: dict[str, Any] = chart.to_dict()
     spec.pop("config", None)  # altair's default look; the page has its own
     spec["description"] = description

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: sections of text, tables and interactive charts.
+"""A self-contained HTML page: sections of text, cards, tables and interactive charts.
 
 >>> from steadynorm.report.page import Page, Section, Table
 >>> table = Table("Error of inference", ("policy", "error, %"), [("Batch", 38.3), ("Steady", 2.1)])
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from steadynorm.report.files import replace_file
@@ -55,9 +55,9 @@ class Table:
         return f"{cell:,}" if isinstance(cell, int) else cell
 
     def numeric(self, column: int) -> bool:
-        """Whether a column starts with a number (`2.1 ± 0.3` is one), and so is aligned right."""
+        """Whether a column starts with a number (`−2.1 ± 0.3` is one), and so is aligned right."""
         first = next((row[column] for row in self.rows if row[column] is not None), "")
-        return not isinstance(first, str) or first[:1].isdigit()
+        return not isinstance(first, str) or first.lstrip("−-")[:1].isdigit()
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,50 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Card:
+    """One thing that was found, in a frame of its own. Where a section has several cards, readers
+    can filter them by level, by code and by words.
+
+    `level`: how bad, which sets colour and mark; `level_name` is what the reader sees. `code`: what
+    is common to cards of one kind. `places`: where it was found, shown as code. `remark`: a line in
+    front of all else, such as what it follows from. `facts`: figures by name. `advice` and `line`:
+    what to do, and code that does it, to copy. `more`: (summary, paragraphs) to fold out. `table`:
+    more of the same, folded out.
+    """
+
+    title: str
+    level: Literal["error", "warning", "info", "good"]
+    level_name: str
+    code: str = ""
+    places: Sequence[str] = ()
+    remark: str = ""
+    text: Sequence[str] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    advice: str = ""
+    line: str = ""
+    more: Sequence[tuple[str, Sequence[str]]] = ()
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs, tables and charts, shown in this order."""
+    """A heading, paragraphs, cards, tables and charts, shown in this order. `filtered`: how readers
+    call its cards where they can be filtered ("findings"), "" for no filter.
+    """
 
     title: str
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
+    cards: Sequence[Card] = ()
+    filtered: str = ""
+
+    def choices(self, what: Literal["level", "code"]) -> dict[str, str]:
+        """What the cards can be filtered by: value -> what the reader sees, in order."""
+        if what == "level":
+            return {card.level: card.level_name for card in self.cards}
+        named = sorted({(card.code, card.title) for card in self.cards})
+        return {code: f"{code} {title}" for code, title in named}
 
 
 @dataclass(frozen=True)
@@ -109,15 +146,26 @@ class Page:
 
     def html(self) -> str:
         """The page as text. Raises ModuleNotFoundError when a chart needs vl-convert-python."""
-        charts = [chart for section in self.sections for chart in section.charts]
+        charts = any(section.charts for section in self.sections)
+        cards = any(section.cards for section in self.sections)
         environment = Environment(
-            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+            loader=FunctionLoader(_resource),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
         environment.filters["spec"] = _inside_script
-        return environment.from_string(_resource("template.html.j2")).render(
+        styles = [
+            "page.css",
+            *(["cards.css"] if cards else []),
+            *(["charts.css"] if charts else []),
+        ]
+        return environment.get_template("template.html.j2").render(
             page=self,
-            style=Markup(_resource("page.css")),
+            style=Markup("".join(map(_resource, styles))),
             theme=Markup(_resource("theme.js")),
+            cards_script=Markup(_resource("cards.js")) if cards else "",
             charts_script=Markup(_resource("charts.js")),
             vega=Markup(_vega()) if charts else "",
         )

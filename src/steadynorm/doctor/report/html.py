@@ -1,0 +1,154 @@
+"""The report as a page: what is wrong first, then charts and figures of every layer."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Literal
+
+import numpy as np
+
+from steadynorm import __version__
+from steadynorm.doctor.evidence import Layer
+from steadynorm.doctor.finding import Severity
+from steadynorm.doctor.report import groups
+from steadynorm.doctor.report.charts import layer_charts, named
+from steadynorm.doctor.report.groups import Reported, printable
+from steadynorm.doctor.rules import find_rule
+from steadynorm.report.page import Card, Page, Section, Table
+
+LEVELS: dict[Severity, Literal["error", "warning", "info"]] = {
+    Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "info"
+}  # fmt: skip
+NAMED = 8  # layers named on a card before "and 12 more"
+
+
+def page(report: Reported) -> Page:
+    """The report as a page. Raises ModuleNotFoundError where altair or vl-convert is missing."""
+    evidence = report.evidence
+    remarks = [printable(remark) for remark in evidence.remarks]
+    if evidence.model is not None and evidence.data is None:
+        remarks.append(
+            "No batches were given: what only data show was not looked at. "
+            "sn.diagnose(model, batches) does."
+        )
+    sections = [
+        what_is_wrong(report),
+        *_layers(report),
+        *([Section("What was not looked at", remarks)] if remarks else []),
+    ]
+    return Page(
+        f"The doctor on {printable(evidence.target)}",
+        sections,
+        lead=f"{groups.verdict(report).capitalize()}: {groups.looked_at(report)}.",
+        details=[
+            ("target", printable(evidence.target)),
+            ("date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
+            ("rules", ", ".join(report.codes)),
+            ("version", f"steadynorm {__version__}"),
+        ],
+    )
+
+
+def what_is_wrong(report: Reported) -> Section:
+    """A card for each defect, worst first, or one that says that all is well."""
+    cards = [_card(group) for group in groups.grouped(report.findings)]
+    if cards:
+        return Section("What is wrong", cards=cards, filtered="findings")
+    if not report.evidence.layers:
+        text = "This target has no batch norm that the doctor knows."
+        return Section("What is wrong", cards=[Card("No batch norm found", "info", "Empty",
+                                                    text=[text])])  # fmt: skip
+    text = f"{groups.looked_at(report).capitalize()}."
+    return Section("What is wrong", cards=[Card("Nothing found", "good", "Sound", text=[text])])
+
+
+def _card(group: groups.Group) -> Card:
+    finding = group.first
+    rule = find_rule(finding.code)
+    layers = [printable(layer) for layer in group.layers]
+    places = layers[:NAMED]
+    if len(layers) > NAMED:
+        places.append(f"and {len(layers) - NAMED} more")
+    table = None
+    text = [printable(finding.message)]
+    if len(group.findings) > 1:
+        text = [f"{printable(finding.layer) or 'The model'}: {text[0]}"]
+        rows = [(printable(f.layer) or "(the model)", printable(f.message)) for f in group.findings]
+        table = Table(f"All {len(rows)} places", ("layer", "what is wrong"), rows)
+    safety = {
+        True: "The cure is safe: it leaves what the network computes as it was, or brings it to "
+        "what its training meant.",
+        False: "The cure is a decision: it changes what the network computes or how it trains.",
+        None: "There is no automatic cure.",
+    }[finding.safe]
+    return Card(
+        group.title,
+        LEVELS[finding.severity],
+        groups.NOUNS[finding.severity][0].capitalize(),
+        code=finding.code,
+        places=places or ["the whole model"],
+        remark=f"Follows from {' and '.join(group.because)}: cure that first."
+        if group.because
+        else "",
+        text=text,
+        facts=[(name, printable(value)) for name, value in groups.facts(finding)],
+        advice=printable(finding.cure),
+        line=finding.line,
+        more=[("Why, and when it is said", [rule.why, rule.threshold, safety, rule.source])],
+        table=table,
+    )
+
+
+def _layers(report: Reported) -> list[Section]:
+    evidence = report.evidence
+    if not evidence.layers:
+        return []
+    charts = layer_charts(evidence, report.findings)
+    title = "Running statistics against the data" if evidence.data else "What the layers keep"
+    return [
+        Section(title, charts=charts),
+        Section("Layer by layer", tables=[_table(report)]),
+    ]
+
+
+def _table(report: Reported) -> Table:
+    codes: dict[str, set[str]] = {}
+    for finding in report.findings:
+        codes.setdefault(finding.layer, set()).add(finding.code)
+    rows = [
+        (
+            printable(named(layer)),
+            ", ".join(sorted(codes.get(layer.name, ()))),
+            layer.kind,
+            layer.place.policy if layer.place else None,
+            layer.state.num_features,
+            _batches(layer),
+            _range(layer.state.running_mean),
+            _range(layer.state.running_var),
+            _range(layer.state.weight),
+            _range(layer.state.bias),
+        )
+        for layer in report.evidence.layers
+    ]
+    return Table(
+        "What each layer keeps",
+        ("layer", "findings", "kind", "policy", "channels", "batches", "running mean",
+         "running variance", "weight", "bias"),
+        rows,
+        note="Statistics, weight and bias from the smallest to the largest channel.",
+    )  # fmt: skip
+
+
+def _batches(layer: Layer) -> int | None:
+    return layer.state.num_batches_tracked
+
+
+def _range(array: np.ndarray | None) -> str | None:
+    if array is None or not array.size:
+        return None
+    if not np.all(np.isfinite(array)):
+        bad = int(np.sum(~np.isfinite(array)))
+        return f"{bad} not finite"
+    low, high = float(array.min()), float(array.max())
+    text = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    return text.replace("-", "−")
