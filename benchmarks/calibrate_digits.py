@@ -33,7 +33,7 @@ from steadynorm.lab.networks import (
 )
 from steadynorm.lab.runs import interval
 from steadynorm.lab.training import Recipe, Tick, inference_accuracy, train
-from steadynorm.tour.tour import processor
+from steadynorm.report.machine import processor
 
 SAMPLES = 9_000
 BATCH = 64  # of the calibration, unless it says otherwise

@@ -23,8 +23,8 @@ from steadynorm.lab.data import load
 from steadynorm.lab.networks import renorm_for
 from steadynorm.lab.runs import Interval, Setup, execute, interval
 from steadynorm.lab.training import Recipe
+from steadynorm.report.machine import processor
 from steadynorm.statistics import Batch, Policy, Running, Steady
-from steadynorm.tour.tour import processor
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -14,6 +14,7 @@ import typer
 from steadynorm.bench._cli import bench, warmup
 from steadynorm.calibration._cli import calibrate
 from steadynorm.checkpoints._cli import convert_weights
+from steadynorm.lab._cli import lab
 from steadynorm.surgery._cli import convert, fold
 from steadynorm.tour._cli import tour
 
@@ -46,6 +47,7 @@ app.command()(convert)
 app.command()(fold)
 app.command()(calibrate)
 app.command()(convert_weights)
+app.add_typer(lab, name="lab")
 app.command()(bench)
 app.command()(warmup)
 

@@ -62,12 +62,25 @@ def convolutional(
     return nn.Sequential(*layers)
 
 
-def initialize(network: nn.Module, seed: int) -> None:
-    """He's normal weights and zero biases, the same for a seed whatever normalizes the network."""
+def initialize(
+    network: nn.Module, seed: int, *, nonlinearity: str = "relu", scale: float = 1.0
+) -> None:
+    """He's normal weights and zero biases, the same for a seed whatever normalizes the network.
+
+    `nonlinearity`: whose gain the weights take (torch.nn.init.calculate_gain): with "sigmoid" and
+    "tanh" they are those of Glorot's kind. `scale` multiplies them.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            nn.init.kaiming_normal_(
+                module.weight,
+                nonlinearity=nonlinearity,  # type: ignore[arg-type]
+                generator=generator,
+            )
+            if scale != 1.0:
+                with torch.no_grad():
+                    module.weight.mul_(scale)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from steadynorm.lab.experiment import Cell, Experiment, Profile, Result, Run, Runs, canonical
 from steadynorm.report.files import replace_file
+from steadynorm.report.machine import processor
 
 DIGITS = 6  # significant digits that a stored number keeps
 
@@ -23,9 +23,10 @@ class Store:
     is run again.
     """
 
-    def __init__(self, folder: str | Path, data: str) -> None:
+    def __init__(self, folder: str | Path, data: str, *, processes: int = 1) -> None:
         self.folder = Path(folder)
         self.data = data
+        self.processes = processes
 
     def path(self, experiment: Experiment, cell: Cell) -> Path:
         """Where a run lies, or will lie."""
@@ -41,7 +42,7 @@ class Store:
             "setting": dict(cell.setting),
             "seed": cell.seed,
             "result": plain(result),
-            "made_with": made_with(),
+            "made_with": made_with(self.processes),
         }
         replace_file(self.path(experiment, cell), canonical(record) + "\n")
 
@@ -87,9 +88,10 @@ def read(path: str | Path) -> tuple[dict[str, Any], Runs]:
     return record, runs
 
 
-def made_with() -> str:
-    """The versions that figures depend on."""
-    return f"torch {version('torch')}, Python {platform.python_version()}, {platform.machine()}"
+def made_with(processes: int = 1) -> str:
+    """What figures depend on besides settings, seeds and data."""
+    together = f", {processes} processes" if processes > 1 else ""
+    return f"torch {version('torch')} on {processor()}{together}"
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from steadynorm.lab import jobs
 from steadynorm.lab.data import load
 from steadynorm.report.files import replace_file
+from steadynorm.report.machine import processor
 from steadynorm.report.page import Page, Section
 from steadynorm.tour.stop import Setting, Stop, StopResult
 
@@ -112,17 +113,6 @@ def machine(seconds: float) -> dict[str, str]:
         "versions": f"steadynorm {_version('steadynorm')}, torch {_version('torch')}, "
         f"Python {platform.python_version()}",
     }
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
