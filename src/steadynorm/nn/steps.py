@@ -126,7 +126,7 @@ class StepNorm(_NormBase):
     def forward(
         self, input: Tensor, time: int, bias: Tensor | None = None, **extras: Any
     ) -> Tensor:
-        """Normalize (N, C), the values of time step `time`; `bias` is added besides the own one.
+        """Normalize (N, C), the values of time step `time`; `bias` stands in for the own one.
 
         `extras` are `activation`, `residual` and `mask`, as of the layers.
         """
