@@ -22,7 +22,8 @@ from .cpu_activations import CODES, FROM_INPUT, IDENTITY
 from .cpu_backward import backward
 from .cpu_forward import forward
 from .cpu_runtime import Kernel, compile_kernel
-from .cpu_slabs import Groups, Slab, alike, fresh, given, per_channel, real_type, shape_of, slabs
+from .cpu_slabs import Groups, Slab, alike, given, per_channel, real_type, shape_of, slabs
+from .memory import empty_like
 
 calls: Counter[str] = Counter()
 """How often each stage has run here, by name."""
@@ -161,7 +162,7 @@ def apply(
 ) -> Tensor:
     """`activation((x - center)·scale + shift + residual)`, in `out` if given."""
     calls["apply"] += 1
-    y = fresh(x) if out is None else given(out, x)
+    y = empty_like(x) if out is None else given(out, x)
     center, scale, shift = (per_channel(t, x, groups) for t in (center, scale, shift))
     residual = None if residual is None else alike(residual, x, "residual")
     kernel = _forward_kernel(x.dtype, activation, add=residual is not None)
@@ -191,7 +192,7 @@ def normalize(
     y = activation((x - mean)/√(var + eps)·weight + bias + residual), in `out` if given.
     """
     calls["normalize"] += 1
-    y = fresh(x) if out is None else given(out, x)
+    y = empty_like(x) if out is None else given(out, x)
     weight = None if weight is None else per_channel(weight, x)
     bias = None if bias is None else per_channel(bias, x)
     residual = None if residual is None else alike(residual, x, "residual")
@@ -264,7 +265,7 @@ def _results(
     x: Tensor, want: bool, out: tuple[Tensor, Tensor | None] | None
 ) -> tuple[Tensor, Tensor | None]:
     if out is None:
-        return fresh(x), fresh(x) if want else None
+        return empty_like(x), empty_like(x) if want else None
     dx, dresidual = out
     if want and dresidual is None:
         raise ValueError("`out` must hold memory for the residual's gradient, too; got None.")

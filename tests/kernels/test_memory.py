@@ -1,0 +1,121 @@
+"""Large results on recycled memory: used again when dead, never while anything refers to them."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+
+import pytest
+import torch
+
+from steadynorm.kernels import memory
+from steadynorm.kernels.memory import POOLED_FROM, empty_like
+
+LARGE = POOLED_FROM // 4  # float32 values
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the pool works on Linux only")
+
+
+@pytest.fixture(autouse=True)
+def emptied():
+    gc.collect()
+    memory.empty_cache()
+    yield
+    memory.empty_cache()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shape_strides_and_type_are_those_of_the_original(dtype):
+    x = torch.randn(4, 64, 128, 129).to(dtype).contiguous(memory_format=torch.channels_last)
+    y = empty_like(x)
+    assert (y.shape, y.stride(), y.dtype, y.device) == (x.shape, x.stride(), x.dtype, x.device)
+    y.copy_(x)
+    assert torch.equal(y, x)
+    assert not y.requires_grad
+
+
+def test_memory_is_used_again_once_the_last_tensor_on_it_is_gone():
+    x = torch.zeros(LARGE)
+    y = empty_like(x)
+    address = y.data_ptr()
+    part = y.view(-1)[10:20]
+    del y
+    assert empty_like(x).data_ptr() != address, "a view still lived there"
+    memory.empty_cache()
+    del part
+    gc.collect()
+    assert empty_like(x).data_ptr() == address
+
+
+def test_a_small_result_comes_from_pytorch():
+    x = torch.zeros(LARGE - 1)
+    assert empty_like(x).untyped_storage().resizable()
+    assert not empty_like(torch.zeros(LARGE)).untyped_storage().resizable()
+
+
+def test_what_waits_can_be_given_back():
+    x = torch.zeros(LARGE)
+    y, z = empty_like(x), empty_like(x)
+    assert memory.empty_cache() == 0, "both are in use"
+    del y, z
+    assert memory.empty_cache() == 2 * POOLED_FROM
+    assert memory.empty_cache() == 0
+
+
+def test_a_result_is_no_view_so_it_may_be_changed_in_place():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return empty_like(x).copy_(x).mul_(2)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    x = torch.ones(LARGE, requires_grad=True)
+    y = Twice.apply(x)
+    y.add_(1)  # on a view returned by a Function, autograd would refuse
+    y.backward(torch.ones(LARGE))
+    assert torch.equal(x.grad, torch.full((LARGE,), 2.0))
+
+
+def test_what_waits_is_bounded_by_what_is_in_use_or_a_quarter_of_memory(monkeypatch):
+    monkeypatch.setattr(memory, "_memory", lambda: 0)
+    for extra in range(6):
+        size = LARGE + extra * memory.HUGE_PAGE // 4
+        y = empty_like(torch.zeros(size))
+        del y
+    # Five other sizes waited in turn; at every new block they may hold no more than is in use.
+    assert memory.empty_cache() <= 2 * (LARGE * 4 + 5 * memory.HUGE_PAGE)
+
+
+def test_fresh_memory_is_filled_when_pytorch_is_asked_to_be_deterministic():
+    x = torch.zeros(LARGE)
+    before = empty_like(x).fill_(3.0)
+    del before
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert bool(torch.isnan(empty_like(x)).all())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_threads_never_share_a_block():
+    x = torch.zeros(LARGE)
+    faults = []
+
+    def work(mark):
+        for _ in range(60):
+            held = [empty_like(x).fill_(mark) for _ in range(3)]
+            for tensor in held:
+                if not bool((tensor == mark).all()):
+                    faults.append(mark)
+            del held, tensor
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
