@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nn.recurrent_truth import SAMPLES, made, sequences
+from tests.nn.recurrent_truth import HIDDEN, SAMPLES, made, sequences
 
 import steadynorm as sn
 
