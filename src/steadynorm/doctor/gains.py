@@ -1,0 +1,40 @@
+"""What one way of normalizing loses against another, over the same batches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+SMALLEST = 0.02  # of a loss: less is of no use, however sure
+
+
+class Gain(NamedTuple):
+    """Mean loss `before` and `after`, and the standard error of their paired difference."""
+
+    before: float
+    after: float
+    error: float
+
+    @property
+    def relative(self) -> float:
+        """What is gained, of what is left; a loss near 0 counts as `SMALLEST`."""
+        return (self.before - self.after) / max(abs(self.after), SMALLEST)
+
+    def clear(self, times: float) -> bool:
+        """Whether it is a gain worth having, and so many standard errors."""
+        gained = self.before - self.after
+        return gained > SMALLEST and gained > times * self.error
+
+
+def gain_of(before: np.ndarray, after: np.ndarray) -> Gain | None:
+    """Of two losses per batch; None where either is not finite. A single batch has no error.
+
+    >>> gain_of(np.array([1.0, 2.0]), np.array([0.5, 1.0]))
+    Gain(before=1.5, after=0.75, error=0.25)
+    """
+    if not before.size or not (np.isfinite(before).all() and np.isfinite(after).all()):
+        return None
+    difference = before - after
+    error = float(np.std(difference, ddof=1) / np.sqrt(len(difference))) if before.size > 1 else 0.0
+    return Gain(float(before.mean()), float(after.mean()), error)
