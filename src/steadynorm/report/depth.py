@@ -139,6 +139,7 @@ def heat(
     log: bool = False,
 ) -> Chart:
     """Colour for each of `layers` (downwards) at each `x`; brighter is more of `value`."""
+    places = sorted({row[x] for row in rows})
     chart = (
         alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
         .mark_rect()
@@ -146,7 +147,13 @@ def heat(
             x=alt.X(
                 f"{x}:O",
                 title=x_title,
-                axis=alt.Axis(labelAngle=0, labelOverlap="greedy", grid=False, format=",d"),
+                axis=alt.Axis(
+                    labelAngle=0,
+                    labelOverlap="greedy",
+                    grid=False,
+                    format=",d",
+                    values=places[:: max(1, len(places) // 8)],
+                ),
             ),
             y=alt.Y(
                 f"{layer}:N",

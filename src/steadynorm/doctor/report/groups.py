@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from steadynorm.doctor.evidence import Evidence
 from steadynorm.doctor.finding import Finding, Severity
+from steadynorm.doctor.rules import find_rule
 
 
 class Reported(Protocol):
@@ -25,6 +27,10 @@ class Reported(Protocol):
     @property
     def codes(self) -> tuple[str, ...]:
         """The rules that were asked."""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The rules that had nothing to judge by."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,30 @@ def verdict(report: Reported) -> str:
 def looked_at(report: Reported) -> str:
     """What was looked at, in one phrase."""
     evidence = report.evidence
-    from_what = (
-        "a model and batches" if evidence.data else "a model" if evidence.model else "a state"
-    )
     layers = plural(len(evidence.layers), "batch norm")
-    return f"{layers}, {plural(len(report.codes), 'rule')}, from {from_what}"
+    rules = f"{layers}, {plural(len(report.codes), 'rule')}"
+    if evidence.run is not None:
+        return f"{rules}, from a model and {plural(evidence.run.steps, 'training step')}"
+    if evidence.data is not None:
+        return f"{rules}, from a model and {plural(evidence.data.batches, 'batch', 'batches')}"
+    return f"{rules}, from {'a model' if evidence.model else 'weights'} alone"
+
+
+WANTING = {
+    "model": "the model, not its weights alone",
+    "data": "batches of data: sn.diagnose(model, batches), or --data",
+    "run": "a training run: sn.monitor(model)",
+}
+
+
+def unasked(report: Reported) -> list[str]:
+    """A sentence for each kind of evidence that was not there, and how to give it."""
+    missing = Counter[str](find_rule(code).needs for code in report.skipped)
+    return [
+        f"{plural(missing[kind], 'rule needs', 'rules need')} {how}."
+        for kind, how in WANTING.items()
+        if missing[kind]
+    ]
 
 
 def number(value: object) -> str:

@@ -13,6 +13,7 @@ from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.report import groups
 from steadynorm.doctor.report.charts import layer_charts, named
 from steadynorm.doctor.report.groups import Reported, printable
+from steadynorm.doctor.report.run import run_sections
 from steadynorm.doctor.rules import find_rule
 from steadynorm.report.page import Card, Page, Section, Table
 
@@ -25,14 +26,10 @@ NAMED = 8  # layers named on a card before "and 12 more"
 def page(report: Reported) -> Page:
     """The report as a page. Raises ModuleNotFoundError where altair or vl-convert is missing."""
     evidence = report.evidence
-    remarks = [printable(remark) for remark in evidence.remarks]
-    if evidence.model is not None and evidence.data is None:
-        remarks.append(
-            "No batches were given: what only data show was not looked at. "
-            "sn.diagnose(model, batches) does."
-        )
+    remarks = [*map(printable, evidence.remarks), *groups.unasked(report)]
     sections = [
         what_is_wrong(report),
+        *(run_sections(evidence.run) if evidence.run is not None else []),
         *_layers(report),
         *([Section("What was not looked at", remarks)] if remarks else []),
     ]
@@ -82,7 +79,7 @@ def _card(group: groups.Group) -> Card:
         None: "There is no automatic cure.",
     }[finding.safe]
     return Card(
-        group.title,
+        group.title.capitalize(),
         LEVELS[finding.severity],
         groups.NOUNS[finding.severity][0].capitalize(),
         code=finding.code,

@@ -45,10 +45,12 @@ def to_record(report: Reported) -> dict[str, Any]:
         },
         "findings": [_finding(finding) for finding in report.findings],
         "rules": list(report.codes),
+        "skipped": list(report.skipped),
         "remarks": list(evidence.remarks),
         "model": _plain(evidence.model),
         "data": _plain(evidence.data),
         "layers": [_layer(layer) for layer in evidence.layers],
+        "run": _plain(evidence.run),
     }
 
 

@@ -29,11 +29,11 @@ def to_rich(report: Reported) -> RenderableType:
     parts: list[RenderableType] = [head, Text(groups.looked_at(report), "dim")]
     for group in found:
         parts += [Text(), *_group(group)]
-    if report.evidence.remarks:
-        parts += [Text(), *(Text(printable(remark), "dim") for remark in report.evidence.remarks)]
+    remarks = [*map(printable, report.evidence.remarks), *groups.unasked(report)]
     if found:
-        code = found[0].first.code
-        parts += [Text(), Text(f"Why: steadynorm doctor --explain {code}", "dim")]
+        remarks.append(f"Why: steadynorm doctor --explain {found[0].first.code}")
+    if remarks:
+        parts += [Text(), *(Text(remark, "dim") for remark in remarks)]
     return Group(*parts)
 
 

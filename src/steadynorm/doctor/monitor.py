@@ -1,0 +1,308 @@
+"""`monitor`: what a training run does to the statistics, layer by layer and step by step."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterable
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from steadynorm.calibration.layers import unwrapped
+from steadynorm.doctor.run import WINDOW, Look, Reading, Run, trend
+from steadynorm.doctor.sinks import FIGURES, Sink, sinks_from
+from steadynorm.kernels.choice import stages_for
+from steadynorm.nn import checks
+from steadynorm.nn.batchnorm import SteadyNorm
+from steadynorm.surgery.layers import Norm, named, recognize
+
+if TYPE_CHECKING:
+    from steadynorm.doctor.diagnosis import Report
+
+KEPT = 500  # steps in memory; beyond that every second one is dropped, again and again
+# Where the slope of a sigmoid is a twentieth of its largest: s(1 − s) = 1/80.
+STEEP_UNTIL = 4.36
+
+
+def monitor(
+    model: nn.Module,
+    every: int = 50,
+    *,
+    to: Any = (),
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Watch:
+    """Watch every batch norm of `model` while it trains.
+
+    A step is a forward of the whole model in training mode with gradients on. At the first and each
+    `every`-th after it, the input of each batch norm is compared with the running statistics as
+    they were before that step; see `steadynorm.doctor.run.Reading` for what is written down.
+    Nothing of the model changes: hooks on the layers are there during such a forward alone, and the
+    one on the model until the end.
+
+    Args:
+        model: a model of any make; DistributedDataParallel's and torch.compile's wrappers too. A
+            compiled model runs uncompiled at the steps that are read.
+        every: steps from one reading to the next.
+        to: where readings go as they are made: TensorBoard's `SummaryWriter` (or anything with
+            `add_scalar`), the path of a CSV file, a function that takes a dict, or several of them.
+        optimizer: lets the report look at weight decay too.
+
+    Returns:
+        A `Watch`, to be used in a `with` statement.
+
+    Raises:
+        TypeError, ValueError: for arguments that make no sense, and for a model that was compiled
+            in place by `model.compile()`, whose hooks would not be called.
+
+    >>> import torch, steadynorm as sn
+    >>> _ = torch.manual_seed(0)
+    >>> network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+    >>> with sn.monitor(network, every=5) as watch:
+    ...     for _ in range(20):
+    ...         network(torch.randn(16, 4) + 3).square().mean().backward()
+    >>> watch.steps, [reading.step for reading in watch.readings]
+    (20, [0, 5, 10, 15])
+    """
+    return Watch(model, every, to=to, optimizer=optimizer)
+
+
+class Watch:
+    """A run that is being watched; see `monitor`. `steps`: training forwards so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 50,
+        *,
+        to: Any = (),
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"monitor: `model` must be a torch.nn.Module; got {type(model)}.")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"monitor: `every` must be an integer of at least 1; got {every!r}.")
+        if model._compiled_call_impl is not None:
+            raise ValueError(
+                "monitor: `model` was compiled in place by model.compile(), which compiles its "
+                "hooks too. Use model = torch.compile(model) instead."
+            )
+        self.model = model
+        self.every = every
+        self.steps = 0
+        self._optimizer = optimizer
+        self._sinks: list[Sink] = sinks_from(to)
+        self._readings: list[Reading] = []
+        self._looks: dict[str, deque[Look]] = {}
+        self._stride = every  # between the steps that are kept
+        self._pending: list[_Pending] = []
+        self._on_model: list[Any] = []
+        self._on_layers: list[Any] = []
+        self._stance: Any = None
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """All that is kept, in the order of steps, and of calls within a step."""
+        self._settle()
+        return tuple(self._readings)
+
+    def start(self) -> Watch:
+        """Begin; `with` does it."""
+        if self._on_model:
+            raise RuntimeError("monitor: this Watch is watching already.")
+        # Nothing to compile, where the step around the model is.
+        before, after = map(torch.compiler.disable, (self._before, self._after))
+        self._on_model = [
+            self.model.register_forward_pre_hook(before),
+            self.model.register_forward_hook(after, always_call=True),
+        ]
+        return self
+
+    def stop(self) -> None:
+        """End: every hook is gone, what was read is settled, files are closed. Twice is no harm."""
+        self._disarm()
+        for handle in self._on_model:
+            handle.remove()
+        self._on_model = []
+        self._settle()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Watch:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def run(self) -> Run:
+        """All that was seen, as evidence for the rules."""
+        readings = self.readings
+        looks = self._looks.items()
+        trends = {name: found for name, seen in looks if (found := trend(seen, self.steps))}
+        return Run(self.steps, self.every, tuple(self._looks), readings, trends)
+
+    def report(self, *, select: Iterable[str] = (), ignore: Iterable[str] = ()) -> Report:
+        """What the doctor says of the model as it is now, and of the run so far."""
+        from dataclasses import replace
+
+        from steadynorm.doctor.diagnosis import judge
+        from steadynorm.doctor.probe import probe_model
+
+        evidence = probe_model(unwrapped(self.model), optimizer=self._optimizer)
+        return judge(replace(evidence, run=self.run()), select=select, ignore=ignore)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as a page, with charts over the run."""
+        return self.report().to_html(path)
+
+    def record(self) -> dict[str, Any]:
+        """The readings as plain dicts, for JSON: NaN is None."""
+        return {
+            "steps": self.steps,
+            "every": self.every,
+            "readings": [
+                {k: None if k in FIGURES and isnan(v) else v for k, v in r._asdict().items()}
+                for r in self.readings
+            ],
+        }
+
+    # While the model runs -----------------------------------------------------------------------
+
+    def _before(self, model: nn.Module, _: Any) -> None:
+        self._disarm()  # where the forward before was left by an exception
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        self._settle()  # its backward is over
+        step, self.steps = self.steps, self.steps + 1
+        if step % self.every:
+            return
+        set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+        if "torch._dynamo" in sys.modules and set_stance is not None:
+            self._stance = set_stance("force_eager")  # compiled parts would call no hooks
+        for name, part in named(unwrapped(model)):
+            norm = recognize(part)
+            if norm is not None:
+                self._arm("" if name == "(model)" else name, part, step)
+
+    def _after(self, *_: Any) -> None:
+        self._disarm()
+
+    def _arm(self, name: str, layer: nn.Module, step: int) -> None:
+        calls: list[_Pending] = []
+
+        def before(part: nn.Module, args: Any, kwargs: Any) -> None:
+            norm = recognize(part)
+            if norm is not None and (look := _met(norm, part, args, kwargs, name, step)):
+                calls.append(look)
+                self._pending.append(look)
+
+        def after(part: nn.Module, _: Any, output: Any) -> None:
+            if calls and isinstance(output, Tensor):
+                calls.pop().leave(output, getattr(part, "activation", None))
+
+        self._on_layers += [
+            layer.register_forward_pre_hook(before, with_kwargs=True),
+            layer.register_forward_hook(after),
+        ]
+
+    def _disarm(self) -> None:
+        for handle in self._on_layers:
+            handle.remove()
+        self._on_layers = []
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+    def _settle(self) -> None:
+        """Numbers out of tensors, once the step is over: only then does a GPU have to be waited
+        for, and only then is there a gradient.
+        """
+        pending, self._pending = self._pending, []
+        for part in pending:
+            look = part.look()
+            reading = look.reading(part.layer, part.saturated(), part.gradient())
+            self._looks.setdefault(part.layer, deque(maxlen=WINDOW)).append(look)
+            for sink in self._sinks:
+                sink.write(reading)
+            if reading.step % self._stride == 0:
+                self._readings.append(reading)
+        if len({reading.step for reading in self._readings}) > KEPT:
+            self._stride *= 2
+            self._readings = [r for r in self._readings if r.step % self._stride == 0]
+
+
+class _Pending:
+    """One call of a layer: tensors of a channel's size that become numbers later."""
+
+    def __init__(self, layer: str, step: int, eps: float, parts: tuple[Any, ...]) -> None:
+        self.layer, self.step, self.eps = layer, step, eps
+        self.count, *self._parts = parts  # mean, var, running mean, running var
+        self._dead: Tensor | None = None
+        self._saturated: Tensor | None = None
+        self._gradient: Tensor | None = None
+
+    @torch.no_grad()
+    def leave(self, output: Tensor, activation: Any) -> None:
+        """The call's output, and later the gradient that reaches it."""
+        z = output.detach()
+        axes = [axis for axis in range(z.ndim) if axis != 1]
+        if z.numel():
+            self._dead = z.amax(axes) <= 0
+            self._saturated = _beyond(z, activation) / z.numel()
+        if output.requires_grad:
+            output.register_hook(self._backward)
+
+    def _backward(self, gradient: Tensor) -> None:
+        self._gradient = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+
+    def look(self) -> Look:
+        mean, var, running_mean, running_var = (_numpy(part) for part in self._parts)
+        dead = np.zeros(len(mean), bool) if self._dead is None else _numpy(self._dead) > 0
+        return Look(
+            self.step, int(self.count), mean, var, running_mean, running_var, self.eps, dead
+        )
+
+    def saturated(self) -> float:
+        return float("nan") if self._saturated is None else float(self._saturated)
+
+    def gradient(self) -> float:
+        if self._gradient is None:
+            return float("nan")
+        size = float(self._gradient)
+        return float("inf") if isnan(size) else size
+
+
+@torch.no_grad()
+def _met(
+    norm: Norm, layer: nn.Module, args: Any, kwargs: Any, name: str, step: int
+) -> _Pending | None:
+    """The moments of what reaches a layer, beside its running statistics as they are now."""
+    x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point() or not x.numel():
+        return None  # the layer itself says best what is wrong
+    mask = kwargs.get("mask") if isinstance(layer, SteadyNorm) else None
+    if mask is not None:
+        mask = checks.expanded_mask(mask, x, type(layer).__name__)
+    met = stages_for(x, None).moments(x.detach(), mask=mask)
+    nothing = torch.full_like(met.mean, float("nan"))
+    kept = [nothing if t is None else t.detach().clone() for t in norm[4:6]]
+    return _Pending(name, step, norm.eps, (met.count, met.mean, met.var, *kept))
+
+
+def _beyond(z: Tensor, activation: str | None) -> Tensor:
+    """How many outputs lie where a sigmoid is flat; of a layer with one inside, where it was."""
+    if activation == "sigmoid":
+        low = 1 / (1 + torch.tensor(STEEP_UNTIL, dtype=torch.float64).exp()).item()
+        return torch.count_nonzero(z < low) + torch.count_nonzero(z > 1 - low)
+    edge = STEEP_UNTIL
+    if activation == "tanh":
+        edge = torch.tensor(edge, dtype=torch.float64).tanh().item()
+    return torch.count_nonzero(z > edge) + torch.count_nonzero(z < -edge)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.to("cpu", torch.float64))
