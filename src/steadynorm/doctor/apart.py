@@ -10,9 +10,9 @@ from steadynorm.doctor.evidence import Evidence, Layer
 from steadynorm.doctor.observed import LayerData
 
 EPS = 1e-5
-FAR = 0.05
-"""Divergence from which statistics count as apart: means 0.3 standard deviations off, or standard
-deviations 30 % too large. Averaging over batches of 8 independent values leaves 0.01."""
+FAR = 0.02
+"""Divergence from which statistics count as apart: means 0.2 standard deviations off, or standard
+deviations 15 % too large. Averaging over batches of 8 independent values leaves 0.01."""
 
 
 class Apart(NamedTuple):
@@ -91,7 +91,7 @@ def noise(data: LayerData) -> float:
     """The divergence of statistics of this much data from the truth: 1/n for n independent values,
     half of it the mean's, half the variance's.
     """
-    return 1 / max(data.samples * data.calls * (data.worth or 1), 1)
+    return 1 / max(data.values / data.positions * (data.worth or 1), 1)
 
 
 def called(evidence: Evidence) -> list[Layer]:

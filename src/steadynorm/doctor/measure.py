@@ -22,6 +22,7 @@ from steadynorm.calibration.measuring import _eagerly
 from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes
 from steadynorm.doctor.slopes import gradients, saturations
 from steadynorm.doctor.watching import ENOUGH, Reached, Watch, trains, watching
+from steadynorm.statistics import Ghost
 from steadynorm.surgery.graph import set_training, tensors
 
 BATCHES = 32  # read so many: their means' scatter is then known to about a quarter
@@ -271,7 +272,7 @@ def _layer(
     return LayerData(
         order=order,
         trains=trains(layer),
-        samples=int(np.median(busy.samples)),
+        samples=_together(layer, busy),
         positions=calm.positions,
         values=busy.values,
         calls=len(busy.batch_means),
@@ -290,6 +291,12 @@ def _layer(
         padding=calm.padded.result(),
         saturation=saturated.get(layer.name),
     )
+
+
+def _together(layer: Layer, reached: Reached) -> int:
+    samples = int(np.median(reached.samples))
+    policy = getattr(layer.module, "statistics", None)
+    return min(samples, policy.size) if isinstance(policy, Ghost) else samples
 
 
 def _samples(batch: Any) -> int:

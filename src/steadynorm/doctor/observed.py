@@ -39,8 +39,8 @@ class LayerData:
     """What batches show of the input of one layer. Arrays are float64 of shape (num_features,).
 
     `order`: its place in the order of first calls. `trains`: it normalized with batches, in the
-    pass that does as training does. `samples`: in a call, the median. `positions`: values per
-    channel and sample. `values`: per channel, in all calls. `calls`: in all batches.
+    pass that does as training does. `samples`: that are normalized together, the median over calls;
+    of a ghost, where batches are divided into these. `positions`: values per channel and sample. `values`: per channel, in all calls. `calls`: in all batches.
 
     `mean`, `var`: of all values, with the layers before normalizing each batch as in training, or,
     where batches know less than 8 independent values, as inference will once all are calibrated:

@@ -61,7 +61,7 @@ def by_values(x: Tensor) -> Tensor:
     if x.shape[0] < 2:
         return valid
     for axis in range(2, x.ndim):
-        lines = x.detach().movedim(axis, 2).flatten(3)  # (N, C, L, the others)
+        lines = x.detach().movedim(axis, 2).unsqueeze(3).flatten(3)  # (N, C, L, the others)
         runs, plain = max(
             ((_runs(lines), False), (_runs(lines.flip(2)), True)), key=lambda run: int(run[0].sum())
         )

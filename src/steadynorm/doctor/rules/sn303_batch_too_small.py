@@ -33,7 +33,7 @@ class BatchTooSmall(Rule):
         "deviation or more, and digit classifiers lose 10 to 20 points. A warning below 8, where "
         "the noise still shows in the training loss. From 8 on, the same networks reach what they "
         "do at 64. Policies that use running statistics too (Steady, Running, Renorm, Frozen) are "
-        "left out, as are synchronized layers; Ghost counts a group."
+        "left out; Ghost counts a group, synchronized layers all replicas."
     )
     cure = "Train with larger batches, or with a policy that remembers: Steady."
     line = 'model, changes = sn.convert(model, statistics="steady")'
@@ -44,7 +44,7 @@ class BatchTooSmall(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding, in the first layer whose batches are too small."""
-        found = [(layer, n) for layer in called(evidence) if (n := known(layer)) < ENOUGH]
+        found = [(layer, n) for layer in called(evidence) if (n := known(layer, evidence)) < ENOUGH]
         if not found:
             return
         layer, _ = found[0]
@@ -84,11 +84,13 @@ class BatchTooSmall(Rule):
         )
 
 
-def known(layer: Layer) -> float:
+def known(layer: Layer, evidence: Evidence) -> float:
     """Independent values per channel in a batch that normalizes by itself; infinity for others."""
     data, place = layer.data, layer.place
     if data is None or data.worth is None or not data.trains or data.single is not None:
         return math.inf
-    if place is not None and (place.policy not in ("Batch", "Ghost") or place.synchronized):
+    if place is not None and place.policy not in ("Batch", "Ghost"):
         return math.inf
-    return data.samples * data.worth
+    pooled = place is not None and place.synchronized and evidence.model is not None
+    replicas = evidence.model.replicas if pooled and evidence.model else 1
+    return data.samples * data.worth * replicas

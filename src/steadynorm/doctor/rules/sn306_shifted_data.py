@@ -24,8 +24,8 @@ class ShiftedData(Rule):
     )
     source = "Schneider et al. 2020; Nado et al. 2020; Li et al. 2016 (AdaBN)."
     threshold = (
-        "Both sets in inference, the first layer where they diverge by more than 0.05 (means 0.3 "
-        "standard deviations apart, or standard deviations 30 %) and by more than four times what "
+        "Both sets in inference, the first layer where they diverge by more than 0.02 (means 0.2 "
+        "standard deviations apart, or standard deviations 15 %) and by more than four times what "
         "so little data gives by itself. A warning: it may be meant."
     )
     cure = "Mix the statistics with those of the new data; no labels are needed."
@@ -50,9 +50,10 @@ class ShiftedData(Rule):
             "running_from_batches": own,
             "running_from_against": other,
         }
-        message = f"batches of the second set have {how}".replace(
-            "those of the data", "those of the first"
-        ).replace("means ", "means ")
+        message = (
+            f"the second set has means {how.typical_shift:.2g} standard deviations off, standard "
+            f"deviations {how.typical_ratio:.2g} times those of the first"
+        )
         fits = "first" if own <= other else "second"
         message += f"; the running statistics fit the {fits} set (divergence "
         message += f"{min(own, other):.2g}, from the other {max(own, other):.2g})"

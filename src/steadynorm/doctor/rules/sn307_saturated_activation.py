@@ -32,7 +32,7 @@ class SaturatedActivation(Rule):
     severity = Severity.ERROR
     safe = False
     needs = "data"
-    explains = ("SN308",)
+    explains = ("SN301", "SN308")
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding, in the first layer that saturates what follows it."""

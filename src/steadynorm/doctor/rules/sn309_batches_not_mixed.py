@@ -42,7 +42,7 @@ class BatchesNotMixed(Rule):
             data, place = layer.data, layer.place
             if data is None or data.effective is None or data.worth is None or not data.trains:
                 continue
-            if place is not None and place.policy not in ("Batch", "Ghost"):
+            if place is not None and place.policy != "Batch":
                 continue
             # A layer called more than once in a forward meets several kinds of input by itself.
             if data.samples < 8 or data.calls != batches or data.nonfinite:
