@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steadynorm.calibration import adapt, calibrate
+    from steadynorm.doctor import diagnose, monitor
     from steadynorm.nn import (
         BatchNorm1d,
         BatchNorm2d,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "steadynorm.calibration": ("adapt", "calibrate"),
+    "steadynorm.doctor": ("diagnose", "monitor"),
     "steadynorm.nn": (
         "BatchNorm1d",
         "BatchNorm2d",
@@ -76,10 +78,12 @@ __all__ = [
     "adapt",
     "calibrate",
     "convert",
+    "diagnose",
     "drop_redundant_bias",
     "fold",
     "freeze",
     "functional",
+    "monitor",
     "parameter_groups",
     "unfreeze",
 ]
