@@ -87,7 +87,7 @@ def convert_weights(
     for prefix in layers:
         found = {
             role: name
-            for role, name in zip(ROLES, (_join(prefix, n, source) for n in names), strict=True)
+            for role, name in zip(ROLES, (join(prefix, n, source) for n in names), strict=True)
             if name in weights
         }
         used |= set(found.values())
@@ -102,7 +102,7 @@ def convert_weights(
         new_prefix = prefix.replace(SEPARATORS[source], SEPARATORS[target])
         for role, name in zip(ROLES, new_names, strict=True):
             if role in layer:
-                converted[_join(new_prefix, name, target)] = layer[role]
+                converted[join(new_prefix, name, target)] = layer[role]
     if others := len(weights) - len(used):
         remarks.append(f"{others} other arrays are left out: they are no batch normalization.")
     return Converted(converted, tuple(remarks))
@@ -115,13 +115,14 @@ def find_layers(weights: Mapping[str, Any], framework: str) -> list[str]:
     for name, array in weights.items():
         prefix, _, last = ("" + SEPARATORS[framework] + name).rpartition(SEPARATORS[framework])
         prefix = prefix.removeprefix(SEPARATORS[framework])
-        other = weights.get(_join(prefix, var, framework))
+        other = weights.get(join(prefix, var, framework))
         if last == mean and other is not None and np.shape(other) == np.shape(array):
             prefixes.append(prefix)
     return prefixes
 
 
-def _join(prefix: str, name: str, framework: str) -> str:
+def join(prefix: str, name: str, framework: str) -> str:
+    """The name of a layer's array in a checkpoint."""
     return f"{prefix}{SEPARATORS[framework]}{name}" if prefix else name
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.rules import all_rules, find_rule
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from torch import nn
 
 
@@ -20,79 +21,105 @@ if TYPE_CHECKING:
 class Report:
     """What the rules found, worst first, and the evidence they judged.
 
-    A finding that another one explains comes after it and names it in `because`, whatever its own
-    severity. Then the model's order of layers decides, then the code: the same evidence always
-    gives the same order. `codes` are the rules that were asked.
+    `findings`: by severity; one that another explains comes after it, whatever its own severity,
+    and names it in `because`; then in the model's order of layers, then by code. The same evidence
+    always gives the same order. `codes`: the rules that judged. `skipped`: those that had nothing
+    to judge by, since no model or no batches were given. Prints as text, in colour under rich.
     """
 
     findings: tuple[Finding, ...]
     evidence: Evidence
     codes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
-    @cached_property
+    @property
     def worst(self) -> Severity | None:
         """The highest severity found, None where nothing was."""
         return max((finding.severity for finding in self.findings), default=None)
 
+    def to_html(self, path: str | PathLike[str]) -> Path:
+        """Writes the report as one page that needs nothing else, and returns its path."""
+        from steadynorm.doctor.report.html import page
+
+        page(self).write(Path(path))
+        return Path(path)
+
+    def to_json(self) -> str:
+        """The report as JSON; its schema is in the documentation."""
+        from steadynorm.doctor.report.json import to_json
+
+        return to_json(self)
+
+    def to_sarif(self) -> str:
+        """The report as SARIF 2.1.0, which code-review tools read."""
+        from steadynorm.doctor.report.sarif import to_sarif
+
+        return to_sarif(self)
+
     def __str__(self) -> str:
-        lines = [f"{self.evidence.target}: {len(self.findings)} findings"]
-        for finding in self.findings:
-            place = finding.layer or "(model)"
-            lines += [
-                f"{finding.code} {finding.severity} {place}: {finding.message}",
-                f"    {finding.cure} {finding.line}",
-            ]
-        return "\n".join(lines)
+        from steadynorm.doctor.report.text import to_text
+
+        return to_text(self)
+
+    def __rich__(self) -> RenderableType:
+        from steadynorm.doctor.report.text import to_rich
+
+        return to_rich(self)
 
 
 def judge(evidence: Evidence, *, select: Iterable[str] = (), ignore: Iterable[str] = ()) -> Report:
-    """What the rules say of evidence; `select` and `ignore` take codes or beginnings of codes."""
+    """What the rules say of evidence.
+
+    `select`, `ignore`: codes, beginnings of codes, or names. Raises ValueError for one that is no
+    rule's.
+    """
     only, without = _prefixes(select, "select"), _prefixes(ignore, "ignore")
-    rules = [
+    chosen = [
         rule
         for rule in all_rules()
         if (not only or rule.code.startswith(only))
         and not (without and rule.code.startswith(without))
     ]
+    gathered = ("model", "data", "run")
+    held = {"state", *(part for part in gathered if getattr(evidence, part) is not None)}
+    rules = [rule for rule in chosen if rule.needs in held]
     found = [finding for rule in rules for finding in rule.check(evidence)]
-    return Report(ordered(found, evidence), evidence, tuple(rule.code for rule in rules))
+    return Report(
+        ordered(found, evidence),
+        evidence,
+        tuple(rule.code for rule in rules),
+        tuple(rule.code for rule in chosen if rule.needs not in held),
+    )
 
 
 def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, ...]:
     """The order of a report, with `because` filled in."""
-    place = {layer.name: number for number, layer in enumerate(evidence.layers)}
+    found = list(findings)
     explains = {rule.code: rule.explains for rule in all_rules()}
-    explained = [_explained(finding, list(findings), explains) for finding in findings]
-    present = {finding.code for finding in explained}
+    place = {layer.name: number for number, layer in enumerate(evidence.layers)}
+
+    def follow(cause: Finding) -> Iterator[Finding]:
+        """What a finding explains: in the same layer, or where either speaks of the model."""
+        for other in found:
+            near = other.layer == cause.layer or not (other.layer and cause.layer)
+            if near and other.code in explains[cause.code]:
+                yield other
 
     def weight(finding: Finding) -> Severity:
         """Its own severity, or that of the worst it explains: a cause comes first."""
-        caused = [f.severity for f in explained if finding.code in f.because]
-        return max([finding.severity, *caused])
+        return max([finding.severity, *map(weight, follow(finding))])
 
-    def depth(code: str, seen: frozenset[str] = frozenset()) -> int:
-        causes = {c for c in present - seen if code in explains.get(c, ())}
-        return max((1 + depth(cause, seen | {code}) for cause in causes), default=0)
+    causes: dict[int, set[str]] = {id(finding): set() for finding in found}
+    for cause in found:
+        for other in follow(cause):
+            causes[id(other)].add(cause.code)
 
-    return tuple(
-        sorted(
-            explained,
-            key=lambda f: (-weight(f), depth(f.code), place.get(f.layer, -1), f.code),
-        )
-    )
+    def depth(code: str) -> int:
+        above = {f.code for f in found if code in explains[f.code]}
+        return max((1 + depth(cause) for cause in above), default=0)
 
-
-def _explained(
-    finding: Finding, findings: list[Finding], explains: Mapping[str, tuple[str, ...]]
-) -> Finding:
-    """With the codes that explain it: in the same layer, or where either speaks of the model."""
-    causes = {
-        other.code
-        for other in findings
-        if finding.code in explains.get(other.code, ())
-        and (other.layer == finding.layer or "" in (other.layer, finding.layer))
-    }
-    return replace(finding, because=tuple(sorted(causes)))
+    first = sorted(found, key=lambda f: (-weight(f), depth(f.code), place.get(f.layer, -1), f.code))
+    return tuple(replace(f, because=tuple(sorted(causes[id(f)]))) for f in first)
 
 
 def _prefixes(codes: Iterable[str], argument: str) -> tuple[str, ...]:
@@ -105,11 +132,11 @@ def _prefixes(codes: Iterable[str], argument: str) -> tuple[str, ...]:
 
 
 def diagnose(
-    target: nn.Module | str | Path | Mapping[str, Any],
+    target: nn.Module | str | PathLike[str] | Mapping[str, Any],
     batches: Iterable[Any] | None = None,
     *,
-    loss: Any = None,
-    forward: Any = None,
+    loss: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     against: Iterable[Any] | None = None,
     max_batches: int | None = None,
     optimizer: Any = None,
@@ -117,7 +144,44 @@ def diagnose(
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
 ) -> Report:
-    """Find what is wrong with a network's batch norms, and say what to do."""
+    """Find what is wrong with a network's batch norms, and say what to do.
+
+    A checkpoint shows its layers' state: statistics never updated, not finite, of vanishing
+    variance. A model shows besides how its layers stand and are trained. Batches show whether the
+    statistics are those of the data, and what inference loses where they are not.
+
+    Nothing changes: parameters, gradients, buffers, modes, hooks and random state are put back, on
+    exceptions too. The model is run on the batches in training and in inference.
+
+    Args:
+        target: a model; a checkpoint file (`.pt`, `.pth`, `.bin` read weights-only, `.safetensors`,
+            `.npz`, `.weights.h5`, `.keras`); or a state dict, tensors or arrays by name.
+        batches: tensors; mappings of keyword arguments; tuples or lists, of which the first element
+            is taken (inputs with labels); anything else with `forward`. A DataLoader, say. As they
+            come in training: the size of a batch is part of what is judged.
+        loss: `lambda model, batch: ...`, which runs the model and returns a number to be minimized.
+        forward: calls the model: `lambda model, batch: model(batch.image, mask=batch.mask)`.
+        against: other batches, those that the model will meet: is their distribution the same?
+        max_batches: stop after so many.
+        optimizer: the one that trains the model, for its weight decay.
+        exporting: the model is about to be exported or shipped as it is.
+        select: codes, beginnings of codes ("SN1") or names of rules: only those judge.
+        ignore: likewise: those do not.
+
+    Raises:
+        TypeError: arguments of the wrong kind.
+        ValueError: a file that cannot be read, in one line; no batches; an unknown rule; batches
+            for a checkpoint, which cannot be run.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    >>> _ = model[1].running_var.fill_(float("inf"))
+    >>> report = diagnose(model)
+    >>> [(finding.code, finding.layer) for finding in report.findings]
+    [('SN102', '1'), ('SN201', '1')]
+    >>> report.findings[0].message
+    'running_var is infinite in 3 of 3 channels'
+    """
     from torch import nn
 
     from steadynorm.doctor.probe import probe_model, probe_state
@@ -133,6 +197,18 @@ def diagnose(
             optimizer=optimizer,
             exporting=exporting,
         )
-    else:
+    elif isinstance(target, str | PathLike | Mapping):
+        given = {"batches": batches, "loss": loss, "against": against, "optimizer": optimizer}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"diagnose: `{name}` needs a model to go with it; got a checkpoint alone. Load "
+                    f"it into its model and diagnose that."
+                )
         evidence = probe_state(target)
+    else:
+        raise TypeError(
+            f"diagnose: `target` must be a torch.nn.Module, a checkpoint's path or a state dict; "
+            f"got {type(target).__name__}."
+        )
     return judge(evidence, select=select, ignore=ignore)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from steadynorm.doctor.observed import LayerData, ModelData
+from steadynorm.doctor.run import Run
+from steadynorm.statistics import CONVENTIONS
 
 HALF = ("float16", "bfloat16")
 
@@ -37,6 +39,11 @@ class State:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     num_batches_tracked: int | None = None
 
+    @property
+    def known_eps(self) -> float:
+        """eps, or where a checkpoint does not say its framework's default."""
+        return CONVENTIONS[self.framework].eps if self.eps is None else self.eps
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Those of weight, bias, running_mean and running_var that there are, by name."""
         names = ("weight", "bias", "running_mean", "running_var")
@@ -49,13 +56,14 @@ class Neighbour:
     """A layer before or after a batch norm, by the graph of calls.
 
     `trained`: whether any of its parameters requires a gradient; None if it has none.
-    `probability`: of a dropout.
+    `probability`: of a dropout. `activated`: a batch norm that applies an activation itself.
     """
 
     name: str
     kind: str
     trained: bool | None = None
     probability: float | None = None
+    activated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +72,17 @@ class Place:
 
     `training`: its own mode. `policy`: the statistics it trains with, such as "Batch" or "Steady".
     `moves`: whether a training forward would update its statistics. `trained`: of weight and bias,
-    those there are, whether each requires a gradient. `decay`: weight decay of each, where the
-    optimizer is known and has it. `synchronized`: pools moments over replicas.
+    those there are, whether each requires a gradient. `decay`: weight decay of each, where an
+    optimizer is known and has it. `synchronized`: pools moments over replicas. `ours`: a layer of
+    this package.
 
     By the graph of calls, None where it is not known: `calls` in one forward, on how many different
     `inputs`; `before` and `after`, the layers that hand it its input and take its output, straight
     or behind operators that only rearrange; `redundant_bias`, the name of the bias that it cancels;
-    `recomputed`: it runs inside activation checkpointing.
+    `host_peak`, the largest weight that makes each of its channels in the one layer before it.
+
+    By running it, None without batches: `recomputed`, inside activation checkpointing; `samples` in
+    its batch, the smallest if called several times.
     """
 
     training: bool
@@ -79,6 +91,7 @@ class Place:
     trained: Mapping[str, bool]
     track_running_stats: bool = True
     synchronized: bool = False
+    ours: bool = False
     decay: Mapping[str, float] = field(default_factory=dict)
     calls: int | None = None
     inputs: int | None = None
@@ -87,6 +100,7 @@ class Place:
     redundant_bias: str | None = None
     host_peak: np.ndarray | None = None
     recomputed: bool | None = None
+    samples: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +119,8 @@ class Model:
     """What holds for a model as a whole.
 
     `wrapper`: "DistributedDataParallel", "DataParallel" or "". `replicas`: how many processes or
-    devices share a batch. `samples`: in a batch on one replica, None where no batch is known.
-    `optimizer`: its class, "" where none is known. `exporting`: it is about to be shipped.
+    devices share a batch. `optimizer`: its class, "" where none is known. `exporting`: the model is
+    about to be shipped.
     """
 
     kind: str
@@ -115,7 +129,6 @@ class Model:
     trained_parameters: int
     wrapper: str = ""
     replicas: int = 1
-    samples: int | None = None
     optimizer: str = ""
     exporting: bool = False
 
@@ -125,7 +138,7 @@ class Evidence:
     """All that is known of a target. `remarks`: what could not be looked at, and why.
 
     `layers` are in the model's order. `model` is None for a checkpoint alone, `data` where no
-    batches were given.
+    batches were given, `run` where no training was watched.
     """
 
     target: str
@@ -133,3 +146,4 @@ class Evidence:
     model: Model | None = None
     data: ModelData | None = None
     remarks: tuple[str, ...] = ()
+    run: Run | None = None

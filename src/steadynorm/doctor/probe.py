@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from steadynorm.calibration import batches as feeding
+from steadynorm.calibration.kept import Kept
 from steadynorm.calibration.layers import unwrapped
-from steadynorm.checkpoints import read
-from steadynorm.checkpoints.convert import NAMES, SEPARATORS, find_layers
+from steadynorm.checkpoints.formats import array_of
 from steadynorm.doctor.evidence import Evidence, Layer, Model, Place, State
+from steadynorm.doctor.measure import measure
+from steadynorm.doctor.standing import Standing, standings
+from steadynorm.doctor.stored import PARTS, probe_state
 from steadynorm.statistics import Policy
-from steadynorm.surgery.layers import Norm, named, recognize
+from steadynorm.surgery.layers import Norm, recognize
 
-
-def probe_state(checkpoint: str | Path | Mapping[str, Any]) -> Evidence:
-    """Evidence of a checkpoint alone: a file, or arrays by name."""
-    target = "state" if isinstance(checkpoint, Mapping) else str(checkpoint)
-    weights = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
-    layers = []
-    for framework in NAMES:
-        for prefix in find_layers(weights, framework):
-            keys = [f"{prefix}{SEPARATORS[framework]}{n}".lstrip("./") for n in NAMES[framework]]
-            held = [weights.get(key) for key in keys]
-            layers.append(Layer(prefix, "BatchNorm", _stored(framework, *held)))
-    return Evidence(target, tuple(layers))
-
-
-def _stored(framework: str, weight: Any, bias: Any, mean: Any, var: Any, batches: Any) -> State:
-    arrays = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-    held = {name: _array(value) for name, value in arrays.items()}
-    return State(
-        num_features=np.size(mean),
-        framework=framework,
-        eps=None,
-        momentum=None,
-        **held,
-        dtypes={n: _dtype(value) for n, value in arrays.items() if value is not None},
-        num_batches_tracked=None if batches is None else int(batches),
-    )
+__all__ = ["probe_model", "probe_state", "unchanged"]
 
 
 def probe_model(
@@ -51,96 +31,160 @@ def probe_model(
     batches: Iterable[Any] | None = None,
     *,
     loss: Any = None,
-    forward: Any = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     against: Iterable[Any] | None = None,
     max_batches: int | None = None,
     optimizer: Any = None,
     exporting: bool = False,
     target: str = "",
 ) -> Evidence:
-    """Evidence of a model: its layers' state and place, and with batches what they show."""
-    inner = unwrapped(model)
-    layers = []
-    for name, module in named(inner):
-        norm = recognize(module)
-        if norm is not None:
-            layers.append(
-                Layer(
-                    "" if name == "(model)" else name,
-                    type(module).__name__,
-                    _state(module, norm),
-                    _place(module, norm),
-                )
-            )
-    parameters = list(inner.parameters())
-    facts = Model(
-        kind=type(inner).__name__,
-        training=inner.training,
-        parameters=sum(p.numel() for p in parameters),
-        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        optimizer="" if optimizer is None else type(optimizer).__name__,
-        exporting=exporting,
-    )
-    shown = None
-    if batches is not None:
-        from steadynorm.doctor.measure import measure
+    """Evidence of a model: its layers' state and place, and with batches what they show.
 
-        shown = measure(
-            inner, batches, loss=loss, forward=forward, against=against, max_batches=max_batches
-        )
-        layers = [replace(layer, data=shown.layers.get(layer.name)) for layer in layers]
-    return Evidence(
-        target or type(inner).__name__, tuple(layers), facts, None if shown is None else shown.model
+    Parameters, gradients, buffers, modes, hooks and random state are put back, on exceptions too.
+    """
+    inner = unwrapped(model)
+    norms = {
+        name: (module, norm)
+        for name, module in inner.named_modules()
+        if (norm := recognize(module)) is not None
+    }
+    example = None
+    with unchanged(inner) as kept:
+        if batches is not None:
+            example, batches = _first(inner, batches, forward, max_batches)
+            kept.rewind_random()
+        modules = [module for module, _ in norms.values()]
+        standing, remarks = standings(inner, modules, example) if norms else ({}, ())
+        shown = None
+        if batches is not None:
+            shown = measure(
+                inner, batches, loss=loss, forward=forward, against=against, max_batches=max_batches
+            )
+    decay = _decay(optimizer)
+    layers = (
+        Layer(name, type(module).__name__, _state(module, norm),
+              _place(module, norm, standing[module], decay))
+        for name, (module, norm) in norms.items()
+    )  # fmt: skip
+    facts = _facts(model, inner, optimizer, exporting)
+    if shown is None:
+        return Evidence(target or facts.kind, tuple(layers), facts, None, remarks)
+    judged = tuple(replace(layer, data=shown.layers.get(layer.name)) for layer in layers)
+    return Evidence(target or facts.kind, judged, facts, shown.model, remarks)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[Kept]:
+    """Puts back modes, buffers, gradients, hooks and random state at the end, whatever happens."""
+    kept = Kept(model)
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None  # a backward would add to what the caller has
+        yield kept
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        kept.put_back()
+
+
+def _first(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    max_batches: int | None,
+) -> tuple[Callable[[nn.Module], Any], Iterable[Any]]:
+    """How to call a model on the first batch, and all batches, the first included."""
+    feed = feeding.checked(
+        batches, forward, max_batches, None, again=False, model=model, owner="diagnose"
     )
+    stream = iter(batches)
+    try:
+        first = next(stream)
+    except StopIteration:
+        raise ValueError("diagnose: `batches` must hold at least one batch; got none.") from None
+    if stream is batches:  # can be read only once
+        batches = itertools.chain([first], stream)
+    moved = feeding.moved(first, feed.device)
+    return lambda model: feed.forward(model, moved), batches
 
 
 def _state(module: nn.Module, norm: Norm) -> State:
-    tensors = {
-        "weight": norm.weight,
-        "bias": norm.bias,
-        "running_mean": norm.running_mean,
-        "running_var": norm.running_var,
-    }
-    held = {name: _array(tensor) for name, tensor in tensors.items()}
-    sizes = [len(array) for array in held.values() if array is not None]
+    tensors = {part: getattr(norm, part) for part in PARTS}
+    held = {p: t for p, t in tensors.items() if t is not None and not nn.parameter.is_lazy(t)}
+    arrays = {part: array_of(tensor).astype(np.float64) for part, tensor in held.items()}
+    sizes = [len(array) for array in arrays.values()]
     batches = getattr(module, "num_batches_tracked", None)
+    momentum = getattr(module, "momentum", None)
     return State(
         num_features=sizes[0] if sizes else int(getattr(module, "num_features", 0)),
         framework="torch",
         eps=float(norm.eps),
-        momentum=getattr(module, "momentum", None),
-        **held,
-        dtypes={n: _dtype(tensor) for n, tensor in tensors.items() if tensor is not None},
+        momentum=None if momentum is None else float(momentum),
+        **{part: arrays.get(part) for part in PARTS},
+        dtypes={part: str(tensor.dtype).removeprefix("torch.") for part, tensor in held.items()},
         num_batches_tracked=None if batches is None else int(batches),
     )
 
 
-def _place(module: nn.Module, norm: Norm) -> Place:
+def _place(module: nn.Module, norm: Norm, standing: Standing, decay: Mapping[int, float]) -> Place:
     policy = getattr(module, "statistics", None)
-    name = "Frozen" if norm.frozen else "Batch"
-    if isinstance(policy, Policy):
-        name = type(policy).__name__
-    tracked = bool(getattr(module, "track_running_stats", True))
+    tracked = norm.running_mean is not None and bool(getattr(module, "track_running_stats", True))
+    affine = {n: p for n, p in module._parameters.items() if p is not None and n in PARTS}
+    synchronize: Any = getattr(module, "synchronize", False)
     return Place(
         training=module.training,
-        policy=name,
-        moves=tracked and norm.running_mean is not None and not norm.frozen,
-        trained={
-            key: parameter.requires_grad
-            for key, parameter in module._parameters.items()
-            if parameter is not None
-        },
-        track_running_stats=tracked and norm.running_mean is not None,
+        policy="Frozen"
+        if norm.frozen
+        else type(policy).__name__
+        if isinstance(policy, Policy)
+        else "Batch",
+        moves=tracked and not norm.frozen,
+        trained={name: parameter.requires_grad for name, parameter in affine.items()},
+        track_running_stats=tracked,
+        synchronized=isinstance(module, nn.SyncBatchNorm) or synchronize is not False,
+        ours=norm.kind == "ours",
+        decay={n: decay[id(p)] for n, p in affine.items() if decay.get(id(p))},
+        **vars(standing),
     )
 
 
-def _array(value: Any) -> np.ndarray | None:
-    if value is None:
-        return None
-    if isinstance(value, torch.Tensor):
-        value = value.detach().to("cpu", torch.float64, copy=True).numpy()
-    return np.asarray(value, np.float64)
+def _decay(optimizer: Any) -> dict[int, float]:
+    """Weight decay by a parameter's id."""
+    if optimizer is None:
+        return {}
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise TypeError(
+            f"diagnose: `optimizer` must be a torch.optim.Optimizer; got "
+            f"{type(optimizer).__name__}."
+        )
+    return {
+        id(parameter): float(group.get("weight_decay") or 0)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
-def _dtype(value: Any) -> str:
-    return str(getattr(value, "dtype", "float64")).removeprefix("torch.")
+def _facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: bool) -> Model:
+    wrapper, replicas = "", 1
+    outer: Any = model
+    while outer is not inner:
+        if isinstance(outer, nn.parallel.DistributedDataParallel):
+            wrapper = "DistributedDataParallel"
+            replicas = torch.distributed.get_world_size(outer.process_group)
+        elif isinstance(outer, nn.DataParallel):
+            wrapper, replicas = "DataParallel", max(1, len(outer.device_ids))
+        outer = outer._orig_mod if hasattr(outer, "_orig_mod") else outer.module
+    parameters = list(inner.parameters())
+    return Model(
+        kind=type(inner).__name__,
+        training=inner.training,
+        parameters=sum(p.numel() for p in parameters if not nn.parameter.is_lazy(p)),
+        trained_parameters=sum(
+            p.numel() for p in parameters if p.requires_grad and not nn.parameter.is_lazy(p)
+        ),
+        wrapper=wrapper,
+        replicas=replicas,
+        optimizer="" if optimizer is None else type(optimizer).__name__,
+        exporting=exporting,
+    )

@@ -240,7 +240,8 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
     order: list[Node] = []
     for entry in graph.nodes:
         module = modules[str(entry.target)] if entry.op == "call_module" else None
-        if isinstance(module, (nn.Identity, *DROPOUTS)) and not module.training:
+        drops_nothing = isinstance(module, DROPOUTS) and not module.training
+        if isinstance(module, nn.Identity) or drops_nothing:
             nodes[entry] = nodes[entry.args[0]]
             continue
         if entry.op == "get_attr":

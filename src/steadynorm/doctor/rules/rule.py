@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterator, Mapping
+from types import EllipsisType
 from typing import ClassVar, Literal
 
 from steadynorm.doctor.evidence import Evidence, Layer
 from steadynorm.doctor.finding import Finding, Severity
 
-Needs = Literal["state", "model", "data"]
+Needs = Literal["state", "model", "data", "run"]
 
 
 class Rule(ABC):
@@ -20,7 +21,7 @@ class Rule(ABC):
     """
 
     code: ClassVar[str]
-    """"SN1.." needs the state alone, "SN2.." the model, "SN3.." batches."""
+    """"SN1.." needs the state alone, "SN2.." the model, "SN3.." batches, "SN4.." a watched run."""
     name: ClassVar[str]
     """States the defect, in words joined by hyphens."""
     summary: ClassVar[str]
@@ -61,8 +62,12 @@ class Rule(ABC):
         severity: Severity | None = None,
         cure: str | None = None,
         line: str | None = None,
+        safe: bool | EllipsisType | None = ...,
     ) -> Finding:
-        """A finding of this rule; None as `layer` means the model as a whole."""
+        """A finding of this rule; None as `layer` means the model as a whole.
+
+        What is not given is the rule's own.
+        """
         return Finding(
             self.code,
             self.name,
@@ -72,5 +77,5 @@ class Rule(ABC):
             dict(evidence),
             self.cure if cure is None else cure,
             self.line if line is None else line,
-            self.safe,
+            self.safe if isinstance(safe, EllipsisType) else safe,
         )

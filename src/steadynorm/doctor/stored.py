@@ -1,0 +1,107 @@
+"""Evidence of a checkpoint alone; see `probe.py` for that of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from steadynorm.checkpoints.convert import NAMES, find_layers, join
+from steadynorm.checkpoints.files import entries
+from steadynorm.checkpoints.formats import Entry, array_of, keras_settings
+from steadynorm.doctor.evidence import Evidence, Layer, State
+
+PARTS = ("weight", "bias", "running_mean", "running_var")
+
+
+def probe_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Evidence:
+    """Evidence of a checkpoint alone: a file, or arrays or tensors by name.
+
+    Layers are found by the names that torch, Keras and flax give a running mean and variance. Only
+    their arrays are read. Raises ValueError for a file that cannot be read or holds no such layer.
+    """
+    if isinstance(checkpoint, Mapping):
+        held = {str(name): _entry(value) for name, value in checkpoint.items()}
+        return Evidence("state dict", _stored_layers(held, {}, "the state dict"))
+    path = Path(checkpoint)
+    with entries(path) as held:
+        settings = _settings(path) if path.suffix == ".keras" else {}
+        return Evidence(fspath(checkpoint), _stored_layers(held, settings, str(path)))
+
+
+def _entry(value: Any) -> Entry:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return Entry(tuple(value.shape), dtype, lambda: array_of(value))
+    array = np.asarray(value)
+    return Entry(array.shape, array.dtype.name, lambda: array)
+
+
+def _stored_layers(
+    held: Mapping[str, Entry], settings: Mapping[str, float], owner: str
+) -> tuple[Layer, ...]:
+    shapes = {name: np.broadcast_to(np.int8(0), entry.shape) for name, entry in held.items()}
+    for framework, names in NAMES.items():
+        layers = []
+        for prefix in find_layers(shapes, framework):
+            found = {
+                part: held[key]
+                for part, name in zip((*PARTS, "batches"), names, strict=True)
+                if (key := join(prefix, name, framework)) in held
+            }
+            if _is_norm(found, framework):
+                layers.append(Layer(prefix, "BatchNorm", _stored(found, framework, settings)))
+        if layers:
+            return tuple(layers)
+    raise ValueError(
+        f"{owner} holds no batch normalization layer: no array is named as torch's running_mean "
+        f"and running_var, Keras's moving_mean and moving_variance, or flax's mean and var."
+    )
+
+
+def _is_norm(found: Mapping[str, Entry], framework: str) -> bool:
+    """One number per channel in each; a mean and a var alone may be anybody's, not only flax's."""
+    vectors = {found[part].shape for part in PARTS if part in found}
+    named = framework != "flax" or "weight" in found or "bias" in found
+    return named and len(vectors) == 1 and len(vectors.pop()) == 1
+
+
+def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, float]) -> State:
+    arrays = {p: np.asarray(found[p].load(), np.float64) for p in PARTS if p in found}
+    batches = found.get("batches")
+    return State(
+        num_features=len(arrays["running_mean"]),
+        framework=framework,
+        eps=settings.get("epsilon"),
+        momentum=settings.get("momentum"),
+        **{part: arrays.get(part) for part in PARTS},
+        dtypes={part: found[part].dtype for part in arrays},
+        num_batches_tracked=None if batches is None else _count(batches.load()),
+    )
+
+
+def _count(value: Any) -> int | None:
+    """A count of batches, None where it is none: a damaged file may hold anything."""
+    return int(value) if np.size(value) == 1 and np.all(np.isfinite(value)) else None
+
+
+def _settings(path: Path) -> dict[str, float]:
+    """`momentum` and `epsilon` of a Keras model, where all its layers agree.
+
+    The file numbers its layers by another order than its configuration lists them.
+    """
+    try:
+        settings = keras_settings(path)
+    except (KeyError, ValueError, OSError, RecursionError):
+        return {}
+    agreed = {}
+    for name in ("momentum", "epsilon"):
+        values = {layer.get(name) for layer in settings}
+        value = values.pop() if len(values) == 1 else None
+        if isinstance(value, int | float):
+            agreed[name] = float(value)
+    return agreed
