@@ -9,24 +9,20 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steadynorm.calibration.layers import unwrapped
+from steadynorm.doctor.calls import Call, met
 from steadynorm.doctor.run import WINDOW, Look, Reading, Run, trend
 from steadynorm.doctor.sinks import FIGURES, Sink, sinks_from
-from steadynorm.kernels.choice import stages_for
-from steadynorm.nn import checks
-from steadynorm.nn.batchnorm import SteadyNorm
-from steadynorm.surgery.layers import Norm, named, recognize
+from steadynorm.nn.recomputation import is_recomputation
+from steadynorm.surgery.layers import named, recognize
 
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
 
 KEPT = 500  # steps in memory; beyond that every second one is dropped, again and again
-# Where the slope of a sigmoid is a twentieth of its largest: s(1 − s) = 1/80.
-STEEP_UNTIL = 4.36
 
 
 def monitor(
@@ -99,7 +95,7 @@ class Watch:
         self._readings: list[Reading] = []
         self._looks: dict[str, deque[Look]] = {}
         self._stride = every  # between the steps that are kept
-        self._pending: list[_Pending] = []
+        self._pending: list[Call] = []
         self._on_model: list[Any] = []
         self._on_layers: list[Any] = []
         self._stance: Any = None
@@ -153,7 +149,11 @@ class Watch:
         from steadynorm.doctor.probe import probe_model
 
         evidence = probe_model(unwrapped(self.model), optimizer=self._optimizer)
-        return judge(replace(evidence, run=self.run()), select=select, ignore=ignore)
+        remarks = evidence.remarks
+        if not self.steps:
+            remarks = (*remarks, "No training forward of the model was seen, so none was read.")
+        evidence = replace(evidence, run=self.run(), remarks=remarks)
+        return judge(evidence, select=select, ignore=ignore)
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report as a page, with charts over the run."""
@@ -172,10 +172,9 @@ class Watch:
 
     # While the model runs -----------------------------------------------------------------------
 
-    def _before(self, model: nn.Module, _: Any) -> None:
-        self._disarm()  # where the forward before was left by an exception
-        if not (model.training and torch.is_grad_enabled()):
-            return
+    def begin_step(self) -> None:
+        """A step begins. For a loop that never calls the model as a whole, instead of `start`."""
+        self._disarm()  # where the step before was left by an exception
         self._settle()  # its backward is over
         step, self.steps = self.steps, self.steps + 1
         if step % self.every:
@@ -183,22 +182,31 @@ class Watch:
         set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
         if "torch._dynamo" in sys.modules and set_stance is not None:
             self._stance = set_stance("force_eager")  # compiled parts would call no hooks
-        for name, part in named(unwrapped(model)):
-            norm = recognize(part)
-            if norm is not None:
+        for name, part in named(unwrapped(self.model)):
+            if recognize(part) is not None:
                 self._arm("" if name == "(model)" else name, part, step)
 
-    def _after(self, *_: Any) -> None:
+    def end_step(self) -> None:
+        """The forward of a step is over."""
         self._disarm()
 
+    def _before(self, model: nn.Module, _: Any) -> None:
+        if model.training and torch.is_grad_enabled():
+            self.begin_step()
+
+    def _after(self, *_: Any) -> None:
+        self.end_step()
+
     def _arm(self, name: str, layer: nn.Module, step: int) -> None:
-        calls: list[_Pending] = []
+        calls: list[Call] = []
 
         def before(part: nn.Module, args: Any, kwargs: Any) -> None:
             norm = recognize(part)
-            if norm is not None and (look := _met(norm, part, args, kwargs, name, step)):
-                calls.append(look)
-                self._pending.append(look)
+            if norm is None or is_recomputation():
+                return
+            if pending := met(norm, part, args, kwargs, name, step):
+                calls.append(pending)
+                self._pending.append(pending)
 
         def after(part: nn.Module, _: Any, output: Any) -> None:
             if calls and isinstance(output, Tensor):
@@ -218,9 +226,7 @@ class Watch:
             self._stance = None
 
     def _settle(self) -> None:
-        """Numbers out of tensors, once the step is over: only then does a GPU have to be waited
-        for, and only then is there a gradient.
-        """
+        """Numbers out of tensors, now that the step is over."""
         pending, self._pending = self._pending, []
         for part in pending:
             look = part.look()
@@ -233,76 +239,3 @@ class Watch:
         if len({reading.step for reading in self._readings}) > KEPT:
             self._stride *= 2
             self._readings = [r for r in self._readings if r.step % self._stride == 0]
-
-
-class _Pending:
-    """One call of a layer: tensors of a channel's size that become numbers later."""
-
-    def __init__(self, layer: str, step: int, eps: float, parts: tuple[Any, ...]) -> None:
-        self.layer, self.step, self.eps = layer, step, eps
-        self.count, *self._parts = parts  # mean, var, running mean, running var
-        self._dead: Tensor | None = None
-        self._saturated: Tensor | None = None
-        self._gradient: Tensor | None = None
-
-    @torch.no_grad()
-    def leave(self, output: Tensor, activation: Any) -> None:
-        """The call's output, and later the gradient that reaches it."""
-        z = output.detach()
-        axes = [axis for axis in range(z.ndim) if axis != 1]
-        if z.numel():
-            self._dead = z.amax(axes) <= 0
-            self._saturated = _beyond(z, activation) / z.numel()
-        if output.requires_grad:
-            output.register_hook(self._backward)
-
-    def _backward(self, gradient: Tensor) -> None:
-        self._gradient = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
-
-    def look(self) -> Look:
-        mean, var, running_mean, running_var = (_numpy(part) for part in self._parts)
-        dead = np.zeros(len(mean), bool) if self._dead is None else _numpy(self._dead) > 0
-        return Look(
-            self.step, int(self.count), mean, var, running_mean, running_var, self.eps, dead
-        )
-
-    def saturated(self) -> float:
-        return float("nan") if self._saturated is None else float(self._saturated)
-
-    def gradient(self) -> float:
-        if self._gradient is None:
-            return float("nan")
-        size = float(self._gradient)
-        return float("inf") if isnan(size) else size
-
-
-@torch.no_grad()
-def _met(
-    norm: Norm, layer: nn.Module, args: Any, kwargs: Any, name: str, step: int
-) -> _Pending | None:
-    """The moments of what reaches a layer, beside its running statistics as they are now."""
-    x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
-    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point() or not x.numel():
-        return None  # the layer itself says best what is wrong
-    mask = kwargs.get("mask") if isinstance(layer, SteadyNorm) else None
-    if mask is not None:
-        mask = checks.expanded_mask(mask, x, type(layer).__name__)
-    met = stages_for(x, None).moments(x.detach(), mask=mask)
-    nothing = torch.full_like(met.mean, float("nan"))
-    kept = [nothing if t is None else t.detach().clone() for t in norm[4:6]]
-    return _Pending(name, step, norm.eps, (met.count, met.mean, met.var, *kept))
-
-
-def _beyond(z: Tensor, activation: str | None) -> Tensor:
-    """How many outputs lie where a sigmoid is flat; of a layer with one inside, where it was."""
-    if activation == "sigmoid":
-        low = 1 / (1 + torch.tensor(STEEP_UNTIL, dtype=torch.float64).exp()).item()
-        return torch.count_nonzero(z < low) + torch.count_nonzero(z > 1 - low)
-    edge = STEEP_UNTIL
-    if activation == "tanh":
-        edge = torch.tensor(edge, dtype=torch.float64).tanh().item()
-    return torch.count_nonzero(z > edge) + torch.count_nonzero(z < -edge)
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return np.asarray(tensor.to("cpu", torch.float64))

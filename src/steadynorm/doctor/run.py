@@ -22,8 +22,9 @@ class Reading(NamedTuple):
     statistics.
     `dead`: share of channels whose output is nowhere above 0 in this batch: nothing of them passes
     a ReLU. `saturated`: share of outputs beyond ±4.36, where a sigmoid's slope is below a twentieth
-    of its largest. `gradient`: norm of the loss's gradient for the output; infinite where it is not
-    finite, NaN where there was none. `nonfinite`: channels whose values were not all finite.
+    of its largest. `gradient`: norm of the loss's gradient for the output, 0 where none came;
+    infinite where it is not finite, NaN where the output takes none. `nonfinite`: channels whose
+    values were not all finite.
     """
 
     step: int

@@ -10,7 +10,7 @@ from steadynorm.doctor.evidence import Evidence, Layer
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.rules.rule import Rule
 
-ENOUGH = 1_000  # values of a channel
+ENOUGH = 500  # values of a channel
 
 
 class DeadChannels(Rule):
@@ -27,7 +27,7 @@ class DeadChannels(Rule):
     source = "Lu et al. 2019, Dying ReLU and Initialization; Mehta et al. 2019, section 3."
     threshold = (
         "Not one value above 0 in any reading of the run's second half, over at least 8 readings "
-        "and 1,000 values of the channel. A warning where that is more than half of a layer's "
+        "and 500 values of the channel. A warning where that is more than half of a layer's "
         "channels; information from a tenth."
     )
     cure = "Lower the learning rate, or take weight and bias out of weight decay."

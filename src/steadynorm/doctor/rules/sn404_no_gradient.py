@@ -36,9 +36,8 @@ class NoGradient(Rule):
         if run is None or place is None or not any(place.trained.values()):
             return
         late = run.second_half(layer.name)
-        reached = any(reading.gradient > 0 for reading in late)
         others = len({r.layer for r in run.readings if r.gradient > 0 and r.step >= run.steps / 2})
-        if len(late) < 8 or reached or not others:
+        if len(late) < 8 or any(reading.gradient != 0 for reading in late) or not others:
             return
         yield self.finding(
             layer,

@@ -1,0 +1,90 @@
+"""`monitor` in Lightning's and in Hugging Face's Trainer.
+
+Each function makes a callback; its `watch` is there once training has begun. With `page`, the
+report is written there when training ends, also when an exception ends it (Lightning).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from steadynorm.doctor.monitoring import Watch
+
+
+class _Monitored:
+    """What both callbacks do."""
+
+    watch: Watch | None = None
+
+    def __init__(self, every: int, to: Any, page: str | Path | None) -> None:
+        self._every, self._to, self._page = every, to, page
+
+    def _begin(self, model: Any, optimizer: Any) -> Watch:
+        self.watch = Watch(model, self._every, to=self._to, optimizer=optimizer)
+        return self.watch
+
+    def _end(self) -> None:
+        if self.watch is None:
+            return
+        self.watch.stop()
+        if self._page is not None:
+            self.watch.to_html(self._page)
+
+
+def lightning_callback(
+    every: int = 50, *, to: Any = (), page: str | Path | None = None
+) -> Any:  # a lightning.pytorch.Callback
+    """A callback for `lightning.Trainer(callbacks=[...])`; the arguments are those of `monitor`.
+
+    Raises ModuleNotFoundError where neither lightning nor pytorch_lightning is installed.
+    """
+    try:
+        from lightning.pytorch import Callback  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback  # type: ignore[import-not-found, unused-ignore]
+
+    class Monitor(_Monitored, Callback):  # type: ignore[misc, unused-ignore]
+        """See `lightning_callback`."""
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self._begin(pl_module, next(iter(trainer.optimizers), None))
+
+        # `training_step` need not call the module as a whole, so the batch is the step.
+        def on_train_batch_start(self, *_: Any) -> None:
+            if self.watch is not None:
+                self.watch.begin_step()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.watch is not None:
+                self.watch.end_step()
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self._end()
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            self._end()
+
+    return Monitor(every, to, page)
+
+
+def trainer_callback(
+    every: int = 50, *, to: Any = (), page: str | Path | None = None
+) -> Any:  # a transformers.TrainerCallback
+    """A callback for `transformers.Trainer(callbacks=[...])`; the arguments are those of `monitor`.
+
+    With `torch_compile=True` the Trainer runs compiled code that no hook of the model sees, and
+    nothing is read.
+    """
+    from transformers import TrainerCallback
+
+    class Monitor(_Monitored, TrainerCallback):
+        """See `trainer_callback`."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            self._begin(given["model"], given.get("optimizer")).start()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            self._end()
+
+    return Monitor(every, to, page)
