@@ -41,6 +41,11 @@ def table(
     return Table(title, head, body, note=note)
 
 
+def scaled(name: str, factor: float = 1.0) -> Value:
+    """A run's measure times a factor."""
+    return lambda run: None if run[name] is None else factor * run[name]
+
+
 def curves(
     runs: Iterable[Run], x: str, y: str, series: Callable[[Run], str], *, every: int = 1
 ) -> list[dict[str, Any]]:

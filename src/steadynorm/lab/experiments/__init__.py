@@ -6,7 +6,17 @@ from importlib import import_module
 
 from steadynorm.lab.experiment import Experiment
 
-NAMES = ("convergence",)
+NAMES = (
+    "convergence",
+    "learning_rate_range",
+    "initialization",
+    "depth_and_saturation",
+    "covariate_shift",
+    "smoothness",
+    "regularization_by_noise",
+    "small_batches",
+    "steady_parts",
+)
 
 
 def get(name: str) -> Experiment:
