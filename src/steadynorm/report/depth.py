@@ -31,15 +31,26 @@ def profile(
     across, where all is well.
     """
     largest = max((abs(row[end]) for row in rows for end in (low, high)), default=0.0)
-    scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
-    if largest > 10 and not log:
+    scale = alt.Scale(zero=False)
+    if log:
+        ends = [row[end] for row in rows for end in (low, high)]
+        ends += [] if reference is None else [reference]
+        # Not out to the next powers of ten, which would flatten what lies near 1.
+        room = {"domainMin": min(ends) / 1.25, "domainMax": max(ends) * 1.25} if ends else {}
+        scale = alt.Scale(type="log", nice=False, **room)
+    elif largest > 10:
         scale.type = "symlog"
     names = [row[layer] for row in rows]
     across = alt.X(
         f"{layer}:N",
         sort=names,
         title="layer, from input to output",
-        axis=alt.Axis(labelAngle=-40, labelLimit=130, labelOverlap="greedy", grid=False),
+        axis=alt.Axis(
+            labelAngle=-40 if max(map(len, names), default=0) > 4 else 0,
+            labelLimit=130,
+            labelOverlap="greedy",
+            grid=False,
+        ),
     )
     present = [name for name in order if any(row[series] == name for row in rows)]
     legend = alt.Legend(symbolType="circle", symbolStrokeWidth=0, values=present)

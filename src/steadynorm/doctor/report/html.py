@@ -10,6 +10,7 @@ import numpy as np
 from steadynorm import __version__
 from steadynorm.doctor.evidence import Layer
 from steadynorm.doctor.finding import Severity
+from steadynorm.doctor.observed import ModelData
 from steadynorm.doctor.report import groups
 from steadynorm.doctor.report.charts import layer_charts, named
 from steadynorm.doctor.report.groups import Reported, printable
@@ -102,10 +103,25 @@ def _layers(report: Reported) -> list[Section]:
         return []
     charts = layer_charts(evidence, report.findings)
     title = "Running statistics against the data" if evidence.data else "What the layers keep"
+    losses = [] if evidence.data is None or evidence.data.loss is None else [_losses(evidence.data)]
     return [
-        Section(title, charts=charts),
+        Section(title, tables=losses, charts=charts),
         Section("Layer by layer", tables=[_table(report)]),
     ]
+
+
+def _losses(data: ModelData) -> Table:
+    modes = data.loss
+    rows = (
+        [
+            ("each batch, as training does", float(np.mean(modes.training))),
+            ("the running statistics, as inference does", float(np.mean(modes.inference))),
+            ("running statistics calibrated on these batches", float(np.mean(modes.calibrated))),
+        ]
+        if modes is not None
+        else []
+    )
+    return Table("Loss by what normalizes", ("statistics of", "mean loss"), rows, digits=4)
 
 
 def _table(report: Reported) -> Table:

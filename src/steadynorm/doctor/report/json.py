@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from typing import Any
@@ -48,7 +49,7 @@ def to_record(report: Reported) -> dict[str, Any]:
         "skipped": list(report.skipped),
         "remarks": list(evidence.remarks),
         "model": _plain(evidence.model),
-        "data": _plain(evidence.data),
+        "data": _plain(evidence.data, arrays=True),  # one number a batch
         "layers": [_layer(layer) for layer in evidence.layers],
         "run": _plain(evidence.run),
     }
@@ -79,18 +80,22 @@ def _layer(layer: Layer) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, *, arrays: bool = False) -> Any:
     """Numbers, words, lists and dicts; a number that is not finite becomes "nan", "inf", "-inf".
 
-    Arrays, one number a channel, are left out: they are the checkpoint's to hold.
+    Arrays of layers, one number a channel, are left out: they are the checkpoint's to hold.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        held = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {k: _plain(v) for k, v in held.items() if not isinstance(v, np.ndarray)}
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if not isinstance(v, np.ndarray)}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value if not isinstance(v, np.ndarray)]
+        names = [f.name for f in fields(value) if arrays or "ndarray" not in str(f.type)]
+        return {name: _plain(getattr(value, name), arrays=arrays) for name in names}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part, arrays=arrays) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, arrays=arrays) for part in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

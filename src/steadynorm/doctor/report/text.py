@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from io import StringIO
 
 from rich.console import Console, Group, RenderableType
@@ -18,26 +19,50 @@ WIDTH = 100
 
 
 def to_rich(report: Reported) -> RenderableType:
-    """The report as rich prints it. All of it is text, never markup."""
+    """The report as rich prints it. All of it is text, never markup. What is longer than the
+    console is wide is wrapped; `show` leaves lines of code whole.
+    """
+    return Group(*_parts(report))
+
+
+def show(report: Reported, console: Console) -> None:
+    """Print the report, each line of code on a line of its own, however long, to be copied."""
+    for part in _parts(report):
+        console.print(part, soft_wrap=isinstance(part, Code))
+
+
+def to_text(report: Reported) -> str:
+    """The same without colours, 100 characters wide."""
+    stream = StringIO()
+    show(report, Console(file=stream, width=WIDTH, color_system=None, highlight=False))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+class Code(Text):
+    """A line to copy."""
+
+
+def _parts(report: Reported) -> Iterator[RenderableType]:
     found = groups.grouped(report.findings)
     style = STYLES[found[0].first.severity] if found else "bold green"
     if not report.evidence.layers:
         style = "bold yellow"
-    head = Text.assemble(
+    yield Text.assemble(
         (printable(report.evidence.target), "bold"), ": ", (groups.verdict(report), style)
     )
-    parts: list[RenderableType] = [head, Text(groups.looked_at(report), "dim")]
+    yield Text(groups.looked_at(report), "dim")
     for group in found:
-        parts += [Text(), *_group(group)]
+        yield Text()
+        yield from _group(group)
     remarks = [*map(printable, report.evidence.remarks), *groups.unasked(report)]
     if found:
         remarks.append(f"Why: steadynorm doctor --explain {found[0].first.code}")
     if remarks:
-        parts += [Text(), *(Text(remark, "dim") for remark in remarks)]
-    return Group(*parts)
+        yield Text()
+        yield from (Text(remark, "dim") for remark in remarks)
 
 
-def _group(group: groups.Group) -> list[RenderableType]:
+def _group(group: groups.Group) -> Iterator[RenderableType]:
     finding = group.first
     title = Text.assemble(
         (str(finding.severity), STYLES[finding.severity]),
@@ -46,6 +71,7 @@ def _group(group: groups.Group) -> list[RenderableType]:
     )
     if group.because:
         title.append(f"  follows from {', '.join(group.because)}", "dim")
+    yield title
     body: list[RenderableType] = []
     if group.layers:
         places = Text(", ".join(map(printable, group.layers[:NAMED])), "cyan")
@@ -58,21 +84,5 @@ def _group(group: groups.Group) -> list[RenderableType]:
         body.append(Text(printable(" · ".join(f"{k} {v}" for k, v in figures)), "dim"))
     if finding.cure:
         body.append(Text.assemble(("cure  ", "bold green"), printable(finding.cure)))
-    # Each on a line of its own, however long, so that it can be copied whole.
-    lines = [
-        Text(printable(line), "green", no_wrap=True, overflow="ignore")
-        for line in finding.line.splitlines()
-    ]
-    return [
-        title,
-        Padding(Group(*body), (0, 0, 0, 2)),
-        *(Padding(line, (0, 0, 0, 8), expand=False) for line in lines),
-    ]
-
-
-def to_text(report: Reported) -> str:
-    """The same without colours, 100 characters wide."""
-    stream = StringIO()
-    console = Console(file=stream, width=WIDTH, no_color=True, highlight=False, soft_wrap=False)
-    console.print(to_rich(report))
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+    yield Padding(Group(*body), (0, 0, 0, 2))
+    yield from (Code(f"        {printable(line)}", "green") for line in finding.line.splitlines())
