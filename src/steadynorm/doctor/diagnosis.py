@@ -99,10 +99,15 @@ def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, .
     place = {layer.name: number for number, layer in enumerate(evidence.layers)}
 
     def follow(cause: Finding) -> Iterator[Finding]:
-        """What a finding explains: in the same layer, or where either speaks of the model."""
+        """What a finding explains: in its layer or a later one, or where either is the model's.
+
+        Information says that nothing is wrong there, so it explains nothing that is.
+        """
+        start = place.get(cause.layer, -1)
         for other in found:
-            near = other.layer == cause.layer or not (other.layer and cause.layer)
-            if near and other.code in explains[cause.code]:
+            behind = place.get(other.layer, -1) >= start or not other.layer
+            able = cause.severity > Severity.INFO or other.severity == Severity.INFO
+            if behind and able and other.code in explains[cause.code]:
                 yield other
 
     def weight(finding: Finding) -> Severity:
@@ -135,7 +140,7 @@ def diagnose(
     target: nn.Module | str | PathLike[str] | Mapping[str, Any],
     batches: Iterable[Any] | None = None,
     *,
-    loss: Callable[[nn.Module, Any], Any] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     against: Iterable[Any] | None = None,
     max_batches: int | None = None,
@@ -143,6 +148,7 @@ def diagnose(
     exporting: bool = False,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
+    name: str = "",
 ) -> Report:
     """Find what is wrong with a network's batch norms, and say what to do.
 
@@ -159,7 +165,9 @@ def diagnose(
         batches: tensors; mappings of keyword arguments; tuples or lists, of which the first element
             is taken (inputs with labels); anything else with `forward`. A DataLoader, say. As they
             come in training: the size of a batch is part of what is judged.
-        loss: `lambda model, batch: ...`, which runs the model and returns a number to be minimized.
+        loss: called with the outputs and the targets: a batch's second element, or the batch itself
+            where it is no pair. `torch.nn.functional.cross_entropy`, say. None takes the loss that
+            the model returns, if it does.
         forward: calls the model: `lambda model, batch: model(batch.image, mask=batch.mask)`.
         against: other batches, those that the model will meet: is their distribution the same?
         max_batches: stop after so many.
@@ -167,6 +175,7 @@ def diagnose(
         exporting: the model is about to be exported or shipped as it is.
         select: codes, beginnings of codes ("SN1") or names of rules: only those judge.
         ignore: likewise: those do not.
+        name: what the report calls a model; its class by default.
 
     Raises:
         TypeError: arguments of the wrong kind.
@@ -196,14 +205,15 @@ def diagnose(
             max_batches=max_batches,
             optimizer=optimizer,
             exporting=exporting,
+            target=name,
         )
     elif isinstance(target, str | PathLike | Mapping):
         given = {"batches": batches, "loss": loss, "against": against, "optimizer": optimizer}
-        for name, value in given.items():
+        for argument, value in given.items():
             if value is not None:
                 raise ValueError(
-                    f"diagnose: `{name}` needs a model to go with it; got a checkpoint alone. Load "
-                    f"it into its model and diagnose that."
+                    f"diagnose: `{argument}` needs a model to go with it; got a checkpoint alone. "
+                    f"Load it into its model and diagnose that."
                 )
         evidence = probe_state(target)
     else:

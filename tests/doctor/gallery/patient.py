@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from tests.doctor.fixtures.case import Build, Case
+from tests.doctor.fixtures.case import Case
 from torch.nn import functional as F
+
+from steadynorm.doctor import Report
+
+
+class Diagnosed(Protocol):
+    """A case, or a run that was watched."""
+
+    def diagnose(self) -> Report: ...
+
+
+Build = Callable[[], Diagnosed]
 
 
 class Patient(NamedTuple):

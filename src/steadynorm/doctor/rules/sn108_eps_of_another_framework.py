@@ -41,6 +41,7 @@ class EpsOfAnotherFramework(Rule):
     severity = Severity.WARNING
     safe = None
     needs = "state"
+    explains = ("SN301", "SN302")
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding per layer; all momentums are looked at first."""

@@ -52,7 +52,8 @@ class HalfPrecisionStatistics(Rule):
         if half is None or mean is None or var is None or not mean.size:
             return
         spread = np.sqrt(np.maximum(var, 0) + state.known_eps)
-        shifts = ROUNDING.get(kept[0], 0.0) * np.abs(mean) / spread
+        with np.errstate(invalid="ignore"):  # infinity over infinity is left out below
+            shifts = ROUNDING.get(kept[0], 0.0) * np.abs(mean) / spread
         finite = shifts[np.isfinite(shifts)]
         shift = float(finite.max()) if finite.size else 0.0
         trains = place is not None and place.training and place.moves

@@ -44,7 +44,7 @@ class VanishingGradient(Rule):
             float(np.median([gradient.size for gradient in part]))
             for part in (sizes[:quarter], sizes[-quarter:])
         )
-        if last == 0 or first >= 1e-3 * last:
+        if last == 0 or first >= 1e-4 * last:
             return
         message = (
             f"|∂L/∂W|·|W| is {first:.2g} in the first layers, from {sizes[0].layer!r}, and "
