@@ -14,6 +14,7 @@ import typer
 from steadynorm.bench._cli import bench, warmup
 from steadynorm.calibration._cli import calibrate
 from steadynorm.checkpoints._cli import convert_weights
+from steadynorm.doctor._cli import doctor
 from steadynorm.lab._cli import lab
 from steadynorm.surgery._cli import convert, fold
 from steadynorm.tour._cli import tour
@@ -43,6 +44,7 @@ def main(
 
 
 app.command()(tour)
+app.command()(doctor)
 app.command()(convert)
 app.command()(fold)
 app.command()(calibrate)

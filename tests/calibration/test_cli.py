@@ -109,7 +109,7 @@ def test_data_must_be_a_name(folder: Path) -> None:
     result = CliRunner().invoke(app, ["calibrate", "torch.nn:Identity", "--data", "batches"])
     assert result.exit_code == 2
     assert result.stderr == (
-        "steadynorm calibrate: --data must be package.module:batches; got 'batches'.\n"
+        "steadynorm calibrate: --data must be package.module:name; got 'batches'.\n"
     )
 
 

@@ -66,7 +66,7 @@ def _calibrate(
     network = load_model(model)
     if weights is not None:
         load_weights(network, weights)
-    batches = _batches(data)
+    batches = batches_from(data)
     if prior is None:
         report = replace(network, batches, passes=passes, max_batches=max_batches)
     else:
@@ -76,14 +76,19 @@ def _calibrate(
     return report, out
 
 
-def _batches(spec: str) -> Any:
+def batches_from(spec: str, option: str = "--data") -> Any:
     """What `package.module:name` is, or makes when called; the current folder is searched too."""
+    found = named_by(spec, option)
+    return found() if callable(found) else found
+
+
+def named_by(spec: str, option: str) -> Any:
+    """What `package.module:name` names. Raises ValueError where there is no such thing."""
     from pkgutil import resolve_name
 
+    if ":" not in spec:
+        raise ValueError(f"{option} must be package.module:name; got {spec!r}.")
     try:
-        found = resolve_name(spec) if ":" in spec else None
+        return resolve_name(spec)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--data {spec!r} cannot be found: {error}.") from error
-    if found is None:
-        raise ValueError(f"--data must be package.module:batches; got {spec!r}.")
-    return found() if callable(found) else found
+        raise ValueError(f"{option} {spec!r} cannot be found: {error}.") from error

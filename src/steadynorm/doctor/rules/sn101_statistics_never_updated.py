@@ -34,6 +34,7 @@ class StatisticsNeverUpdated(Rule):
     severity = Severity.ERROR
     safe = True
     needs = "state"
+    explains = ("SN301", "SN302")
 
     def judge(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
         """A finding where statistics are as they were made."""
@@ -73,12 +74,15 @@ def initial(state: State) -> bool:
 
 
 def affine_moved(state: State) -> bool:
-    """Whether weight or bias are other than initialization leaves them."""
+    """Whether weight or bias are other than initialization leaves them.
+
+    Every initialization leaves the bias at 0 and training moves it. The weight is looked at where
+    there is no bias: some begin with random ones.
+    """
     weight, bias = state.weight, state.bias
-    moved = bias is not None and bool(np.any(bias != 0))
+    if bias is not None:
+        return bool(np.any(bias != 0))
     if weight is None or not weight.size:
-        return moved
+        return False
     # Made equal in all channels, at 1, or at 0 where a residual branch ends; training parts them.
-    one_value = bool(np.all(weight == weight[0]))
-    usual = len(weight) > 1 or weight[0] in (0.0, 1.0)
-    return moved or not (one_value and usual)
+    return bool(np.any(weight != weight[0]) or (len(weight) == 1 and weight[0] not in (0.0, 1.0)))

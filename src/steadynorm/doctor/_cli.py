@@ -1,0 +1,258 @@
+"""The command `steadynorm doctor`. Heavy imports stay inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from steadynorm.doctor.diagnosis import Report
+
+FORMATS = ("text", "json", "sarif", "html")
+NEVER = "never"
+
+
+def doctor(
+    target: Annotated[
+        Optional[str],  # noqa: UP045  typer reads it at run time
+        typer.Argument(
+            help="package.module:factory, called without arguments; or a checkpoint file alone: "
+            ".pt, .pth, .bin (tensors only), .safetensors, .npz, .weights.h5, .keras."
+        ),
+    ] = None,
+    weights: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A state dict to load into the model: .safetensors, or .pt of tensors."),
+    ] = None,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="package.module:batches, an iterable or a function that makes one."),
+    ] = None,
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Other batches, those that the model will meet, named as --data is."),
+    ] = None,
+    loss: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="package.module:function of (outputs, targets), say torch.nn.functional:mse_loss."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="package.module:function of (model) that makes the optimizer."),
+    ] = None,
+    max_batches: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Stop after so many batches."),
+    ] = None,
+    exporting: Annotated[
+        bool, typer.Option("--exporting", help="The model is about to be exported as it is.")
+    ] = False,
+    select: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Only these rules: codes, their beginnings, or names; commas join them."),
+    ] = None,
+    ignore: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Not these rules, likewise."),
+    ] = None,
+    fail_on: Annotated[
+        str, typer.Option(help="Exit with 1 at this severity: info, warning, error; or never.")
+    ] = "warning",
+    output_format: Annotated[
+        str, typer.Option("--format", help="text, json, sarif or html.")
+    ] = "text",
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write the report to this file instead."),
+    ] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Apply the safe cures to a copy, and look again.")
+    ] = False,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With --fix, where to write the copy's weights: .safetensors or .pt."),
+    ] = None,
+    list_rules: Annotated[bool, typer.Option("--list", help="Name every rule.")] = False,
+    explain: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="CODE", help="Say what a rule sees, why, and what to do."),
+    ] = None,
+) -> None:
+    """Find what is wrong with a network's batch norms, and say what to do.
+
+    Exit codes: 0 nothing found at or above --fail-on, 1 something was, 2 could not run.
+    """
+    try:
+        if list_rules or explain is not None:
+            typer.echo(_listed() if explain is None else _explained(explain))
+            return
+        _check(target, output_format, fail_on, fix, out)
+        asked: dict[str, Any] = {"select": _split(select), "ignore": _split(ignore)}
+        named = {"data": data, "against": against, "loss": loss, "optimizer": optimizer}
+        report, changes = _diagnose(
+            str(target), weights, named, max_batches, exporting, asked, fix, out
+        )
+        if changes:
+            typer.echo(changes, err=output_format != "text" and output is None)
+        _show(report, output_format, output)
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        typer.echo("steadynorm doctor: interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:  # noqa: BLE001  a model, its data and its loss may raise anything
+        _could_not_run(error)
+    if fail_on != NEVER and _reaches(report, fail_on):
+        raise typer.Exit(1)
+
+
+def _could_not_run(error: Exception) -> NoReturn:
+    what = str(error) if isinstance(error, ValueError | TypeError | OSError) else repr(error)
+    line = " ".join(what.split()) or type(error).__name__
+    typer.echo(f"steadynorm doctor: {line}", err=True)
+    raise typer.Exit(2) from error
+
+
+def _check(
+    target: str | None, output_format: str, fail_on: str, fix: bool, out: Path | None
+) -> None:
+    from steadynorm.doctor.finding import Severity
+
+    if target is None:
+        raise ValueError("TARGET must name a model (package.module:factory) or a checkpoint file.")
+    if output_format not in FORMATS:
+        raise ValueError(f"--format must be one of {', '.join(FORMATS)}; got {output_format!r}.")
+    if fail_on != NEVER:
+        try:
+            Severity.from_name(fail_on)
+        except ValueError:
+            raise ValueError(
+                f"--fail-on must be info, warning, error or {NEVER}; got {fail_on!r}."
+            ) from None
+    if out is not None and not fix:
+        raise ValueError("--out writes what --fix mended; give --fix too.")
+
+
+def _split(codes: list[str] | None) -> tuple[str, ...]:
+    return tuple(code.strip() for part in codes or () for code in part.split(",") if code.strip())
+
+
+def _is_model(target: str) -> bool:
+    """`package.module:factory` is a model; so is no file, nor a path of Windows' kind."""
+    return ":" in target and not Path(target).exists() and Path(target).suffix not in _suffixes()
+
+
+def _suffixes() -> set[str]:
+    from steadynorm.checkpoints.files import READERS
+
+    return set(READERS)
+
+
+def _diagnose(
+    target: str,
+    weights: Path | None,
+    named: dict[str, str | None],
+    max_batches: int | None,
+    exporting: bool,
+    asked: dict[str, Any],
+    fix: bool,
+    out: Path | None,
+) -> tuple[Report, str]:
+    """The report, after the cures if they were asked for, and what these changed."""
+    from steadynorm.doctor.diagnosis import diagnose
+
+    if not _is_model(target):
+        options = {**{f"--{name}": value for name, value in named.items()}, "--weights": weights}
+        given = [name for name, value in options.items() if value is not None]
+        given += ["--fix"] * fix + ["--exporting"] * exporting
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} needs a model (package.module:factory); {target!r} is a "
+                f"checkpoint alone."
+            )
+        return diagnose(target, **asked), ""
+
+    from steadynorm.calibration._cli import batches_from, named_by
+    from steadynorm.surgery.files import load_model, load_weights
+
+    model = load_model(target)
+    if weights is not None:
+        load_weights(model, weights)
+    data, against, loss, optimizer = (
+        named[name] for name in ("data", "against", "loss", "optimizer")
+    )
+    given_to: dict[str, Any] = {
+        "loss": None if loss is None else named_by(loss, "--loss"),
+        "against": None if against is None else batches_from(against, "--against"),
+        "max_batches": max_batches,
+        "optimizer": None if optimizer is None else named_by(optimizer, "--optimizer")(model),
+        "exporting": exporting,
+        "name": target,
+        **asked,
+    }
+    batches = None if data is None else batches_from(data)
+    report = diagnose(model, batches, **given_to)
+    if not fix:
+        return report, ""
+    from steadynorm.doctor.fixes import fix as mend
+
+    fixed = mend(model, report, batches, **given_to)
+    wrote = ""
+    if out is not None:
+        fixed.write(out)
+        wrote = f"\nwrote {out}"
+    return fixed.after, f"{fixed.changes}{wrote}\n"
+
+
+def _show(report: Report, output_format: str, output: Path | None) -> None:
+    from steadynorm.report.files import replace_file
+
+    if output_format == "text" and output is None:
+        from rich.console import Console
+
+        Console().print(report)
+        return
+    if output_format == "html":
+        from steadynorm.doctor.report.html import page
+
+        text = page(report).html()
+    else:
+        text = {"text": report.__str__, "json": report.to_json, "sarif": report.to_sarif}[
+            output_format
+        ]()
+    if output is None:
+        typer.echo(text, nl=not text.endswith("\n"))
+    else:
+        replace_file(output, text)
+        typer.echo(f"wrote {output}")
+
+
+def _reaches(report: Report, fail_on: str) -> bool:
+    from steadynorm.doctor.finding import Severity
+
+    return report.worst is not None and report.worst >= Severity.from_name(fail_on)
+
+
+def _listed() -> str:
+    from steadynorm.doctor.rules import all_rules
+
+    rows = [
+        (rule.code, rule.name, f"up to {rule.severity}", rule.needs, rule.summary)
+        for rule in all_rules()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
+        for row in rows
+    )
+
+
+def _explained(code: str) -> str:
+    from steadynorm.doctor.rules import find_rule
+    from steadynorm.doctor.rules.pages import plain
+
+    return plain(find_rule(code))

@@ -1,0 +1,101 @@
+"""A rule's page, made from its class: for the documentation, and for `doctor --explain`."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from steadynorm.doctor.rules import all_rules, find_rule
+from steadynorm.doctor.rules.rule import Rule
+
+NEEDS = {
+    "state": "a checkpoint or a model",
+    "model": "a model",
+    "data": "a model and batches",
+    "run": "a watched training run",
+}
+SAFE = {True: "safe, `--fix` applies it", False: "a decision", None: "by hand"}
+WIDTH = 88
+
+
+def page(rule: Rule) -> str:
+    """The page of a rule as Markdown."""
+    parts = [f"# {rule.code}: {rule.name}", rule.summary]
+    facts = [
+        ("severity", f"up to {rule.severity}"),
+        ("needs", NEEDS[rule.needs]),
+        ("cure", SAFE[rule.safe]),
+    ]
+    parts.append("| | |\n|---|---|\n" + "\n".join(f"| {name} | {what} |" for name, what in facts))
+    parts += [f"## {title}\n\n{text}" for title, text in _sections(rule)]
+    if rule.line:
+        parts[-1] += f"\n\n```text\n{rule.line}\n```"
+    for title, codes in (("Explains", rule.explains), ("May follow from", _causes(rule))):
+        if codes:
+            links = ", ".join(f"[{c} {find_rule(c).name}]({c}.md)" for c in codes)
+            parts.append(f"## {title}\n\n{links}")
+    parts.append(f"Source: {rule.source}")
+    return "\n\n".join(parts) + "\n"
+
+
+def plain(rule: Rule) -> str:
+    """The same for a terminal."""
+    facts = f"up to {rule.severity}; needs {NEEDS[rule.needs]}; cure: {SAFE[rule.safe]}"
+    parts = [f"{rule.code} {rule.name}", rule.summary, facts.replace("`", "")]
+    parts += [f"{title}\n{text}" for title, text in _sections(rule)]
+    if rule.line:
+        parts[-1] += f"\n    {rule.line}"
+    for title, codes in (("Explains", rule.explains), ("May follow from", _causes(rule))):
+        if codes:
+            parts.append(f"{title}: {', '.join(f'{c} {find_rule(c).name}' for c in codes)}")
+    parts.append(f"Source: {rule.source}")
+    wrapped = [_wrapped(line) for part in parts for line in (*part.splitlines(), "")]
+    return "\n".join(wrapped).rstrip()
+
+
+def _wrapped(line: str) -> str:
+    return line if line.startswith("    ") else textwrap.fill(line, WIDTH, break_on_hyphens=False)
+
+
+def _sections(rule: Rule) -> list[tuple[str, str]]:
+    return [("Why it matters", rule.why), ("When it speaks", rule.threshold), ("Cure", rule.cure)]
+
+
+def _causes(rule: Rule) -> tuple[str, ...]:
+    return tuple(other.code for other in all_rules() if rule.code in other.explains)
+
+
+def index() -> str:
+    """The page that lists all rules."""
+    rows = [
+        f"| [{rule.code}]({rule.code}.md) | {rule.name} | {rule.severity} | {rule.summary} |"
+        for rule in all_rules()
+    ]
+    groups = "; ".join(
+        f"{code} {what}"
+        for code, what in (
+            ("SN1 by the state alone,", "of a checkpoint or a model"),
+            ("SN2", "by the model"),
+            ("SN3", "by batches"),
+            ("SN4", "by a watched training run"),
+        )
+    )
+    head = "| code | name | up to | what is wrong |\n|---|---|---|---|"
+    return f"# Rules of the doctor\n\n{groups}.\n\n{head}\n" + "\n".join(rows) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Every page by its file's name."""
+    made = {f"{rule.code}.md": page(rule) for rule in all_rules()}
+    return {"index.md": index(), **made}
+
+
+def write(folder: Path) -> None:
+    """Writes all pages, and takes away those of rules that are no more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = pages()
+    for name, text in made.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for old in folder.glob("SN*.md"):
+        if old.name not in made:
+            old.unlink()
