@@ -200,8 +200,8 @@ def verdict(runs: Runs) -> Verdict:
         ]
         said.append(
             f"{network}: without batch normalization the input moves {less.text(1)} times as much "
-            f"as with it. With shift injected after it the input moves {more.text(1)} times as much "
-            f"as without; training then takes {slower.text(1)} times the steps, and the plain "
+            f"as with it. With shift injected after it that moves {more.text(1)} times as much as "
+            f"without; training then takes {slower.text(1)} times the steps, and the plain "
             f"network {faster.text(1)} times those"
         )
     sentence = ". ".join(said)

@@ -150,9 +150,9 @@ def verdict(runs: Runs) -> Verdict:
         f"Trained on {FEW} digits, the error on test digits is {means['batch', small]:.1f} points "
         f"above that on training digits with batches of {small}, and "
         f"{means['population', small]:.1f} with population statistics in their place, "
-        f"{noise.text(1)} more. From there to batches of {large} it grows by {with_it.text(1)} more "
-        f"than without batch normalization, to {means['batch', large]:.1f}; of those ghosts of "
-        f"{GHOST} take {ghosts.text(1)} off, and dropout {dropout.text(1)} off the plain network's "
+        f"{noise.text(1)} more. From there to batches of {large} it grows by {with_it.text(1)} "
+        f"more than without batch normalization, to {means['batch', large]:.1f}; of those ghosts "
+        f"of {GHOST} take {ghosts.text(1)} off, and dropout {dropout.text(1)} off the plain network's "
         f"{means['none', large]:.1f}.",
         [
             expect(f"gap of population statistics minus batch statistics, batch {small}", noise,
