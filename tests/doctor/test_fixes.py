@@ -1,0 +1,129 @@
+"""Safe cures on a copy: what they mend, what they leave, and the file they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.calibration.test_untouched import picture
+from tests.doctor.fixtures.small import images, small
+from tests.doctor.gallery.networks import accuracy, batches, fit, fresh, norms, trained
+from tests.surgery.test_models import relative
+from torch import nn
+from torch.nn import functional as F
+
+import steadynorm as sn
+from steadynorm.doctor.fixes import Fixed, acts, fix
+from steadynorm.doctor.rules import all_rules
+
+
+def mended(model: nn.Module, *given: object, **named: object) -> Fixed:
+    report = sn.diagnose(model, *given, **named)
+    named.pop("select", None)
+    return fix(model, report, *given, **named)
+
+
+def codes(fixed: Fixed) -> tuple[list[str], list[str]]:
+    before, after = ({f.code for f in r.findings} for r in (fixed.before, fixed.after))
+    return sorted(before - after), sorted(after - before)
+
+
+def test_statistics_never_updated_are_measured() -> None:
+    network = trained("convolutional")
+    for norm in norms(network):
+        norm.reset_running_stats()
+    data = batches()
+    before, bad = picture(network), accuracy(network)
+    fixed = mended(network, data, loss=F.cross_entropy)
+    assert picture(network)["values"] == before["values"]
+    assert {"SN101", "SN302", "SN301"} <= {f.code for f in fixed.before.findings}
+    assert fixed.after.findings == ()
+    assert [change.what for change in fixed.changes] == ["calibrated"] * 3
+    assert accuracy(fixed.model) > 0.95 > 0.9 > bad
+
+
+def test_calibration_goes_layer_by_layer_where_batches_are_small() -> None:
+    network = fit(fresh(), size=2, steps=300, rate=5e-4)
+    data = batches(2, count=150)
+    expected = fit(fresh(), size=2, steps=300, rate=5e-4)
+    sn.calibrate(expected, data, passes="layerwise", progress=False)
+    fixed = mended(network, data, loss=F.cross_entropy)
+    for mine, theirs in zip(norms(fixed.model), norms(expected), strict=True):
+        assert torch.equal(mine.running_mean, theirs.running_mean)
+        assert torch.equal(mine.running_var, theirs.running_var)
+
+
+def test_a_redundant_bias_goes_and_answers_stay() -> None:
+    model = small()
+    model[3].bias = nn.Parameter(torch.ones(4))
+    model[4].running_mean += 1
+    fixed = mended(model, select=["SN201"])
+    assert "3.bias" not in fixed.model.state_dict()
+    assert codes(fixed) == (["SN201"], [])
+    assert relative([model(images())], [fixed.model(images())]) < 1e-6
+
+
+def test_frozen_layers_stand_still_and_others_do_not() -> None:
+    model = small()
+    model[:2].requires_grad_(False)
+    fixed = mended(model.train(), select=["SN203"])
+    assert "SN203" in codes(fixed)[0]
+    before = [norm.running_mean.clone() for norm in norms(fixed.model)]
+    fixed.model.train()(images())
+    same = [
+        torch.equal(norm.running_mean, b)
+        for norm, b in zip(norms(fixed.model), before, strict=True)
+    ]
+    assert same == [True, False]
+
+
+def test_half_precision_statistics_become_float32_and_stay_so() -> None:
+    model = small()
+    model[1].running_mean = model[1].running_mean.half()
+    model[1].running_var = model[1].running_var.half()
+    fixed = mended(model, select=["SN109"])
+    assert codes(fixed)[0] == ["SN109"]
+    layer = fixed.model.bfloat16()[1]
+    assert layer.running_var.dtype == torch.float32
+    assert torch.equal(layer.running_var, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    # The one that had nothing wrong is torch's still.
+    assert type(fixed.model[4]) is nn.BatchNorm2d
+
+
+def test_without_batches_nothing_is_measured_and_it_says_so() -> None:
+    model = small()
+    model[1].reset_running_stats()
+    fixed = mended(model)
+    assert [(c.what, c.where, c.why) for c in fixed.changes] == [("left", "1", "no batches given")]
+
+
+def test_a_healthy_model_is_left_alone() -> None:
+    data = [images(64) for _ in range(1)]
+    model = small()
+    sn.calibrate(model, data, progress=False)
+    fixed = mended(model, data)
+    assert (len(fixed.changes), str(fixed.changes)) == (0, "nothing to do")
+
+
+def test_every_safe_cure_is_one_that_can_be_applied() -> None:
+    from steadynorm.doctor.fixes import ACTS
+
+    for rule in all_rules():
+        finding = rule.finding(None, "", {})
+        if rule.safe:
+            assert set(acts(finding)) <= set(ACTS), rule.code
+            assert acts(finding), rule.code
+
+
+@pytest.mark.parametrize("name", ["mended.pt", "mended.safetensors"])
+def test_the_file_is_replaced_whole(tmp_path: Path, name: str) -> None:
+    model = small()
+    path = tmp_path / name
+    path.write_bytes(b"what was there before")
+    fixed = mended(model, select=["SN201"])
+    fixed.write(path)
+    held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    assert held.keys() == fixed.model.state_dict().keys()
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
