@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 class Kept:
@@ -24,7 +25,7 @@ class Kept:
             (module, name, buffer, buffer.detach().clone())
             for module in model.modules()
             for name, buffer in module._buffers.items()
-            if buffer is not None
+            if buffer is not None and not is_lazy(buffer)
         ]
         self._random = _random_state()
 

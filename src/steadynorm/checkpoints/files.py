@@ -68,6 +68,18 @@ def entries(path: str | os.PathLike[str]) -> Iterator[dict[str, Entry]]:
         yield {name: _guarded(entry, name, path, size) for name, entry in found.items()}
 
 
+def keras_settings(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The settings of every batch normalization layer in a `.keras` file; none in other files.
+
+    Raises ValueError for a damaged one.
+    """
+    path = Path(path)
+    if path.suffix != ".keras":
+        return []
+    with _damaged_told(path):
+        return formats.keras_settings(path)
+
+
 def _guarded(entry: Entry, name: str, path: Path, size: int) -> Entry:
     def load() -> np.ndarray:
         if 2 * prod(entry.shape) > LARGEST_EXPANSION * max(size, 1 << 16):

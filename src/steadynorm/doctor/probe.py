@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import nn
 
 from steadynorm.calibration import batches as feeding
 from steadynorm.calibration.kept import Kept
-from steadynorm.calibration.layers import unwrapped
+from steadynorm.calibration.layers import batch_norms, unwrapped
 from steadynorm.checkpoints.formats import array_of
 from steadynorm.doctor.evidence import Evidence, Layer, Model, Place, State
 from steadynorm.doctor.measure import measure
@@ -49,7 +50,10 @@ def probe_model(
         if (norm := recognize(module)) is not None
     }
     example = None
-    with unchanged(inner) as kept:
+    if batches is not None:
+        batch_norms(inner, "diagnose")  # refuses a model that its first batch would change
+    with unchanged(inner) as kept, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of gradients that this run does not want, and the like
         if batches is not None:
             example, batches = _first(inner, batches, forward, max_batches)
             kept.rewind_random()

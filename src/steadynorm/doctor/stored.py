@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from steadynorm.checkpoints.convert import NAMES, find_layers, join
-from steadynorm.checkpoints.files import entries
-from steadynorm.checkpoints.formats import Entry, array_of, keras_settings
+from steadynorm.checkpoints.files import entries, keras_settings
+from steadynorm.checkpoints.formats import Entry, array_of
 from steadynorm.doctor.evidence import Evidence, Layer, State
 
 PARTS = ("weight", "bias", "running_mean", "running_var")
@@ -29,7 +29,7 @@ def probe_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Evidence
         return Evidence("state dict", _stored_layers(held, {}, "the state dict"))
     path = Path(checkpoint)
     with entries(path) as held:
-        settings = _settings(path) if path.suffix == ".keras" else {}
+        settings = _settings(path)
         return Evidence(fspath(checkpoint), _stored_layers(held, settings, str(path)))
 
 
@@ -94,10 +94,7 @@ def _settings(path: Path) -> dict[str, float]:
 
     The file numbers its layers by another order than its configuration lists them.
     """
-    try:
-        settings = keras_settings(path)
-    except (KeyError, ValueError, OSError, RecursionError):
-        return {}
+    settings = keras_settings(path)
     agreed = {}
     for name in ("momentum", "epsilon"):
         values = {layer.get(name) for layer in settings}
