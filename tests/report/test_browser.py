@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
+from tests.report.browser import chromium, visits
 
 from steadynorm.report.page import Page, Section, Table
 
 pytest.importorskip("altair", reason="charts need the extra lab")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-OPTIONS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def browser():
-    if BROWSER is None:
-        pytest.skip("needs chromium on the path")
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=BROWSER, args=OPTIONS)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +46,8 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, address):
-    contexts = []
-
-    def visit(scheme, width):
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.requests, tab.complaints = [], []
-        tab.on("request", lambda request: tab.requests.append(request.url))
-        tab.on("console", lambda message: tab.complaints.append(message.text))
-        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
-        tab.goto(address)
-        tab.wait_for_selector("html[data-charts=drawn]", timeout=30_000)
-        return tab
-
-    yield visit
-    for context in contexts:
-        context.close()
+    with visits(browser) as visit:
+        yield lambda scheme, width: visit(address, scheme, width)
 
 
 PAPER = "getComputedStyle(document.body).backgroundColor"
