@@ -12,8 +12,8 @@ ONE_KERNEL = """
     from steadynorm.kernels import cpu
     x = torch.arange(12.0).reshape(4, 3)
     assert cpu.moments(x).mean.tolist() == [4.5, 5.5, 6.5]
-    from steadynorm.kernels.cpu import _forward_kernel
-    print(_forward_kernel(torch.float32, masked=False).cached)
+    from steadynorm.kernels.cpu import forward_kernel
+    print(forward_kernel(torch.float32, masked=False).cached)
 """
 
 

@@ -333,3 +333,53 @@ def test_our_own_activation_is_not_taken_for_ours_to_move() -> None:
     result, changes = convert(model)
     assert changes == []
     assert isinstance(result[1], nn.Tanh)
+
+
+LARGE = torch.randn(3, 4, 11, 11, generator=torch.Generator().manual_seed(0))
+
+
+class Sized(nn.Module):
+    """Pads by the size it sees, which torch.fx cannot follow: Hugging Face's MobileNetV2 does."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.act1 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU6()
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.conv3, self.bn3 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (int(x.shape[-1]) % 2, 1, 1, 1))
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        x = F.relu(self.bn3(self.conv3(x)))
+        return self.act1(x) if self.shared else x
+
+
+def test_a_run_shows_what_fx_cannot_follow() -> None:
+    model = Sized(shared=False)
+    _, changes = convert(model)
+    assert changes.tally() == {"converted": 3, "left": 3}
+    result, changes = convert(model, example_inputs=LARGE)
+    # What follows bn2 is a convolution; bn3's relu is a function, which only a new forward removes.
+    assert changes.tally() == {"converted": 3, "fused": 1, "left": 1}
+    assert [change.where for change in changes if change.what == "left"] == ["bn3"]
+    assert (result.bn1.activation, result.bn2.activation) == ("relu6", None)
+    assert "act1 is an identity now, by a run on the example inputs" in str(changes)
+    same(model, result, LARGE)
+
+
+def test_an_activation_that_a_run_shows_elsewhere_too_stays() -> None:
+    model = Sized(shared=True)
+    result, changes = convert(model, example_inputs=LARGE)
+    assert changes.tally() == {"converted": 3, "left": 2}
+    same(model, result, LARGE)
+
+
+def test_a_model_that_cannot_run_in_training_is_left_as_it_is() -> None:
+    model = Sized(shared=False).eval()
+    small = torch.randn(1, 4, 5, 5)  # one value per channel behind the last convolution
+    result, changes = convert(model, example_inputs=small)
+    assert changes.tally() == {"converted": 3, "left": 3}
+    assert "and it cannot be run in training (" in changes.left[0].why
+    assert torch.equal(result(small), model(small))

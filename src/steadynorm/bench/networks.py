@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import statistics
 from collections.abc import Callable
@@ -78,7 +77,7 @@ def measure_networks(names: list[str], rounds: int, progress: Callable[[], None]
         if len(shape) == 4:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             x = x.contiguous(memory_format=torch.channels_last)
-        converted, changes = convert(copy.deepcopy(model))
+        converted, changes = convert(model, example_inputs=x[:2])
         steps = [_stepper(model, x), _stepper(converted, x)]
         for step in steps:
             step()

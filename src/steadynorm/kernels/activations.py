@@ -53,3 +53,18 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, lambda g, y: g * y * (1 - y), True),
     "tanh": Activation(torch.tanh, lambda g, y: g * (1 - y * y), True),
 }
+
+REBUILT = frozenset({"relu", "relu6", "leaky_relu"})
+"""Activations whose derivative a compiled kernel takes from z rebuilt from x, where z has no
+residual: comparisons cost nothing, and to read the output twice costs 2 of 7 tensors' traffic."""
+
+
+def kept_for_backward(
+    activation: str | None, y: Tensor, residual: Tensor | None, *, rebuilds: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The output if the derivative is taken from it, and the residual if z is rebuilt with it."""
+    if activation is None:
+        return None, None
+    if not ACTIVATIONS[activation].from_output:
+        return None, residual
+    return (None if rebuilds and residual is None and activation in REBUILT else y), None

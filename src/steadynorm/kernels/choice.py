@@ -61,13 +61,37 @@ def needs_plain_operations() -> bool:
     )
 
 
-def native_is_best(
-    x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
-) -> bool:
-    """Whether PyTorch's own operator should serve a plain call; False also for what is amiss.
+def plain_calls(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    *,
+    training: bool,
+) -> ModuleType | None:
+    """The module whose `train` and `infer` serve a plain call; None if the general node has to.
 
     Plain: policy `Batch` or inference, no mask, no replicas, non-finite values propagate.
     """
+    if x.__class__ is not Tensor or x.ndim < 2 or needs_plain_operations():
+        return None
+    if native_is_best(x, weight, running_mean, running_var):
+        return native if native_sums_well(x) or not training else None
+    if (running_mean is None) is not (running_var is None):
+        return None
+    if HAS_NUMBA and stages_for(x, residual) is not eager:
+        from steadynorm.kernels import plain
+
+        return plain if plain.takes(x, weight, bias, running_mean, running_var) else None
+    return None
+
+
+def native_is_best(
+    x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> bool:
+    """Whether PyTorch's own operator should serve a plain call; False also for what is amiss."""
     if x.__class__ is not Tensor:
         return False  # subclasses may not have the strides the pivot is read by
     if (x.numel() > NATIVE_LIMIT and x.is_cpu) or x.ndim < 2 or needs_plain_operations():

@@ -18,7 +18,7 @@ from torch import Tensor
 from steadynorm.statistics.moments import Moments
 
 from . import cpu_loops as at
-from .cpu_activations import CODES, FROM_INPUT, IDENTITY
+from .cpu_activations import BY_EITHER, CODES, FROM_INPUT, IDENTITY
 from .cpu_backward import backward
 from .cpu_forward import forward
 from .cpu_runtime import Kernel, compile_kernel
@@ -55,9 +55,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @cache
-def _forward_kernel(
+def forward_kernel(
     dtype: torch.dtype, activation: str | None = None, *, add: bool = False, masked: bool = False
 ) -> Kernel:
+    """The kernel of the forward direction for these options, compiled once a process."""
     function = forward(*_SCALARS[dtype], CODES[activation], add, masked)
     return compile_kernel(function, _title("forward", dtype, activation, add=add, masked=masked))
 
@@ -68,20 +69,21 @@ def _title(direction: str, dtype: torch.dtype, activation: str | None, **options
 
 
 @cache
-def _backward_kernel(
+def backward_kernel(
     dtype: torch.dtype,
     activation: str | None = None,
     *,
+    rebuilt: bool = False,
     add: bool = False,
     want: bool = False,
     keep: bool = False,
     masked: bool = False,
 ) -> Kernel:
-    code = CODES[activation]
-    rebuilt = code in FROM_INPUT
+    """The kernel of the backward direction for these options, compiled once a process."""
+    options = {"rebuilt": rebuilt, "add": add, "want": want, "keep": keep, "masked": masked}
     return compile_kernel(
-        backward(*_SCALARS[dtype], code, rebuilt, add, want, keep, masked),
-        _title("backward", dtype, activation, add=add, want=want, keep=keep, masked=masked),
+        backward(*_SCALARS[dtype], CODES[activation], *options.values()),
+        _title("backward", dtype, activation, **options),
     )
 
 
@@ -98,17 +100,21 @@ def warmup(
     for dtype in dtypes:
         for activation in activations:
             name = f"{activation or 'identity'} {_name(dtype)}"
-            rebuilt = CODES[activation] in FROM_INPUT
+            code = CODES[activation]
             for add in (False, True):
                 end = f"{name} with residual" if add else name
-                done[f"forward {end}"] = _forward_kernel(dtype, activation, add=add)
+                done[f"forward {end}"] = forward_kernel(dtype, activation, add=add)
                 if activation is None and add:
                     continue  # the residual's gradient is the gradient itself
-                kernel = _backward_kernel(dtype, activation, add=add and rebuilt, want=add)
-                done[f"backward {end}"] = kernel
-            if activation is not None and _survives_storing(dtype, activation):
-                kernel = _backward_kernel(dtype, activation, add=rebuilt, keep=True)
-                done[f"backward {name} kept"] = kernel
+                by_input = code in FROM_INPUT
+                how = {
+                    "rebuilt": by_input or (code in BY_EITHER and not add),
+                    "add": add and by_input,
+                }
+                done[f"backward {end}"] = backward_kernel(dtype, activation, want=add, **how)
+                if add and _survives_storing(dtype, activation):
+                    kernel = backward_kernel(dtype, activation, keep=True, **how)
+                    done[f"backward {name} kept"] = kernel
     return done
 
 
@@ -116,7 +122,7 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
     """Count, mean and biased variance per channel, over valid positions where a mask is given."""
     calls["moments"] += 1
     mask = None if mask is None else mask.contiguous()
-    kernel = _forward_kernel(x.dtype, masked=mask is not None)
+    kernel = forward_kernel(x.dtype, masked=mask is not None)
     mean, low, var = _per_channel_results(3, x, groups)
     counts = []
     for slab in slabs(x, groups):
@@ -165,7 +171,7 @@ def apply(
     y = empty_like(x) if out is None else given(out, x)
     center, scale, shift = (per_channel(t, x, groups) for t in (center, scale, shift))
     residual = None if residual is None else alike(residual, x, "residual")
-    kernel = _forward_kernel(x.dtype, activation, add=residual is not None)
+    kernel = forward_kernel(x.dtype, activation, add=residual is not None)
     for slab in slabs(x, groups):
         slab.values(at.RESIDUAL, residual)
         slab.values(at.Y, y)
@@ -196,7 +202,7 @@ def normalize(
     weight = None if weight is None else per_channel(weight, x)
     bias = None if bias is None else per_channel(bias, x)
     residual = None if residual is None else alike(residual, x, "residual")
-    kernel = _forward_kernel(x.dtype, activation, add=residual is not None)
+    kernel = forward_kernel(x.dtype, activation, add=residual is not None)
     mean, low, var, scale, shift = _per_channel_results(5, x, groups)
     counts = []
     for slab in slabs(x, groups):
@@ -211,59 +217,61 @@ def normalize(
             (at.CENTER, mean), (at.LOW, low), (at.VAR, var), (at.SCALE, scale), (at.SHIFT, shift)
         ):  # fmt: skip
             slab.channel(slot, t)
-        if slab.plan.visit:
-            slab.run(kernel, at.REDUCE | at.MAP)
-        else:
-            slab.reduce(kernel)
-            slab.run(kernel, at.MAP | at.BACKWARDS)
+        both_stages_forward(slab, kernel, at.SETTLE)
     return y, Moments(_counts(counts, x, groups, None), mean, var, low)
 
 
-class _Branch(NamedTuple):
-    """What every kernel of the backward direction reads, laid out as x is."""
+def both_stages_forward(slab: Slab, kernel: Kernel, settle: int) -> None:
+    """`moments`, what `settle` asks for per channel, and `apply`; in one visit if that pays."""
+    if slab.plan.visit:
+        slab.run(kernel, at.REDUCE | settle | at.MAP)
+    else:
+        slab.reduce(kernel)
+        slab.settle(kernel, settle)
+        # From the end: what the reduction read last is still in the cache.
+        slab.run(kernel, at.MAP | at.BACKWARDS)
+
+
+class Branch(NamedTuple):
+    """What every kernel of the backward direction reads of x's size, laid out as x is.
+
+    `rebuilt`: whether the activation's derivative is taken from z, rebuilt from x and the residual.
+    """
 
     grad: Tensor
     y: Tensor | None
     residual: Tensor | None
-    center: Tensor
-    scale: Tensor
-    shift: Tensor
+    rebuilt: bool
 
     def hand_over(self, slab: Slab) -> None:
+        """Put its addresses into the kernel's arguments."""
         slab.values(at.GRAD, self.grad)
         slab.values(at.Y, self.y)
         slab.values(at.RESIDUAL, self.residual)
-        slab.channel(at.CENTER, self.center)
-        slab.channel(at.SCALE, self.scale)
-        slab.channel(at.SHIFT, self.shift)
 
 
-def _branch(
-    grad: Tensor,
-    x: Tensor,
-    per_channels: Sequence[Tensor],
-    y: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    groups: Groups,
-) -> _Branch:
+def branch_of(
+    grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Branch:
+    """What this activation's gradient is taken from."""
     code = CODES[activation]
-    by_input = code in FROM_INPUT
+    by_input = code in FROM_INPUT or (y is None and code in BY_EITHER)
     if y is None and code != IDENTITY and not by_input:
         raise ValueError(
             f"`y` must be the output, for the gradient of {activation} is taken from it; got None."
         )
-    return _Branch(
+    return Branch(
         alike(grad, x, "grad"),
         None if y is None or by_input or code == IDENTITY else alike(y, x, "y"),
         alike(residual, x, "residual") if residual is not None and by_input else None,
-        *(per_channel(t, x, groups) for t in per_channels),
+        by_input,
     )
 
 
-def _results(
+def results(
     x: Tensor, want: bool, out: tuple[Tensor, Tensor | None] | None
 ) -> tuple[Tensor, Tensor | None]:
+    """Where dx and the residual's gradient go."""
     if out is None:
         return empty_like(x), empty_like(x) if want else None
     dx, dresidual = out
@@ -286,11 +294,15 @@ def reduce_grad(
 ) -> tuple[Tensor, Tensor]:
     """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
     calls["reduce_grad"] += 1
-    branch = _branch(grad, x, (center, scale, shift), y, residual, activation, groups)
-    kernel = _backward_kernel(x.dtype, activation, add=branch.residual is not None)
+    branch = branch_of(grad, x, y, residual, activation)
+    place = [per_channel(t, x, groups) for t in (center, scale, shift)]
+    how = {"rebuilt": branch.rebuilt, "add": branch.residual is not None}
+    kernel = backward_kernel(x.dtype, activation, **how)
     total, moved = _per_channel_results(2, x, groups)
     for slab in slabs(x, groups):
         branch.hand_over(slab)
+        for slot, t in zip((at.CENTER, at.SCALE, at.SHIFT), place, strict=True):
+            slab.channel(slot, t)
         slab.channel(at.SUM_GRAD, total)
         slab.channel(at.SUM_GRAD_X, moved)
         slab.reduce(kernel)
@@ -320,15 +332,17 @@ def apply_grad(
     """
     calls["apply_grad"] += 1
     want = want_residual and activation is not None
-    branch = _branch(grad, x, (center, scale, shift), y, residual, activation, groups)
-    kernel = _backward_kernel(
-        x.dtype, activation, add=branch.residual is not None, want=want, masked=mask is not None
-    )
-    dx, dresidual = _results(x, want, out)
+    branch = branch_of(grad, x, y, residual, activation)
+    place = [per_channel(t, x, groups) for t in (center, scale, shift)]
+    how = {"rebuilt": branch.rebuilt, "add": branch.residual is not None}
+    kernel = backward_kernel(x.dtype, activation, want=want, masked=mask is not None, **how)
+    dx, dresidual = results(x, want, out)
     slope, constant = (per_channel(t, x, groups) for t in (slope, constant))
     mask = None if mask is None else mask.contiguous()
     for slab in slabs(x, groups):
         branch.hand_over(slab)
+        for slot, t in zip((at.CENTER, at.SCALE, at.SHIFT), place, strict=True):
+            slab.channel(slot, t)
         slab.values(at.DX, dx)
         slab.values(at.DRESIDUAL, dresidual)
         slab.channel(at.SLOPE, slope)
@@ -367,14 +381,17 @@ def normalize_grad(
     """
     calls["normalize_grad"] += 1
     want = want_residual and activation is not None
-    branch = _branch(grad, x, (center, scale, shift), y, residual, activation, groups)
-    dx, dresidual = _results(x, want, out)
+    branch = branch_of(grad, x, y, residual, activation)
+    place = [per_channel(t, x, groups) for t in (center, scale, shift)]
+    dx, dresidual = results(x, want, out)
     factors = [
         per_channel(t, x, groups) for t in (slope_factor, constant_factor, mean_low, mean_gap)
     ]
     total, moved, slope, constant = _per_channel_results(4, x, groups)
     for slab in slabs(x, groups):
         branch.hand_over(slab)
+        for slot, t in zip((at.CENTER, at.SCALE, at.SHIFT), place, strict=True):
+            slab.channel(slot, t)
         slab.values(at.DX, dx)
         slab.values(at.DRESIDUAL, dresidual)
         for slot, t in (
@@ -383,28 +400,28 @@ def normalize_grad(
             (at.CONSTANT_FACTOR, factors[1]), (at.MEAN_LOW, factors[2]), (at.MEAN_GAP, factors[3]),
         ):  # fmt: skip
             slab.channel(slot, t)
-        _both_stages(slab, x.dtype, activation, branch, want)
+        both_stages_backward(slab, x.dtype, activation, branch, want)
     return dx, dresidual if want else (grad if want_residual else None), total, moved
 
 
-def _both_stages(
-    slab: Slab, dtype: torch.dtype, activation: str | None, branch: _Branch, want: bool
+def both_stages_backward(
+    slab: Slab, dtype: torch.dtype, activation: str | None, branch: Branch, want: bool
 ) -> None:
-    add = branch.residual is not None
+    """`reduce_grad` and `apply_grad`; in one visit if that pays."""
+    how = {"rebuilt": branch.rebuilt, "add": branch.residual is not None}
     if slab.plan.visit:
-        kernel = _backward_kernel(dtype, activation, add=add, want=want)
+        kernel = backward_kernel(dtype, activation, want=want, **how)
         slab.run(kernel, at.REDUCE | at.MAP)
         return
     if want and _survives_storing(dtype, activation):
         # The reduction writes g where the residual's gradient goes, and the map reads it back:
         # 7 tensors pass through memory, not 8.
-        slab.reduce(_backward_kernel(dtype, activation, add=add, keep=True))
+        slab.reduce(backward_kernel(dtype, activation, keep=True, **how))
         slab.arguments[at.GRAD] = slab.arguments[at.DRESIDUAL]
-        kernel = _backward_kernel(dtype)
+        kernel = backward_kernel(dtype)
     else:
-        slab.reduce(_backward_kernel(dtype, activation, add=add))
-        kernel = _backward_kernel(dtype, activation, add=add, want=want)
-    # From the end: what the reduction read last is still in the cache.
+        slab.reduce(backward_kernel(dtype, activation, **how))
+        kernel = backward_kernel(dtype, activation, want=want, **how)
     slab.run(kernel, at.MAP | at.BACKWARDS)
 
 

@@ -33,6 +33,9 @@ CODES = {
 FROM_INPUT = frozenset({SILU, GELU, HARDSWISH})
 """The activations whose derivative the output does not determine: they need z."""
 
+BY_EITHER = frozenset({RELU, RELU6, LEAKY_RELU})
+"""Those whose derivative z and the output determine alike."""
+
 LEAKY_SLOPE = 0.01
 ROOT_HALF = math.sqrt(0.5)
 DENSITY = 1 / math.sqrt(2 * math.pi)

@@ -17,6 +17,7 @@ from .cpu_loops import (
     DX,
     FLUSH,
     GRAD,
+    GRAD_WEIGHT,
     MAP,
     MASK,
     MEAN_GAP,
@@ -26,6 +27,7 @@ from .cpu_loops import (
     PIECE,
     REDUCE,
     RESIDUAL,
+    RHO,
     SCALE,
     SHIFT,
     SLOPE,
@@ -55,7 +57,7 @@ from .cpu_memory import bring, like, narrow, pointer, scratch, take, widen
 def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, constant: Any) -> None:
     """Write the sums, and what flows back through the statistics: `slope·(x - center) + constant`.
 
-    The latter only if its factors are given.
+    The latter only if its factors are given; the weight's gradient only if it has a place.
     """
     total, moved = bring(args[SUM_GRAD], slope), bring(args[SUM_GRAD_X], slope)
     slope_factor, constant_factor = (
@@ -63,14 +65,18 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
         bring(args[CONSTANT_FACTOR], slope),
     )
     mean_low, mean_gap = bring(args[MEAN_LOW], slope), bring(args[MEAN_GAP], slope)
+    rho, weight = bring(args[RHO], slope), bring(args[GRAD_WEIGHT], slope)
     for c in range(chunk.here):
         k = chunk.first + c
         total[k] = like(sums_1[c], total[k])
         moved[k] = like(sums_2[c], moved[k])
         if args[SLOPE_FACTOR] != 0:
-            tilt = -slope_factor[k] * (sums_2[c] - mean_low[k] * sums_1[c])
+            exact = sums_2[c] - mean_low[k] * sums_1[c]
+            tilt = -slope_factor[k] * exact
             slope[k] = like(tilt, slope[k])
             constant[k] = like(-constant_factor[k] * sums_1[c] - tilt * mean_gap[k], constant[k])
+            if args[GRAD_WEIGHT] != 0:
+                weight[k] = like(rho[k] * exact, weight[k])
 
 
 @by_activation(**SUMMED)

@@ -13,6 +13,7 @@ from .cpu_loops import (
     BIAS,
     CENTER,
     CHUNKS,
+    CONSTANT_FACTOR,
     COUNT,
     EPS,
     LOW,
@@ -20,11 +21,18 @@ from .cpu_loops import (
     MASK,
     MERGE,
     MODE,
+    MOMENTUM,
     PIVOTED,
+    RECORD,
     REDUCE,
     RESIDUAL,
+    RHO,
+    RUNNING_MEAN,
+    RUNNING_VAR,
     SCALE,
+    SETTLE,
     SHIFT,
+    SLOPE_FACTOR,
     STORED,
     SUMS,
     VAR,
@@ -43,20 +51,38 @@ from .cpu_loops import (
     spread,
     start_of,
 )  # fmt: skip
-from .cpu_memory import as_float, like, narrow, pointer, scratch, take, widen
+from .cpu_memory import as_float, bring, like, narrow, pointer, scratch, take, widen
 
 
 @compiled  # type: ignore[untyped-decorator]
-def write_map(
-    chunk: Any, low: Any, var: Any, weight: Any, weighted: Any, bias: Any, biased: Any, eps: Any,
-    scale: Any, shift: Any,
-) -> None:  # fmt: skip
+def write_map(args: Any, chunk: Any, var: Any, scale: Any, shift: Any) -> None:
     """`(x - mean - low)·ρ·γ + β` as `(x - mean)·scale + shift`."""
+    low, weight, bias = bring(args[LOW], var), bring(args[WEIGHT], var), bring(args[BIAS], var)
+    eps = as_float(args[EPS])
     for c in range(chunk.first, chunk.first + chunk.here):
-        gain = (weight[c] if weighted else like(1.0, var[c])) / math.sqrt(var[c] + eps)
+        gain = (weight[c] if args[WEIGHT] != 0 else like(1.0, var[c])) / math.sqrt(var[c] + eps)
         scale[c] = like(gain, scale[c])
-        offset = -low[c] * gain
-        shift[c] = like(offset + bias[c] if biased else offset, shift[c])
+        offset = -low[c] * gain if args[LOW] != 0 else 0.0 * gain
+        shift[c] = like(offset + bias[c] if args[BIAS] != 0 else offset, shift[c])
+
+
+@compiled  # type: ignore[untyped-decorator]
+def record(args: Any, chunk: Any, mean: Any, var: Any, scale: Any) -> None:
+    """What a training step of policy `Batch` leaves: the backward's factors, running statistics."""
+    rho, low = bring(args[RHO], var), bring(args[LOW], var)
+    slope, constant = bring(args[SLOPE_FACTOR], var), bring(args[CONSTANT_FACTOR], var)
+    eps, count, weight = as_float(args[EPS]), as_float(args[COUNT]), as_float(args[MOMENTUM])
+    unbiased = count / (count - 1.0) if count > 1.0 else 1.0
+    old_mean, old_var = bring(args[RUNNING_MEAN], var), bring(args[RUNNING_VAR], var)
+    for c in range(chunk.first, chunk.first + chunk.here):
+        r = 1.0 / math.sqrt(var[c] + eps)
+        rho[c] = like(r, rho[c])
+        slope[c] = like(scale[c] * r * r / count, slope[c])
+        constant[c] = like(scale[c] / count, constant[c])
+        if args[RUNNING_MEAN] != 0:
+            m, v = old_mean[c], old_var[c]
+            old_mean[c] = like(m + weight * ((mean[c] - m) + low[c]), m)
+            old_var[c] = like(v + weight * (var[c] * unbiased - v), v)
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -110,12 +136,10 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
                     elif far and not moved:
                         moved = True
                         continue
-                if mode & (MAP | MERGE) and args[SCALE] != 0:
-                    write_map(
-                        chunk, low, var, pointer(args[WEIGHT], REAL), args[WEIGHT] != 0,
-                        pointer(args[BIAS], REAL), args[BIAS] != 0, as_float(args[EPS]),
-                        scale, shift,
-                    )  # fmt: skip
+            if mode & SETTLE:
+                write_map(args, chunk, var, scale, shift)
+            if mode & RECORD:
+                record(args, chunk, mean, var, scale)
             if mode & MAP and chunk.planes:
                 m, s, t = mean[chunk.first], scale[chunk.first], shift[chunk.first]
                 for row in range(chunk.top, chunk.bottom):

@@ -29,15 +29,16 @@ PIECE = 4096  # elements of a plane whose float32 sum goes to float64
 FLUSH = 64  # strips, likewise
 SAMPLE = 16  # values that a pivot is drawn from
 
-REDUCE, MAP, MERGE, PIVOTED, BACKWARDS = 1, 2, 4, 8, 16  # bits of MODE
+REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, SETTLE, RECORD = 1, 2, 4, 8, 16, 32, 64  # bits of MODE
 
 (
     COUNTER, CHUNKS, MODE, ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, STORED, AGAIN,
     SUMS, X, RESIDUAL, Y, MASK, CENTER, SCALE, SHIFT,
     COUNT, EPS, LOW, VAR, WEIGHT, BIAS,
     GRAD, DX, DRESIDUAL, SUM_GRAD, SUM_GRAD_X, SLOPE, CONSTANT,
-    SLOPE_FACTOR, CONSTANT_FACTOR, MEAN_LOW, MEAN_GAP, SIZE,
-) = range(38)  # fmt: skip
+    SLOPE_FACTOR, CONSTANT_FACTOR, MEAN_LOW, MEAN_GAP,
+    RHO, RUNNING_MEAN, RUNNING_VAR, MOMENTUM, GRAD_WEIGHT, SIZE,
+) = range(43)  # fmt: skip
 
 Chunk = namedtuple(
     "Chunk",

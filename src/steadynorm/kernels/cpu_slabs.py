@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +21,9 @@ Groups = tuple[int, ...] | None
 PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
 VISIT_UP_TO = 4 << 20  # bytes of x in a block: what a visit reads twice is to stay in the cache
 PARTS = 4  # for each thread, so that a late one does not hold up the others
+
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Shape(NamedTuple):
@@ -39,9 +41,9 @@ def shape_of(x: Tensor) -> Shape | None:
     positions = x.numel() // (sizes[0] * sizes[1])
     if x.is_contiguous():
         return Shape(sizes[0], 1, sizes[1], positions)
-    if x.ndim > 2 and x.movedim(1, -1).is_contiguous():
-        return Shape(sizes[0], positions, sizes[1], 1)
-    return None
+    kind = _LAST.get(len(sizes))
+    last = x.is_contiguous(memory_format=kind) if kind else x.movedim(1, -1).is_contiguous()
+    return Shape(sizes[0], positions, sizes[1], 1) if last else None
 
 
 def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
@@ -148,6 +150,19 @@ class Slab:
         if t is not None:
             self.arguments[slot] = t.data_ptr()
 
+    def each_row(self, slots: tuple[int, ...], t: Tensor) -> None:
+        """Hand over the rows of one (len(slots), C)."""
+        address, step = t.data_ptr(), self.channels * t.element_size()
+        for slot in slots:
+            self.arguments[slot] = address
+            address += step
+
+    def numbers(self, slots: tuple[int, ...], values: tuple[float, ...]) -> None:
+        """Hand over float64s by their bits."""
+        bits = struct.unpack(f"{len(slots)}q", struct.pack(f"{len(slots)}d", *values))
+        for slot, bit in zip(slots, bits, strict=True):
+            self.arguments[slot] = bit
+
     def number(self, slot: int, value: float) -> None:
         """Hand over a float64 by its bits."""
         (self.arguments[slot],) = struct.unpack("q", struct.pack("d", value))
@@ -168,6 +183,10 @@ class Slab:
             self._launch(kernel, at.MERGE | pivoted, 1, 1)
             if not a[at.AGAIN]:
                 break
+
+    def settle(self, kernel: Kernel, mode: int) -> None:
+        """What follows from the moments per channel, and needs no pass over x."""
+        self._launch(kernel, mode, 1, 1)
 
     def _launch(self, kernel: Kernel, mode: int, parts: int, threads: int) -> None:
         a = self.arguments

@@ -37,9 +37,9 @@ def empty_like(x: Tensor) -> Tensor:
     # Not a view of `flat`: autograd forbids to change in place what a function returned as a view.
     y = torch.empty(0, dtype=x.dtype)
     y.set_(flat.untyped_storage(), 0, x.shape, x.stride())
-    if torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
-        if torch.are_deterministic_algorithms_enabled():
-            y.fill_(float("nan"))
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if filling and torch.are_deterministic_algorithms_enabled():
+        y.fill_(float("nan"))
     return y
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels import compiled, eager, native
-from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.activations import ACTIVATIONS, kept_for_backward
 from steadynorm.kernels.choice import (
     compiler_calls_cpu_kernels,
     is_exporting,
@@ -87,7 +87,7 @@ class _ByRunning(Call):
         return None, of_running(RunningStatistics(self.mean, self.var, None))
 
 
-class _Settled(NamedTuple):
+class Settled(NamedTuple):
     """What a forward leaves for its backward, all channel-sized."""
 
     batch: Moments | None
@@ -109,7 +109,7 @@ def normalize(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     ):
-        y: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = Normalize.apply(  # type: ignore[no-untyped-call]
             x, weight, bias, residual, mask, call
         )
         return y
@@ -155,19 +155,19 @@ def _forward(
     residual: Tensor | None,
     mask: Tensor | None,
     call: Call,
-) -> tuple[Tensor, _Settled]:
+) -> tuple[Tensor, Settled]:
     stages = stages_for(x, residual)
     outside = {"residual": residual, "activation": call.activation, "groups": call.groups}
     weight, bias = _wide(weight, x), _wide(bias, x)
     if call.own_moments and mask is None and stages is not eager:
         y, local = stages.normalize(x, weight, bias, call.eps, **outside)
         batch, normalizer = call.settle(local)
-        return y, _Settled(batch, normalizer, coefficients(normalizer, weight, bias, call.eps))
+        return y, Settled(batch, normalizer, coefficients(normalizer, weight, bias, call.eps))
     local = stages.moments(x, mask=mask, groups=call.groups) if call.moments_needed else None
     batch, normalizer = call.settle(local)
     known = coefficients(normalizer, weight, bias, call.eps)
     y = stages.apply(x, known.center, known.scale, known.shift, **outside)
-    return y, _Settled(batch, normalizer, known)
+    return y, Settled(batch, normalizer, known)
 
 
 def _traceable(
@@ -220,7 +220,7 @@ def _differentiable(
     )
 
 
-class _Normalize(torch.autograd.Function):
+class Normalize(torch.autograd.Function):
     """Forward: `moments`, `apply`. Backward: `reduce_grad`, `apply_grad`, by the closed form.
 
     Keeps the input, the output or the residual where the activation's derivative needs it, and
@@ -240,15 +240,9 @@ class _Normalize(torch.autograd.Function):
         y, ctx.settled = _forward(x, weight, bias, residual, mask, call)
         ctx.call = call
         ctx.residual_dtype = None if residual is None else residual.dtype
-        from_output = call.activation is None or ACTIVATIONS[call.activation].from_output
-        ctx.save_for_backward(
-            x,
-            weight,
-            bias,
-            None if from_output else residual,
-            mask,
-            y if call.activation is not None and from_output else None,
-        )
+        rebuilds = stages_for(x, residual) is not eager
+        output, residual = kept_for_backward(call.activation, y, residual, rebuilds=rebuilds)
+        ctx.save_for_backward(x, weight, bias, residual, mask, output)
         return y
 
     @staticmethod
@@ -291,7 +285,7 @@ class _XSized(NamedTuple):
 
 
 def _gradients(
-    settled: _Settled,
+    settled: Settled,
     call: Call,
     saved: _XSized,
     *,
@@ -347,7 +341,9 @@ def _second_order_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     g = grad
     if call.activation is not None:
         kind = ACTIVATIONS[call.activation]
-        g = kind.gradient(grad, y if kind.from_output else z)
+        if y is None:
+            y = z if kind.from_output is False else kind.forward(z)
+        g = kind.gradient(grad, y)
     wanted = [
         t if needed else None
         for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from steadynorm.kernels import choice, native, operators
+from steadynorm.kernels import choice, operators
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
 from steadynorm.nn.training import Buffers, TrainingStep
@@ -93,32 +93,25 @@ def batch_norm(
     if eps <= 0:
         checks.epsilon(eps, training or running_mean is None, owner)
     learning = training and policy.__class__ is not Frozen
-    if choice.native_is_best(input, weight, running_mean, running_var):
-        if not learning and running_mean is not None and running_var is not None and mask is None:
-            return native.infer(
-                input, weight, bias, running_mean, running_var, eps, residual, activation
-            )
-        if (
-            learning
-            and policy.__class__ is Batch
-            and mask is None
-            and synchronize is False
-            and nonfinite == "propagate"
-            and momentum is not None
-            and input.numel() > input.size(1)
-            and choice.native_sums_well(input)
-        ):
-            if (
-                recomputation.is_recomputation()
-                and running_mean is not None
-                and running_var is not None
-            ):
-                # The same operator on copies: checkpointing wants as many tensors saved as before.
-                running_mean, running_var = running_mean.clone(), running_var.clone()
+    if mask is None and (
+        _is_plain(input, policy, momentum, synchronize, nonfinite)
+        if learning
+        else running_mean is not None and running_var is not None
+    ):
+        home = choice.plain_calls(
+            input, weight, bias, running_mean, running_var, residual, training=learning
+        )
+        if home is not None:
+            y: Tensor
+            around = (eps, residual, activation)
+            if not learning:
+                y = home.infer(input, weight, bias, running_mean, running_var, *around)
+                return y
+            if running_mean is not None and recomputation.is_recomputation():
+                # The same on copies: checkpointing wants as many tensors saved as before.
+                running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
                 num_batches_tracked = None
-            y = native.train(
-                input, weight, bias, running_mean, running_var, momentum, eps, residual, activation
-            )
+            y = home.train(input, weight, bias, running_mean, running_var, momentum, *around)
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(1)
             return y
@@ -151,6 +144,20 @@ def batch_norm(
         input, policy, buffers, momentum, eps, replicas, nonfinite, owner, groups, activation
     )
     return operators.normalize(input, weight, bias, residual, mask, step)
+
+
+def _is_plain(
+    input: Tensor, policy: Policy, momentum: float | None, synchronize: Synchronize, nonfinite: str
+) -> bool:
+    """Whether nothing but the batch matters to a training call without a mask."""
+    return (
+        policy.__class__ is Batch
+        and synchronize is False
+        and nonfinite == "propagate"
+        and momentum is not None
+        and input.ndim > 1
+        and input.numel() > input.size(1)
+    )
 
 
 def _require_running(policy: Policy, running_mean: Tensor | None, owner: str) -> None:

@@ -57,7 +57,8 @@ def convert(
             what torch's layers cannot hold (policies, `nonfinite`). An activation that `convert`
             did not put inside a layer keeps that layer ours.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the model is
-            run on them before and after, and the answers in inference are compared.
+            run on them before and after, and the answers in inference are compared. Where
+            `torch.fx` cannot follow the model, fusing also goes by what is seen in such a run.
         inplace: change the model given instead of a copy. A copy has parameters of its own: build
             the optimizer from it.
 
@@ -98,7 +99,7 @@ def convert(
         if change is not None:
             changes.append(change)
     if fuse and to == "steadynorm":
-        result = fusion.fuse(result, changes)
+        result = fusion.fuse(result, changes, example_inputs)
     if expected is not None:
         compare(expected, answers(result, example_inputs, training=False), "convert")
     return result, changes

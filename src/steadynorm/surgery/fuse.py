@@ -13,6 +13,10 @@ activation, takes them in. What stood there goes in one of two ways:
   are then those of the moment of conversion.
 
 As everywhere in PyTorch, a block's own layers are taken to be called by that block.
+
+Where `torch.fx` cannot follow a block and example inputs are given, the model is run on them once
+in training and once in inference, and the first way is taken where an activation module was seen to
+serve only batch norms. That shows the path these inputs take, as the change says.
 """
 
 from __future__ import annotations
@@ -23,13 +27,23 @@ from typing import Any
 
 from torch import fx, nn
 
+from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.surgery.changes import Change, Changes
-from steadynorm.surgery.graph import AtomTracer, is_atom, modes_kept, set_training
-from steadynorm.surgery.layers import named, replace
+from steadynorm.surgery.graph import (
+    AtomTracer,
+    Node,
+    is_atom,
+    modes_kept,
+    set_training,
+    trace,
+)
+from steadynorm.surgery.layers import activation_name, named, replace
 from steadynorm.surgery.patterns import Found, Open, Pattern, Refused, find
 
 INSIDE = "fused_by_convert"
+# What a run shows of sums and of activations that are functions.
+OPERATORS = frozenset(f"{n}{e}" for n in ("add", "hardtanh", *ACTIVATIONS) for e in ("", "_"))
 
 
 class Fused(nn.Identity):
@@ -69,13 +83,15 @@ def _rebuild(kind: type[nn.Module], state: dict[str, Any], norms: tuple[str, ...
     return block
 
 
-def fuse(model: nn.Module, changes: Changes) -> nn.Module:
+def fuse(model: nn.Module, changes: Changes, example_inputs: Any = None) -> nn.Module:
     """Fuses what it can; adds what it did, and what it left, to the changes."""
     fusing = _Fusing(model)
     blocks = [pair for pair in named(model) if not is_atom(pair[1])]
     for _, block in reversed(blocks):  # parents come first in `named`
         if not isinstance(block, nn.ModuleList | nn.ModuleDict):
             fusing.visit(block)
+    if example_inputs is not None and any(fusing.open.values()):
+        fusing.by_running(example_inputs)
     changes.extend(fusing.changes())
     return model
 
@@ -123,10 +139,13 @@ class _Fusing:
         self.done[norm] = Change("left", self.names[norm], what, what, why)
 
     def take_in(self, norm: nn.Module, pattern: Pattern, why: str) -> None:
-        self.open.pop(norm)
         parts = ["residual"] if pattern.add is not None else []
         what = " and ".join([*parts, *filter(None, [pattern.activation])])
-        norm.activation = pattern.activation  # type: ignore[assignment]
+        self.close(norm, pattern.activation, what, why)
+
+    def close(self, norm: nn.Module, activation: str | None, what: str, why: str) -> None:
+        self.open.pop(norm)
+        norm.activation = activation  # type: ignore[assignment]
         setattr(norm, INSIDE, what)
         self.done[norm] = Change("fused", self.names[norm], f"{what} after it", "inside it", why)
 
@@ -208,6 +227,37 @@ class _Fusing:
                 where = f"{self.names[module]} is an identity now"
                 self.take_in(norm, patterns.pop(norm)[0], where)
 
+    def by_running(self, example_inputs: Any) -> None:
+        """Takes in activation modules that a run shows to serve nothing but batch norms."""
+        try:
+            graphs = [
+                trace(self.model, example_inputs, training=training, atom=_layer_or_activation)
+                for training in (True, False)
+            ]
+        except Exception as error:  # noqa: BLE001 - whatever the model's forward raises
+            trouble = f"and it cannot be run in training ({str(error).splitlines()[0]})"
+            for norm, earlier in self.open.items():
+                self.open[norm] = earlier and f"{earlier}, {trouble}"
+            return
+        followed: dict[nn.Module, list[nn.Module]] = {}
+        for norm, reason in list(self.open.items()):
+            calls = [call for graph in graphs for call in graph.calls(norm)]
+            if reason is None or not calls or norm._forward_hooks or norm._forward_pre_hooks:
+                continue
+            after = {_alone_after(call) for call in calls}
+            if len(after) == 1 and (module := after.pop()) is not None:
+                followed.setdefault(module, []).append(norm)
+            elif not any(_might_move(user) for call in calls for user in call.users):
+                self.open.pop(norm)  # nothing follows that could move
+        for module, norms in followed.items():
+            served = {call.inputs[0].module for graph in graphs for call in graph.calls(module)}
+            if served != set(norms):
+                continue
+            replace(self.model, module, Fused(module))
+            why = f"{self.names[module]} is an identity now, by a run on the example inputs"
+            for norm in norms:
+                self.close(norm, activation_name(module), str(activation_name(module)), why)
+
     def by_rewriting(self, block: nn.Module, patterns: dict[nn.Module, list[Pattern]]) -> None:
         """Takes in the rest by a new forward for the block."""
         name = self.names[block]
@@ -220,6 +270,27 @@ class _Fusing:
                 parts = ["residual"] if found[0].add is not None else []
                 what = " and ".join([*parts, *filter(None, [found[0].activation])])
                 self.leave(norm, f"{what} after it", f"{name} cannot be rewritten: {reason}")
+
+
+def _layer_or_activation(module: nn.Module) -> bool:
+    return is_atom(module) or activation_name(module) is not None
+
+
+def _alone_after(call: Node) -> nn.Module | None:
+    """The activation module that a batch norm's result goes to, if it goes nowhere else."""
+    if len(call.users) != 1:
+        return None
+    (user,) = call.users
+    module = user.module
+    if module is None or not user.plain or activation_name(module) is None or _hooked(module):
+        return None
+    return module
+
+
+def _might_move(user: Node) -> bool:
+    """Whether what uses a batch norm's result looks like something that belongs inside it."""
+    name = activation_name(user.module) if user.module is not None else user.name
+    return name is not None and (user.module is not None or name.split(".")[-1] in OPERATORS)
 
 
 def rewrite(block: nn.Module, names: tuple[str, ...]) -> str | None:
