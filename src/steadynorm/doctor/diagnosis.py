@@ -129,6 +129,8 @@ def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, .
 
 def _prefixes(codes: Iterable[str], argument: str) -> tuple[str, ...]:
     """Checked against the rules there are: a misspelt code would otherwise hide everything."""
+    if isinstance(codes, str):
+        raise TypeError(f"diagnose: `{argument}` must be a list of codes; got {codes!r}.")
     given = tuple(find_rule(c).code if "-" in c else c.upper() for c in codes)
     for code in given:
         if not any(rule.code.startswith(code) for rule in all_rules()):
