@@ -57,7 +57,7 @@ def lines(
     width = alt.condition(alt.datum[series] == highlight, alt.value(4.0), alt.value(2.25))
     across = alt.X(f"{x}:Q", title=x_title or x)
     if log_x:
-        across = across.scale(type="log").axis(tickCount=6, format="~g")
+        across = across.scale(type="log", nice=False).axis(tickCount=6, format="~g")
     base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
     up = "mean" if replicate else None
     y_shown = alt.Y(f"{y}:Q", title=y_title or y, scale=scale, axis=axis)
