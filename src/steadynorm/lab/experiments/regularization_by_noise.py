@@ -39,8 +39,6 @@ ARMS = {
     "population": "BN, population",
     "ghost": f"BN, ghosts of {GHOST}",
 }
-,
-}
 
 
 class InCompany(nn.Module):
@@ -153,8 +151,8 @@ def verdict(runs: Runs) -> Verdict:
         f"above that on training digits with batches of {small}, and "
         f"{means['population', small]:.1f} with population statistics in their place, "
         f"{noise.text(1)} more. From there to batches of {large} it grows by {with_it.text(1)} "
-        f"more than without batch normalization, to {means['batch', large]:.1f}; of those ghosts "
-        f"of {GHOST} take {ghosts.text(1)} off, and dropout {dropout.text(1)} off the plain network's "
+        f"more than without it, to {means['batch', large]:.1f}; of those ghosts of {GHOST} "
+        f"take {ghosts.text(1)} off, and dropout {dropout.text(1)} off the plain network's "
         f"{means['none', large]:.1f}.",
         [
             expect(f"gap of population statistics minus batch statistics, batch {small}", noise,
@@ -203,8 +201,8 @@ EXPERIMENT = Experiment(
     claim="The noise of batch statistics regularizes, and the less so the larger the batch.",
     source="Ioffe & Szegedy 2015, section 3.4; Hoffer et al. 2017; classic notes",
     factors={
-        "arm": "no normalization; the same with dropout 0.2; batch normalization; the same with the "
-        f"statistics of all training digits in training; with ghosts of {GHOST}",
+        "arm": "no normalization; the same with dropout 0.2; batch normalization; the same with "
+        f"the statistics of all training digits in training; with ghosts of {GHOST}",
         "batch": "batch size; the same number of digits is seen, and the learning rate goes with "
         "its square root",
     },
