@@ -41,7 +41,8 @@ def test_statistics_never_updated_are_measured() -> None:
     assert {"SN101", "SN302", "SN301"} <= {f.code for f in fixed.before.findings}
     assert fixed.after.findings == ()
     assert [change.what for change in fixed.changes] == ["calibrated"] * 3
-    assert accuracy(fixed.model) > 0.95 > 0.9 > bad
+    assert bad < 0.9
+    assert accuracy(fixed.model) > 0.95
 
 
 def test_calibration_goes_layer_by_layer_where_batches_are_small() -> None:
@@ -62,7 +63,8 @@ def test_a_redundant_bias_goes_and_answers_stay() -> None:
     fixed = mended(model, select=["SN201"])
     assert "3.bias" not in fixed.model.state_dict()
     assert codes(fixed) == (["SN201"], [])
-    assert relative([model(images())], [fixed.model(images())]) < 1e-6
+    with torch.no_grad():
+        assert relative([model(images())], [fixed.model(images())]) < 1e-6
 
 
 def test_frozen_layers_stand_still_and_others_do_not() -> None:

@@ -73,7 +73,7 @@ def fix(
             is calibrated. Layer by layer where batches are so small that one pass is not exact.
         given: the other arguments of `diagnose`: loss, forward, against, max_batches, optimizer.
 
-    Raises ValueError or TypeError as the cures do.
+    Raises TypeError for batches that can be read only once, and as the cures do.
 
     >>> import torch, steadynorm as sn
     >>> from steadynorm.doctor import diagnose
@@ -85,6 +85,11 @@ def fix(
     >>> fixed.before.findings[0].code, len(fixed.after.findings)
     ('SN101', 0)
     """
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"fix: `batches` must be readable repeatedly, to measure and to look again; got "
+            f"{type(batches).__name__}. Pass a list or a DataLoader."
+        )
     mended = copied(unwrapped(model), "diagnose")
     safe = tuple(finding for finding in report.findings if finding.safe)
     repair = Repair(mended, safe, batches, report, given)

@@ -11,15 +11,18 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Padding:
-    """Constant positions at one end of a layer's input, up to the longest sample's end.
+    """Padded positions in a layer's input, in the first calls.
 
-    `share`: of all positions. `mean`, `var`: of the values at the others. `known`: the batch held a
-    mask that says so; else the positions were found by their equal values.
+    `share`: of all positions. `mean`, `var`: of the values at the others; `counted_mean`,
+    `counted_var`: of all values. `known`: the batch held a mask that says so; else the positions
+    were found by their equal values.
     """
 
     share: float
     mean: np.ndarray
     var: np.ndarray
+    counted_mean: np.ndarray
+    counted_var: np.ndarray
     known: bool
 
 
@@ -40,7 +43,8 @@ class LayerData:
 
     `order`: its place in the order of first calls. `trains`: it normalized with batches, in the
     pass that does as training does. `samples`: that are normalized together, the median over calls;
-    of a ghost, where batches are divided into these. `positions`: values per channel and sample. `values`: per channel, in all calls. `calls`: in all batches.
+    of a ghost, where batches are divided into these. `positions`: values per channel and sample.
+    `values`: per channel, in all calls. `calls`: in all batches.
 
     `mean`, `var`: of all values, with the layers before normalizing each batch as in training, or,
     where batches know less than 8 independent values, as inference will once all are calibrated:

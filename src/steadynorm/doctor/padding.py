@@ -13,41 +13,58 @@ from steadynorm.kernels.choice import stages_for
 from steadynorm.statistics import Moments, merge
 
 EDGE = 4  # positions at the end that a convolution's own zeros may have touched
+CALLS = 4  # inputs of a layer that are searched; what they hold, the others hold too
 
 
 class Padded:
-    """What has been seen of padding in one layer's input, over all calls."""
+    """What has been seen of padding in one layer's input, over the first calls."""
 
     def __init__(self) -> None:
+        self.calls = 0
         self.positions = 0
         self.padded = 0
+        self.counted: Moments | None = None
         self.valid: Moments | None = None
         self.known = False
 
-    def add(self, x: Tensor, known: Sequence[Tensor]) -> None:
-        """Take in one input (N, C, *), with the masks that its batch held."""
+    def add(self, x: Tensor, part: Moments, known: Sequence[Tensor]) -> None:
+        """Take in one input (N, C, *), its moments, and the masks that its batch held."""
+        if self.calls == CALLS:
+            return
+        self.calls += 1
         shape = (x.shape[0], *x.shape[2:])
         valid = next((mask.bool() for mask in known if mask.shape == shape), None)
         self.known |= valid is not None
         if valid is None:
             valid = by_values(x)
         self.positions += valid.numel()
-        self.padded += int((~valid).sum())
-        if not bool(valid.any()):
-            return
-        count, mean, var, low = stages_for(x, None).moments(x.detach(), mask=valid)
-        wide = [t.to("cpu", torch.float64).reshape(-1) for t in (mean, var, low)]
-        total = torch.as_tensor(count).to("cpu", torch.float64).reshape(1)
-        part = Moments(total, wide[0] + wide[2], wide[1], torch.zeros_like(wide[0]))
-        self.valid = part if self.valid is None else merge(self.valid, part)
+        padded = int((~valid).sum())
+        self.padded += padded
+        self.counted = _joined(self.counted, part)
+        if not padded:
+            self.valid = _joined(self.valid, part)
+        elif padded < valid.numel():
+            count, mean, var, low = stages_for(x, None).moments(x.detach(), mask=valid)
+            wide = [t.to("cpu", torch.float64).reshape(-1) for t in (mean, var, low)]
+            total = torch.as_tensor(count).to("cpu", torch.float64).reshape(1)
+            rest = Moments(total, wide[0] + wide[2], wide[1], torch.zeros_like(wide[0]))
+            self.valid = _joined(self.valid, rest)
 
     def result(self) -> Padding | None:
         """What was found; None where nothing was padded."""
-        if not self.padded or self.valid is None:
+        if not self.padded or self.valid is None or self.counted is None:
             return None
-        mean = np.asarray((self.valid.mean + self.valid.mean_low).numpy())
-        var = np.asarray(self.valid.var.numpy())
-        return Padding(self.padded / self.positions, mean, var, self.known)
+        return Padding(
+            self.padded / self.positions, *_numbers(self.valid), *_numbers(self.counted), self.known
+        )
+
+
+def _joined(a: Moments | None, b: Moments) -> Moments:
+    return b if a is None else merge(a, b)
+
+
+def _numbers(of: Moments) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray((of.mean + of.mean_low).numpy()), np.asarray(of.var.numpy())
 
 
 def by_values(x: Tensor) -> Tensor:
@@ -79,16 +96,23 @@ def by_values(x: Tensor) -> Tensor:
 
 def _runs(lines: Tensor) -> Tensor:
     """How many positions at the end of each sample hold the padding's vector, (N,); 0 for none."""
-    count, _, length, _ = lines.shape
-    best = torch.zeros(count, dtype=torch.int64, device=lines.device)
+    best = torch.zeros(len(lines), dtype=torch.int64, device=lines.device)
     for vector, skipped in _candidates(lines):
-        same = (lines == vector[None, :, None, None]).all(1).all(-1)  # (N, L)
-        same[:, length - skipped :] = True
-        run = same.flip(1).to(torch.int64).cumprod(1).sum(1)
-        run = torch.where(run > skipped + 1, run, 0)
+        # One line first: nearly all inputs end their search there.
+        for part in (lines[..., :1], lines):
+            run = _run(part, vector, skipped)
+            if not bool(run.any()):
+                break
         if run.sum() > best.sum():
             best = run
     return best
+
+
+def _run(lines: Tensor, vector: Tensor, skipped: int) -> Tensor:
+    same = (lines == vector[None, :, None, None]).all(1).all(-1)  # (N, L)
+    same[:, same.shape[1] - skipped :] = True
+    run = same.flip(1).to(torch.int64).cumprod(1).sum(1)
+    return torch.where(run > skipped + 1, run, 0)
 
 
 def _candidates(lines: Tensor) -> Iterator[tuple[Tensor, int]]:

@@ -152,8 +152,8 @@ class Watch:
         part = reached.add(rows, mask, by_sample=not self.training)
         if part is None and self.first_nonfinite is None and not bool(x.isfinite().all()):
             self.first_nonfinite = layer.name
-        if not self.training and mask is None and x.ndim > 2:
-            reached.padded.add(x, self.known)
+        if part is not None and not self.training and mask is None and x.ndim > 2:
+            reached.padded.add(x, part, self.known)
         if self.training and trains(layer):
             self._prepare(module, part, x, reached)
 

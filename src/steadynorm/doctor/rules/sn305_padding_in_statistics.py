@@ -48,7 +48,7 @@ class PaddingInStatistics(Rule):
                 continue
             eps = layer.state.eps or EPS
             how = apart(
-                data.inference_mean, data.inference_var, padding.mean, padding.var, 0.0, eps
+                padding.counted_mean, padding.counted_var, padding.mean, padding.var, 0.0, eps
             )
             if how.mean_divergence > 0.02:
                 found.append((layer, padding, how))

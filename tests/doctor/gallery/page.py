@@ -1,0 +1,28 @@
+"""The page that the tables go into."""
+
+from __future__ import annotations
+
+import platform
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from steadynorm.tour.tour import processor
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "doctor_gallery.md"
+
+
+def replace(marker: str, text: str) -> None:
+    """Put `text` between a marker's beginning and end."""
+    begin, end = (f"<!-- {marker}: {side} -->" for side in ("begin", "end"))
+    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def where_and_when(command: str) -> str:
+    return (
+        f"{date.today().isoformat()}, {processor()}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, by `python benchmarks/{command} --write`."
+    )
