@@ -16,6 +16,14 @@ NAMES = (
     "regularization_by_noise",
     "small_batches",
     "steady_parts",
+    "batch_of_one",
+    "training_against_inference",
+    "shifted_data",
+    "bias",
+    "running_average_in_training",
+    "before_or_after",
+    "recurrent",
+    "cost",
 )
 
 

@@ -10,6 +10,7 @@ from steadynorm.lab.experiment import (
     Experiment,
     Profile,
     Result,
+    Run,
     Runs,
     Setting,
     Shown,
@@ -84,7 +85,7 @@ def verdict(runs: Runs) -> Verdict:
 def show(runs: Runs) -> Shown:
     """Errors, and the loss over training."""
 
-    def called(run: Runs) -> str:
+    def called(run: Run) -> str:
         return f"{NAMES[run['statistics']]}, {run['batch']}"
 
     return Shown(
