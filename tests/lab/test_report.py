@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +159,23 @@ def test_run_goes_on_from_what_is_stored_and_reports(tmp_path):
     assert "Small batches: supported. From batch 8 to batch 2" in result.output
     assert path.read_bytes() == before
     assert Path(tmp_path / "report.html").stat().st_size > 100_000
+
+
+def test_help_loads_no_framework():
+    code = (
+        "import sys; from typer.testing import CliRunner; from steadynorm.cli import app\n"
+        "print('--profile' in CliRunner().invoke(app, ['lab', 'run', '--help']).output)\n"
+        "print(sorted({'torch', 'numba', 'sklearn', 'altair', 'jax', 'keras'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["True", "[]"]
+
+
+def test_says_in_one_line_what_to_install(monkeypatch):
+    monkeypatch.setattr("steadynorm.lab._cli.find_spec", lambda name: None)
+    result = cli.invoke(app, ["lab", "run", "--all"])
+    assert result.exit_code == 2
+    assert result.output == (
+        "steadynorm lab: needs altair, vl-convert-python, scikit-learn: "
+        'pip install "steadynorm[lab]"\n'
+    )

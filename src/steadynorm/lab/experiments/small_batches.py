@@ -58,7 +58,7 @@ def settings(profile: Profile) -> Sequence[Setting]:
     """Every policy at every batch size; ghosts only where a batch holds several."""
     quick = profile == "quick"
     return [
-        {"network": network, "policy": policy, "batch": size, "samples": 2_000 if quick else 4_000}
+        {"network": network, "policy": policy, "batch": size, "samples": 2_000 if quick else 3_000}
         for network in NETWORKS
         for policy in (IN_QUICK if quick else NAMES)
         for size in ((64, 8, 2, 1) if quick else SIZES)

@@ -39,7 +39,7 @@ PARTS = {
     "horizon": "with the horizon in batches, momentum 0.1",
     "spread": "without the δ² term",
 }
-PRIORS = (1, 2, 4, 8, 16)
+PRIORS = (1, 4, 16)
 HORIZONS = (160, 640, 2560)
 
 
@@ -92,7 +92,7 @@ KINDS = {
 
 def settings(profile: Profile) -> Sequence[Setting]:
     """The parts at batch 2 and 1 in both networks; the settings in the fully connected one."""
-    samples = 2_000 if profile == "quick" else 4_000
+    samples = 2_000 if profile == "quick" else 3_000
     default = {"prior": 4, "horizon": 640}
     parts = [
         {"network": network, "part": part, "batch": size, "samples": samples, **default}
