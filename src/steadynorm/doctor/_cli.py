@@ -111,7 +111,8 @@ def doctor(
 
 
 def _could_not_run(error: Exception) -> NoReturn:
-    what = str(error) if isinstance(error, ValueError | TypeError | OSError) else repr(error)
+    told = isinstance(error, ValueError | TypeError | OSError)
+    what = str(error) if told else f"{type(error).__name__}: {error}"
     line = " ".join(what.split()) or type(error).__name__
     typer.echo(f"steadynorm doctor: {line}", err=True)
     raise typer.Exit(2) from error
