@@ -200,7 +200,7 @@ def show(runs: Runs) -> Shown:
 
 
 EXPERIMENT = Experiment(
-    name="batch_of_one",
+    name="batch-of-one",
     title="A batch of one",
     claim="At batch 1 a convolution's positions tell less than their number, since they belong to "
     "one image: counted as fewer values, Steady does better.",

@@ -136,7 +136,7 @@ def show(runs: Runs) -> Shown:
 
 
 EXPERIMENT = Experiment(
-    name="before_or_after",
+    name="before-or-after",
     title="Before or after the activation",
     claim="Batch normalization belongs before the activation, not after it.",
     source="Ioffe & Szegedy 2015, section 3.2; course notes say before and code it after",

@@ -112,7 +112,7 @@ def show(runs: Runs) -> Shown:
 
 
 EXPERIMENT = Experiment(
-    name="running_average_in_training",
+    name="running-average-in-training",
     title="The running average in training",
     claim="The running average of mean and variance may normalize in training as well as the "
     "batch's own.",

@@ -125,7 +125,7 @@ def show(runs: Runs) -> Shown:
 
 
 EXPERIMENT = Experiment(
-    name="shifted_data",
+    name="shifted-data",
     title="Shifted data",
     claim="Where data at test time differ from training, statistics adapted to them, without "
     "labels, take errors off.",

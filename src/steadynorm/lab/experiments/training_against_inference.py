@@ -156,7 +156,7 @@ def show(runs: Runs) -> Shown:
 
 
 EXPERIMENT = Experiment(
-    name="training_against_inference",
+    name="training-against-inference",
     title="Training against inference",
     claim="With small batches the running averages do not stand for the population: the network is "
     "worse in inference than in training, and calibration closes most of the gap.",
