@@ -89,6 +89,18 @@ def test_a_batch_of_2_says_little_of_the_running_statistics(record):
     assert widths[2] > 2 * widths[64]
 
 
+def test_the_doctor_names_the_batch_and_its_advice_holds(record):
+    (run_of,) = record["stops"]["doctor"]["runs"]
+    before, after = ([f["code"] for f in run_of[when]] for when in ("before", "after"))
+    assert before[0] == "SN303"  # the cause comes first
+    assert "SN302" in before
+    assert "SN302" not in after  # what is safe was done
+    assert len(run_of["done"]) == 3
+    accuracy = run_of["accuracy"]
+    assert accuracy["cured"] > accuracy["as_it_was"]
+    assert 1 - accuracy["advised"] < (1 - accuracy["as_it_was"]) / 3
+
+
 def test_the_folded_network_gives_the_same_answers(record):
     (run_of,) = record["stops"]["folding"]["runs"]
     assert run_of["layers"] == 3

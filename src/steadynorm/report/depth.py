@@ -35,6 +35,7 @@ def profile(
     if log:
         ends = [row[end] for row in rows for end in (low, high)]
         ends += [] if reference is None else [reference]
+    if log and max(ends, default=1) > 4 * min(ends, default=1):
         # Not out to the next powers of ten, which would flatten what lies near 1.
         room = {"domainMin": min(ends) / 1.25, "domainMax": max(ends) * 1.25} if ends else {}
         scale = alt.Scale(type="log", nice=False, **room)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from steadynorm.lab.jobs import Job
-from steadynorm.report.page import Chart, Table
+from steadynorm.report.page import Card, Chart, Table
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class StopResult:
-    """What a stop shows: a sentence for the terminal, more text for the page, tables, charts, and
-    all figures as plain dicts and lists for `report.json`.
+    """What a stop shows: a sentence for the terminal, more text and cards for the page, tables,
+    charts, and all figures as plain dicts and lists for `report.json`.
     """
 
     sentence: str
@@ -30,6 +30,7 @@ class StopResult:
     charts: Sequence[Chart] = ()
     text: Sequence[str] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
+    cards: Sequence[Card] = ()
 
 
 class Stop(Protocol):

@@ -34,7 +34,13 @@ class Tour:
         return Page(
             "A tour of batch normalization",
             [
-                Section(stop.title, [result.sentence, *result.text], result.tables, result.charts)
+                Section(
+                    stop.title,
+                    [result.sentence, *result.text],
+                    result.tables,
+                    result.charts,
+                    result.cards,
+                )
                 for stop, result in self.results
             ],
             lead=f"Small networks trained on real handwritten digits ({self.data}).",
