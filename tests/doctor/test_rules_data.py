@@ -1,0 +1,275 @@
+"""Where the rules of data speak and how severely, on evidence made up to lie on either side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from steadynorm.doctor import Finding, Severity
+from steadynorm.doctor.apart import apart, running_apart
+from steadynorm.doctor.evidence import Evidence, Layer, Model, Place, State
+from steadynorm.doctor.gains import gain_of
+from steadynorm.doctor.observed import (
+    Gradient,
+    LayerData,
+    ModelData,
+    Modes,
+    Padding,
+    Saturation,
+)
+from steadynorm.doctor.rules import find_rule
+
+INFO, WARNING, ERROR = Severity
+ZEROS, ONES = np.zeros(8), np.ones(8)
+
+
+def layer(name: str = "norm", policy: str = "Batch", **given: Any) -> Layer:
+    """A layer on 32 batches of 16 samples of mean 0 and variance 1, which its statistics are."""
+    state = State(8, "torch", 1e-5, 0.1, ONES, ZEROS, ZEROS, ONES)
+    fields = {"running_mean", "running_var"} & given.keys()
+    state = replace(state, **{name: given.pop(name) for name in fields})
+    place = Place(training=False, policy=policy, moves=True, trained={})
+    place = replace(place, synchronized=given.pop("synchronized", False))
+    data = LayerData(
+        order=given.pop("order", 0), trains=True, samples=16, positions=1, values=512, calls=32,
+        mean=ZEROS, var=ONES, var_of_means=ONES / 16, inference_mean=ZEROS, inference_var=ONES,
+        worth=1.0, effective=16.0,
+    )  # fmt: skip
+    return Layer(name, "BatchNorm1d", state, place, replace(data, **given))
+
+
+def evidence(*layers: Layer, replicas: int = 1, **given: Any) -> Evidence:
+    model = Model("Sequential", False, 1, 1, replicas=replicas)
+    return Evidence("test", layers, model, ModelData(**{"batches": 32, "gap": 0.1, **given}))
+
+
+def said(code: str, *layers: Layer, **given: Any) -> list[Finding]:
+    return list(find_rule(code).check(evidence(*layers, **given)))
+
+
+def severity(code: str, *layers: Layer, **given: Any) -> Severity | None:
+    found = said(code, *layers, **given)
+    assert len(found) <= 1
+    return found[0].severity if found else None
+
+
+def losses(training: float, inference: float, calibrated: float, scatter: float = 0.0) -> Modes:
+    """Of 16 batches, the differences' standard error being `scatter`."""
+    wave = np.tile([1.0, -1.0], 8) * scatter * np.sqrt(15)
+    return Modes(
+        np.full(16, training), np.full(16, inference) + wave, np.full(16, calibrated)
+    )  # fmt: skip
+
+
+# --- the measures they share
+
+
+def test_divergence_is_the_integral() -> None:
+    """KL(N(0.3, 1.2²) ‖ N(1, 2²)), integrated."""
+    x = np.linspace(-12, 12, 200_001)
+
+    def density(mean: float, std: float) -> np.ndarray:
+        return np.exp(-((x - mean) ** 2) / (2 * std**2)) / np.sqrt(2 * np.pi) / std
+
+    p, q = density(0.3, 1.2), density(1.0, 2.0)
+    expected = np.sum(p * np.log(p / q)) * (x[1] - x[0])
+    how = apart(*map(np.array, ([1.0], [4.0], [0.3], [1.44])), 0.0, eps=0.0)
+    assert how.divergence[0] == pytest.approx(expected, rel=1e-6)
+    assert how.shift[0] == pytest.approx(0.7 / 1.2)
+    assert how.ratio[0] == pytest.approx(2 / 1.2)
+
+
+def test_one_dead_channel_does_not_condemn_a_layer() -> None:
+    wide = np.ones(128)
+    var = wide.copy()
+    var[0] = 0.0
+    how = apart(0 * wide, wide, 0 * wide, var, 0.0)
+    assert how.divergence[0] > 4
+    assert not how.far
+
+
+def test_little_data_is_no_evidence() -> None:
+    """16 values in all know a mean to a quarter of a standard deviation."""
+    shifted = layer(running_mean=0.25 * ONES)
+    assert running_apart(shifted).far  # type: ignore[union-attr]
+    assert not running_apart(replace(shifted, data=layer(values=16).data)).far  # type: ignore[union-attr]
+
+
+def test_layers_that_somebody_holds_still_are_not_judged() -> None:
+    assert running_apart(layer(running_mean=ONES, trains=False)) is None
+    assert running_apart(layer(running_mean=np.nan * ONES)) is None
+
+
+def test_gains_are_paired() -> None:
+    after = np.linspace(1, 100, 16)
+    gain = gain_of(after + 0.5, after)
+    assert gain is not None
+    assert gain.clear(100)
+    assert gain.error == pytest.approx(0, abs=1e-12)
+    assert gain_of(np.array([1.0, np.nan]), np.ones(2)) is None
+
+
+# --- SN301 and SN302
+
+
+@pytest.mark.parametrize(
+    ("gap", "loss", "expected"),
+    [
+        (0.4, None, None),
+        (0.6, None, WARNING),
+        (0.6, losses(1.0, 1.0, 1.0), INFO),
+        (0.6, losses(1.0, 0.5, 0.5), INFO),  # inference is the better one
+        (0.4, losses(1.0, 1.15, 1.0), None),
+        (0.4, losses(1.0, 1.25, 1.0), ERROR),
+        (0.4, losses(1.0, 1.25, 1.0, scatter=0.1), None),
+        (0.4, losses(0.001, 0.01, 0.001), None),  # ten times as much, and nothing
+    ],
+)
+def test_sn301(gap: float, loss: Modes | None, expected: Severity | None) -> None:
+    assert severity("SN301", layer(), gap=gap, loss=loss) is expected
+
+
+def test_sn301_names_the_first_layer_by_calls() -> None:
+    late = layer("early in the model", order=1, running_mean=ONES)
+    first = layer("late in the model", order=0, running_mean=2 * ONES)
+    (found,) = said("SN301", late, first, gap=0.6)
+    assert (found.layer, found.evidence["first_layer"]) == ("", "late in the model")
+    assert found.evidence["layers_apart"] == 2
+    assert "first in 'late in the model': means 2 standard deviations off" in found.message
+
+
+@pytest.mark.parametrize(
+    ("shift", "loss", "expected"),
+    [
+        (0.15, None, None),
+        (0.25, None, INFO),
+        (0.4, None, WARNING),
+        (1.5, None, ERROR),
+        (1.5, losses(1, 1.0, 1.0), INFO),
+        (1.5, losses(1, 1.04, 1.0), INFO),
+        (0.4, losses(1, 1.1, 1.0), WARNING),
+        (0.4, losses(1, 1.1, 1.0, scatter=0.06), INFO),
+        (0.4, losses(1, 1.6, 1.0), ERROR),
+    ],
+)
+def test_sn302(shift: float, loss: Modes | None, expected: Severity | None) -> None:
+    assert severity("SN302", layer(running_mean=shift * ONES), loss=loss) is expected
+
+
+# --- SN303 and SN304
+
+
+@pytest.mark.parametrize(
+    ("given", "replicas", "expected"),
+    [
+        ({"samples": 8}, 1, None),
+        ({"samples": 7}, 1, WARNING),
+        ({"samples": 3}, 1, ERROR),
+        ({"samples": 2, "worth": 6.0, "positions": 64}, 1, None),
+        ({"samples": 2, "worth": 1.5, "positions": 64}, 1, ERROR),
+        ({"samples": 2, "policy": "Steady"}, 1, None),
+        ({"samples": 2, "policy": "Frozen"}, 1, None),
+        ({"samples": 2, "policy": "Ghost"}, 1, ERROR),
+        ({"samples": 2, "trains": False}, 1, None),
+        ({"samples": 2, "worth": None}, 1, None),
+        ({"samples": 2, "synchronized": True}, 1, ERROR),
+        ({"samples": 2, "synchronized": True}, 4, None),
+    ],
+)
+def test_sn303(given: dict[str, Any], replicas: int, expected: Severity | None) -> None:
+    assert severity("SN303", layer(**given), replicas=replicas) is expected
+
+
+def test_sn303_names_the_smallest_batch_of_the_worst_layer() -> None:
+    layers = [
+        layer("wide", samples=2, worth=50.0, positions=64),
+        layer("poor", order=1, samples=2, worth=3.0, positions=16),
+        layer("worst", order=2, samples=2, worth=1.25, positions=4),
+    ]
+    (found,) = said("SN303", *layers)
+    assert found.layer == "poor"
+    assert found.evidence["worst_layer"] == "worst"
+    assert found.evidence["smallest_batch"] == 7  # 8/1.25, rounded up
+    assert "batches of at least 7, or with a policy that remembers: Steady" in found.cure
+
+
+def test_sn304_of_the_last_batch() -> None:
+    assert severity("SN304", layer(), last_batch=1) is WARNING
+    assert severity("SN304", layer(), last_batch=2) is None
+    assert severity("SN304", layer(positions=64), last_batch=1) is None
+    assert severity("SN304", layer(policy="Steady"), last_batch=1) is None
+    assert severity("SN304", layer(single=(1, 8))) is ERROR
+
+
+# --- SN305 to SN310
+
+
+@pytest.mark.parametrize(
+    ("share", "shift", "masked", "expected"),
+    [
+        (0.3, 0.5, False, WARNING), (0.3, 0.5, True, None),
+        (0.04, 0.5, False, None), (0.3, 0.1, False, None),
+    ],
+)  # fmt: skip
+def test_sn305(share: float, shift: float, masked: bool, expected: Severity | None) -> None:
+    padding = Padding(share, ZEROS, ONES, shift * ONES, ONES, known=False)
+    assert severity("SN305", layer(padding=padding, masked=masked)) is expected
+
+
+def test_sn306_says_which_set_the_statistics_fit() -> None:
+    new = dict(reference_mean=ONES, reference_var=ONES)
+    (fits_first,) = said("SN306", layer(**new))
+    (fits_second,) = said("SN306", layer(**new, running_mean=ONES))
+    assert "the running statistics fit the first set" in fits_first.message
+    assert fits_first.line == "sn.adapt(model, against)"
+    assert "the running statistics fit the second set" in fits_second.message
+    assert fits_second.line == "sn.adapt(model, batches)"
+    assert said("SN306", layer(reference_mean=0.1 * ONES, reference_var=ONES)) == []
+    assert said("SN306", layer()) == []
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, None), (0.6, WARNING), (0.95, ERROR)])
+def test_sn307(share: float, expected: Severity | None) -> None:
+    assert severity("SN307", layer(saturation=Saturation("tanh", share, 0.0))) is expected
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"), [(1e-3, None), (5e-5, WARNING), (5e-7, ERROR), (0.0, ERROR)]
+)
+def test_sn308(first: float, expected: Severity | None) -> None:
+    """A quarter of the layers at either end, by their medians."""
+    sizes = [first, first, 1e-9, *(0.1 for _ in range(7)), 1.0, 1.0]
+    found = [Gradient(str(index), size) for index, size in enumerate(sizes)]
+    found[2] = Gradient("2", first)
+    assert severity("SN308", layer(), gradients=tuple(found)) is expected
+    assert severity("SN308", layer(), gradients=tuple(found[:2])) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"effective": 3.9}, WARNING),
+        ({"effective": 4.1}, None),
+        ({"effective": None}, None),
+        ({"effective": 3.9, "samples": 7}, None),
+        ({"effective": 3.9, "policy": "Steady"}, None),
+        ({"effective": 3.9, "calls": 64}, None),  # twice a forward, on two kinds of input
+        ({"effective": 30.0, "worth": 10.0}, WARNING),
+    ],
+)
+def test_sn309(given: dict[str, Any], expected: Severity | None) -> None:
+    assert severity("SN309", layer(**given)) is expected
+
+
+def test_sn310() -> None:
+    assert severity("SN310", layer("a"), layer("b"), first_nonfinite="b") is ERROR
+    assert severity("SN310", layer("a")) is None
+
+
+def test_without_batches_they_say_nothing() -> None:
+    bare = Evidence("test", (replace(layer(), data=None),))
+    for code in (f"SN3{number:02}" for number in range(1, 11)):
+        assert list(find_rule(code).check(bare)) == []
