@@ -63,6 +63,7 @@ NAMES = {
 }
 # Where there are no positions, counting them is counting samples.
 ON_VECTORS = ("none", "layer", "running", "steady", "samples, remembered")
+AT_TWO = ("none", "group", "batch", "running", "steady", "samples", "samples, remembered")
 IN_QUICK = ("group", "steady", "samples", "positions, remembered", "samples, remembered")
 
 
@@ -71,9 +72,9 @@ def settings(profile: Profile) -> Sequence[Setting]:
     is better at 1 could be worse.
     """
     quick = profile == "quick"
-    samples = 3_000 if quick else 8_000
-    kinds = IN_QUICK if quick else tuple(NAMES)
-    found = [("convolutional", size, kind) for size in (1, 2) for kind in kinds]
+    samples = 3_000 if quick else 6_000
+    found = [("convolutional", 1, kind) for kind in (IN_QUICK if quick else NAMES)]
+    found += [("convolutional", 2, kind) for kind in AT_TWO if not quick or kind in IN_QUICK]
     if not quick:
         found += [("fully connected", size, kind) for size in (1, 2) for kind in ON_VECTORS]
         found += [
