@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -313,3 +317,32 @@ def test_arguments() -> None:
         diagnose(small(), optimizer="sgd")
     with pytest.raises(ValueError, match="`loss` needs a model to go with it; got a checkpoint"):
         diagnose(small().state_dict(), loss=copy.copy)
+
+
+def test_a_keras_model_is_diagnosed_by_its_file(tmp_path: Path) -> None:
+    """In a process of its own: Keras chooses its backend once."""
+    pytest.importorskip("keras")
+    source = f"""
+import keras
+import steadynorm as sn
+
+model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(momentum=0.1)])
+try:
+    sn.diagnose(model)
+except TypeError as error:
+    print(error)
+model.save(r"{tmp_path / "model.keras"}")
+for finding in sn.diagnose(r"{tmp_path / "model.keras"}").findings:
+    print(finding.code, finding.layer)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=False,
+        env={**os.environ, "KERAS_BACKEND": "torch"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "diagnose: `target` is a Keras model; save it, model.save('model.keras'), and diagnose the "
+        "file.",
+        "SN107 layers/batch_normalization",
+        "SN101 layers/batch_normalization",
+    ]

@@ -55,17 +55,35 @@ def test_statistics_never_updated(values: dict[str, Any], severity: str, why: st
     assert said(norm(**FRESH, **values), "SN101") == [("", severity, message)]
 
 
-def test_statistics_never_updated_beside_layers_that_were() -> None:
+BESIDE = (
+    "running_mean is 0 and running_var is 1 in all 4 channels, but 1 of 2 layers have statistics"
+)
+
+
+@pytest.mark.parametrize(
+    ("affine", "severity", "why"),
+    [(True, "warning", "; nothing of this one was trained"), (False, "error", "")],
+)
+def test_statistics_never_updated_beside_layers_that_were(
+    affine: bool, severity: str, why: str
+) -> None:
     model = small()
-    model[4] = nn.BatchNorm2d(4)
-    assert said(model, "SN101") == [
-        (
-            "4",
-            "error",
-            "running_mean is 0 and running_var is 1 in all 4 channels, but 1 of 2 layers have "
-            "statistics",
-        )
-    ]
+    model[4] = nn.BatchNorm2d(4, affine=affine)
+    assert said(model, "SN101") == [("4", severity, f"{BESIDE}{why}")]
+    assert said(model.state_dict(), "SN101") == [("4", severity, f"{BESIDE}{why}")]
+
+
+def test_a_layer_that_no_forward_reaches() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small()
+            self.body[4], self.head = nn.Identity(), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    assert said(Unused(), "SN101") == [("head", "info", f"{BESIDE}; no forward reaches this one")]
 
 
 @pytest.mark.parametrize(
@@ -302,3 +320,15 @@ def test_rounding_that_shifts_a_channel() -> None:
 def test_our_layers_keep_float32() -> None:
     model, _ = sn.convert(small().train())
     assert found(model.bfloat16(), "SN109") == []
+
+
+def test_time_steps_beyond_the_longest_sequence_are_left_alone() -> None:
+    torch.manual_seed(0)
+    layer = sn.BatchNormLSTM(3, 4, max_length=6)
+    layer(torch.randn(4, 8, 3))  # four steps of six
+    for target in (layer, layer.state_dict()):
+        assert len(diagnose(target).evidence.layers) == 18
+        assert found(target, "SN101") == []
+    layer.cells[0].input_norm.steps[0].reset_running_stats()
+    found_now = found(layer, "SN101")
+    assert found_now[0].layer == "cells.0.input_norm.steps.0"

@@ -197,6 +197,11 @@ def diagnose(
 
     from steadynorm.doctor.probe import probe_model, probe_state
 
+    if any(kind.__module__.startswith("keras.") for kind in type(target).__mro__):
+        raise TypeError(
+            "diagnose: `target` is a Keras model; save it, model.save('model.keras'), and diagnose "
+            "the file."
+        )
     if isinstance(target, nn.Module):
         evidence = probe_model(
             target,

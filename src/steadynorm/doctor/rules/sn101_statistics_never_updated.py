@@ -26,8 +26,11 @@ class StatisticsNeverUpdated(Rule):
     source = "Ioffe & Szegedy 2015, Alg. 2; pytorch/pytorch issues 4741 and 5406."
     threshold = (
         "Every mean exactly 0 and every variance exactly 1, which no data gives. An error where "
-        "training shows elsewhere: in this layer's weight or bias, in its count of batches, or in "
-        "another layer's statistics. Information where nothing of the model was trained yet."
+        "training shows elsewhere: in this layer's weight or bias, in its count of batches, or, "
+        "for a layer without weight and bias, in another layer's statistics. A warning where other "
+        "layers were trained and nothing of this one was: new, left out, or not loaded. "
+        "Information where no forward reaches it, or nothing of the model was trained yet. Time "
+        "steps of a recurrent layer beyond the longest sequence are left alone."
     )
     cure = "Measure the statistics on training data, with the weights held still."
     line = "sn.calibrate(model, batches)"
@@ -39,7 +42,7 @@ class StatisticsNeverUpdated(Rule):
     def judge(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
         """A finding where statistics are as they were made."""
         state = layer.state
-        if not initial(state):
+        if not initial(state) or _later_step(layer, evidence):
             return
         others = sum(not initial(other.state) for other in evidence.layers)
         batches = state.num_batches_tracked
@@ -57,12 +60,29 @@ class StatisticsNeverUpdated(Rule):
         elif affine_moved(state):
             yield self.finding(layer, f"{message}, but weight and bias were trained", numbers)
         elif others:
-            total = len(evidence.layers)
-            message = f"{message}, but {others} of {total} layers have statistics"
-            yield self.finding(layer, message, numbers)
+            message = f"{message}, but {others} of {len(evidence.layers)} layers have statistics"
+            known = state.bias is not None or state.weight is not None
+            if layer.place is not None and layer.place.calls == 0:
+                message += "; no forward reaches this one"
+                severity = Severity.INFO
+            elif known:
+                message += "; nothing of this one was trained"
+                severity = Severity.WARNING
+            else:
+                severity = Severity.ERROR
+            yield self.finding(layer, message, numbers, severity=severity)
         else:
             message = f"{message}; nothing in this model was trained yet"
             yield self.finding(layer, message, numbers, severity=Severity.INFO)
+
+
+def _later_step(layer: Layer, evidence: Evidence) -> bool:
+    """A time step of a recurrent layer that no sequence was long enough for: earlier ones serve."""
+    owner, found, number = layer.name.rpartition(".steps.")
+    if not found or not number.isdecimal() or layer.state.num_batches_tracked:
+        return False
+    first = f"{owner}.steps.0"
+    return any(other.name == first and not initial(other.state) for other in evidence.layers)
 
 
 def initial(state: State) -> bool:

@@ -34,7 +34,7 @@ class NegativeVariance(Rule):
         var = layer.state.running_var
         if var is None or not (var < 0).any():
             return
-        count, smallest = int((var < 0).sum()), float(var.min())
+        count, smallest = int((var < 0).sum()), float(var[var < 0].min())
         yield self.finding(
             layer,
             f"running_var is negative in {count} of {var.size} channels, down to {smallest:.3g}",

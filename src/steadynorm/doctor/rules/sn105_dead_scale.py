@@ -43,6 +43,7 @@ class DeadScale(Rule):
     def judge(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
         """A finding where channels have a weight of practically 0."""
         weight, bias = layer.state.weight, layer.state.bias
+        weight = None if weight is None else weight[np.isfinite(weight)]
         if weight is None or not weight.size:
             return
         size = np.abs(weight)

@@ -46,7 +46,7 @@ class MomentumOfAnotherFramework(Rule):
         if momentum is None or (place is not None and place.policy in WITHOUT_MOMENTUM):
             return
         new = CONVENTIONS[state.framework].momentum_weighs == "new"
-        weight = momentum if new else 1 - momentum  # of the new batch
+        weight = min(momentum if new else 1 - momentum, 1.0)  # of the new batch
         if weight < 0.9:
             return
         others, here = ("Keras and flax", state.framework) if new else ("torch", state.framework)
