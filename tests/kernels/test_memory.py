@@ -119,3 +119,24 @@ def test_threads_never_share_a_block():
     for thread in threads:
         thread.join()
     assert not faults
+
+
+def test_autograd_adds_up_gradients_in_place():
+    """A Python handle on the storage would keep it from doing so, at 2 copies' cost a sum."""
+
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return empty_like(grad).copy_(grad)
+
+    x = torch.zeros(LARGE, requires_grad=True)
+    twice = 2 * x
+    y = Same.apply(twice) + Same.apply(twice)
+    with torch.profiler.profile() as profile:
+        y.backward(torch.ones(LARGE))
+    sums = [event.name for event in profile.events() if event.name.startswith("aten::add")]
+    assert sums == ["aten::add_"]
