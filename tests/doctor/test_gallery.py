@@ -10,6 +10,7 @@ import torch
 from tests.doctor.gallery.all_patients import PATIENTS
 from tests.doctor.gallery.healthy import HEALTHY, QUICK
 from tests.doctor.gallery.networks import accuracy, trained
+from tests.doctor.gallery.page import PAGE
 
 from steadynorm.doctor import Severity
 from steadynorm.doctor.rules import all_rules
@@ -48,3 +49,14 @@ def test_healthy_networks_get_no_error_and_no_warning(name: str) -> None:
 def test_the_command_looks_at_twenty_real_networks() -> None:
     real = [name for name in HEALTHY if name.startswith(("transformers", "MONAI"))]
     assert len(real) >= 20
+
+
+def test_the_page_shows_them_all_named_first() -> None:
+    """Made by `python benchmarks/doctor_gallery.py --write`."""
+    page = PAGE.read_text(encoding="utf-8")
+    for fault, patient in PATIENTS.items():
+        assert f"| {fault} | {patient.code} " in page
+    for name in HEALTHY:
+        assert f"| {name} |" in page
+    assert f"{len(PATIENTS)} of {len(PATIENTS)} faults are named first." in page
+    assert f"{len(HEALTHY)} of {len(HEALTHY)} healthy networks get no error" in page

@@ -109,7 +109,7 @@ def measuring(
     the layer sees.
     """
     run = Pass(layers, mixture)
-    with ExitStack() as hooks, torch.no_grad(), _eagerly():
+    with ExitStack() as hooks, torch.no_grad(), eagerly():
         for layer in layers:
             hook = _hook(run, layer, sources[layer.name])
             handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -127,7 +127,7 @@ def _hook(run: Pass, layer: Layer, source: RunningStatistics) -> Callable[[Any, 
     return hook
 
 
-def _eagerly() -> AbstractContextManager[Any]:
+def eagerly() -> AbstractContextManager[Any]:
     """No compiled code, which would not call the hooks."""
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
     return nullcontext() if set_stance is None else set_stance("force_eager")

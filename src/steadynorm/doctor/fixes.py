@@ -13,9 +13,9 @@ from torch import nn
 
 from steadynorm.calibration.functions import calibrate
 from steadynorm.calibration.layers import unwrapped
+from steadynorm.doctor.apart import ENOUGH, known
 from steadynorm.doctor.diagnosis import Report, diagnose
 from steadynorm.doctor.finding import Finding
-from steadynorm.doctor.rules.sn303_batch_too_small import ENOUGH, known
 from steadynorm.surgery import bias, freezing
 from steadynorm.surgery.changes import Change, Changes
 from steadynorm.surgery.conversion import HALF, convert

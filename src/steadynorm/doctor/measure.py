@@ -7,7 +7,7 @@ normalizing as in training; and in inference again with the statistics that cali
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from steadynorm.calibration.batches import Batches, checked, moved
 from steadynorm.calibration.functions import calibrate
 from steadynorm.calibration.layers import Layer, batch_norms
-from steadynorm.calibration.measuring import _eagerly
+from steadynorm.calibration.measuring import eagerly
+from steadynorm.doctor.apart import ENOUGH
 from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes
 from steadynorm.doctor.slopes import gradients, saturations
-from steadynorm.doctor.watching import ENOUGH, Reached, Watch, trains, watching
+from steadynorm.doctor.watching import Reached, Watch, trains, watching
 from steadynorm.statistics import Ghost
 from steadynorm.surgery.graph import set_training, tensors
 
@@ -58,7 +59,7 @@ def measure(
         layer._replace(name="" if layer.module is model else layer.name)
         for layer in batch_norms(model, "diagnose")
     ]
-    with _eagerly():
+    with eagerly():
         passes = Passes(model, feed, held, layers, loss)
         inference = passes.run(training=False)
         training = passes.run(training=True)
@@ -135,7 +136,7 @@ class Passes:
             done.outputs.append(_some(answer))
             loss = loss_of(self.loss, answer, batch)
             if loss is not None:
-                done.losses.append(float(loss))
+                done.losses.append(float(loss.detach()))
             self.rewind()
             set_training(self.model, False)
         return done
@@ -332,7 +333,7 @@ def _modes(training: Pass, inference: Pass, calibrated: Pass) -> Modes | None:
 
 def _masks(batch: Any) -> list[Tensor]:
     """The masks in a batch of keyword arguments, by their names."""
-    if not isinstance(batch, dict):
+    if not isinstance(batch, Mapping):
         return []
     return [v for k, v in batch.items() if str(k).endswith("mask") and isinstance(v, Tensor)]
 

@@ -17,7 +17,7 @@ from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.statistics import Moments, merge, pool
 
-ENOUGH = 8  # batches, before their means' scatter is believed: it is then known to about a half
+SEVERAL = 8  # batches, before their means' scatter is believed: it is then known to about a half
 
 
 class Reached:
@@ -92,7 +92,7 @@ class Reached:
         """How many independent values a batch counts for; None where batches are too few."""
         usual = int(np.median(self.samples)) if self.samples else 0
         means = [m for m, n in zip(self.batch_means, self.samples, strict=True) if n == usual]
-        if len(means) < ENOUGH:
+        if len(means) < SEVERAL:
             return None
         return _ratio(self.var, np.var(means, axis=0, ddof=1))
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from steadynorm.doctor.apart import called
-from steadynorm.doctor.evidence import Evidence, Layer
+from steadynorm.doctor.apart import ENOUGH, called, known
+from steadynorm.doctor.evidence import Evidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.rules.rule import Rule
 
-ENOUGH = 8
 TOO_FEW = 4
 
 
@@ -82,15 +81,3 @@ class BatchTooSmall(Rule):
             cure=f"Train with batches of at least {smallest}, or with a policy that remembers: "
             f"Steady. Calibration mends inference in part.",
         )
-
-
-def known(layer: Layer, evidence: Evidence) -> float:
-    """Independent values per channel in a batch that normalizes by itself; infinity for others."""
-    data, place = layer.data, layer.place
-    if data is None or data.worth is None or not data.trains or data.single is not None:
-        return math.inf
-    if place is not None and place.policy not in ("Batch", "Ghost"):
-        return math.inf
-    pooled = place is not None and place.synchronized and evidence.model is not None
-    replicas = evidence.model.replicas if pooled and evidence.model else 1
-    return data.samples * data.worth * replicas
