@@ -157,7 +157,8 @@ def verdict(runs: Runs) -> Verdict:
         f"Over {count} steps in double precision, networks with and without a bias differ by "
         f"10^{max(e.value for e in exact.values()):.1f} of the largest logit at most; in single "
         f"precision by up to 10^{max(e.value for e in beside.values()):.1f} times what moving the "
-        f"first weights by one rounding makes. Without normalization the same bias makes a difference of 10^{plain.value:.1f}.",
+        f"first weights by one rounding makes. Without normalization the same "
+        f"bias makes a difference of 10^{plain.value:.1f}.",
         [
             *(expect(f"log10 of the difference, double precision, {kind}", exact[kind], below=-8)
               for kind in kinds),
