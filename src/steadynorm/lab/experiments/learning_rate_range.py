@@ -29,8 +29,8 @@ DEPTHS = (3, 10)
 
 
 def settings(profile: Profile) -> Sequence[Setting]:
-    """A ladder of rates from 2⁻¹⁰ to 2⁶, every second step or every step of a factor of 2."""
-    ladder = range(-10, 7, 2) if profile == "quick" else range(-10, 7)
+    """A ladder of rates from 2⁻¹⁰ to 2⁴, every second step or every step of a factor of 2."""
+    ladder = range(-10, 5, 2) if profile == "quick" else range(-10, 5)
     return [
         {"depth": depth, "normalization": kind, "rate": 2.0**power, "samples": 12_800}
         for depth in DEPTHS
