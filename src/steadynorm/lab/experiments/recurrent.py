@@ -32,7 +32,7 @@ from steadynorm.nn import BatchNormLSTM
 from steadynorm.report.charts import lines
 
 BATCH, HIDDEN, RATE, CLIP = 64, 48, 2e-3, 1.0
-LOOKS = 10
+LOOKS = 8
 CALIBRATION_BATCH = 480
 TASKS = {"rows": "rows", "pixels": "pixels", "permuted": "pixels, permuted"}
 NETWORKS = {
@@ -42,13 +42,16 @@ PERMUTATION_SEED = 2016  # the same for all runs: it belongs to the task
 
 
 def settings(profile: Profile) -> Sequence[Setting]:
-    """All networks on all tasks; short ones have no pixels in order."""
+    """All networks by rows and on permuted pixels; the full profile has pixels in order, too, but
+    γ = 1 is compared on the permuted ones.
+    """
     quick = profile == "quick"
-    lengths = {"rows": 300, "permuted": 200} if quick else dict.fromkeys(TASKS, 500)
+    lengths = {"rows": 300, "permuted": 200} if quick else dict.fromkeys(TASKS, 400)
     return [
         {"task": task, "network": network, "steps": steps}
         for task, steps in lengths.items()
         for network in NETWORKS
+        if (task, network) != ("pixels", "1")
     ]
 
 
