@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -63,7 +65,7 @@ def entries(path: str | os.PathLike[str]) -> Iterator[dict[str, Entry]]:
     if not size:
         raise ValueError(f"{path} is empty.")
     with ExitStack() as opened:
-        with _damaged_told(path):
+        with damage_told(path):
             found = reader(path, opened)
         yield {name: _guarded(entry, name, path, size) for name, entry in found.items()}
 
@@ -76,7 +78,7 @@ def keras_settings(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if path.suffix != ".keras":
         return []
-    with _damaged_told(path):
+    with damage_told(path):
         return formats.keras_settings(path)
 
 
@@ -87,25 +89,40 @@ def _guarded(entry: Entry, name: str, path: Path, size: int) -> Entry:
                 f"{path} cannot be read: {name!r} of shape {entry.shape} is larger than such a "
                 f"file can hold."
             )
-        with _damaged_told(path):
+        with damage_told(path):
             return entry.load()
 
     return entry._replace(load=load)
 
 
 @contextmanager
-def _damaged_told(path: Path) -> Iterator[None]:
+def damage_told(path: Path) -> Iterator[None]:
     """Turns whatever a library says of bytes it cannot make sense of into one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a library may warn first; the line below says it
             yield
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} cannot be read: {_why_not_unpickled(error)}.") from error
     except Exception as error:
-        what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        own = type(error) is ValueError
+        what = str(error) if own else f"{type(error).__name__}: {error}".rstrip(": ")
         lines = what.strip().splitlines()
         line = lines[0].rstrip(".") if lines else type(error).__name__
         short = line if len(line) < 200 else f"{line[:200]}…"
         raise ValueError(f"{path} cannot be read: {short}.") from error
+
+
+def _why_not_unpickled(error: pickle.UnpicklingError) -> str:
+    command = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if command:
+        return (
+            f"it would run {command.group(1)}, which may be harmful and is not run; save the state "
+            f"dict alone, or as .safetensors"
+        )
+    return "it is no checkpoint of tensors alone"
 
 
 def write(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

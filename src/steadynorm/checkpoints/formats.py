@@ -7,8 +7,6 @@ by name. A file may come from anybody: nothing in it is run, and nothing is allo
 from __future__ import annotations
 
 import json
-import pickle
-import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -68,11 +66,8 @@ def torch_file(path: Path, opened: ExitStack) -> Entries:
         with zipfile.ZipFile(path) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
-    try:
-        # Mapped, a checkpoint of any size costs what is looked at.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise ValueError(_why_not_unpickled(str(error))) from error
+    # Mapped, a checkpoint of any size costs what is looked at.
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     for name in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -82,16 +77,6 @@ def torch_file(path: Path, opened: ExitStack) -> Entries:
     if not found:
         raise ValueError("it holds no state dict of tensors")
     return {name: _tensor_entry(tensor) for name, tensor in found.items()}
-
-
-def _why_not_unpickled(message: str) -> str:
-    command = re.search(r"GLOBAL ([\w.]+)", message)
-    if command:
-        return (
-            f"it would run {command.group(1)}, which may be harmful and is not run; save the state "
-            f"dict alone, or as .safetensors"
-        )
-    return "it is no checkpoint of tensors alone"
 
 
 def _tensor_entry(tensor: Any) -> Entry:

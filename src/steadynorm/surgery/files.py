@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-NESTED = ("state_dict", "model_state_dict", "model")
+from steadynorm.checkpoints.files import damage_told
+from steadynorm.checkpoints.formats import NESTED
 
 
 def load_model(spec: str) -> nn.Module:
@@ -56,11 +57,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from safetensors or from a weights-only checkpoint.
 
     One nested under "state_dict", "model_state_dict" or "model" is found there. Raises ValueError
-    for a file that holds no state dict.
+    for a file that is damaged, would run code, or holds no state dict.
     """
-    if path.suffix == ".safetensors":
-        return dict(load_file(path))
-    held = torch.load(path, map_location="cpu", weights_only=True)
+    with damage_told(path):
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        held = torch.load(path, map_location="cpu", weights_only=True)
     for name in NESTED:
         if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
             held = held[name]
@@ -83,16 +85,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def read_data(path: Path) -> Any:
     """Example inputs: one tensor, or a dict of them, from .safetensors, .npy, .npz or .pt."""
-    if path.suffix == ".safetensors":
-        held: Any = dict(load_file(path))
-    elif path.suffix in (".npy", ".npz"):
-        held = np.load(path, allow_pickle=False)
-        if not isinstance(held, np.ndarray):
-            held = {name: torch.from_numpy(held[name]) for name in held.files}
+    with damage_told(path):
+        if path.suffix == ".safetensors":
+            held: Any = dict(load_file(path))
+        elif path.suffix in (".npy", ".npz"):
+            held = np.load(path, allow_pickle=False)
+            if not isinstance(held, np.ndarray):
+                held = {name: torch.from_numpy(held[name]) for name in held.files}
+            else:
+                held = torch.from_numpy(held)
         else:
-            held = torch.from_numpy(held)
-    else:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+            held = torch.load(path, map_location="cpu", weights_only=True)
     return next(iter(held.values())) if isinstance(held, dict) and len(held) == 1 else held
 
 
