@@ -60,21 +60,40 @@ def test_moments_in_training_are_numpys() -> None:
         np.testing.assert_allclose(var, z.var((0, 1)), rtol=1e-5)
 
 
-def test_worth_is_the_variance_over_that_of_the_samples_means() -> None:
-    batches = smooth(16, 24)
+def test_worth_is_by_how_far_samples_scatter() -> None:
+    batches = [batch + 5 for batch in smooth(16, 24)]
+    batches[0] += 1  # the pivot is off
     layer = data(seen(nn.BatchNorm1d(6).eval(), batches))
     x = torch.cat(batches).double().numpy()
-    expected = 1 / np.mean(x.mean(2).var(0) / x.var((0, 2)))
-    assert layer.worth == pytest.approx(expected, rel=1e-5)
-    assert 3 < expected < 6  # 32 positions, alike over 8, are worth about 4
-    # What the scatter of whole batches says, without looking at samples, agrees.
-    assert layer.effective == pytest.approx(16 * expected, rel=0.3)
+    mean, var = x.mean((0, 2)), x.var((0, 2))
+    of_mean = 1 / np.mean(x.mean(2).var(0) / var)
+    squares = ((x - mean[:, None]) ** 2).mean(2)
+    of_var = 1 / np.mean(squares.var(0) / (2 * var**2))
+    assert layer.worth_of_mean == pytest.approx(of_mean, rel=1e-4)
+    assert layer.worth_of_var == pytest.approx(of_var, rel=1e-4)
+    assert layer.worth == min(layer.worth_of_mean, layer.worth_of_var)
+
+
+def test_worth_foretells_the_noise_of_batches() -> None:
+    """Of 32 positions, alike over 8, about 4 are independent; batches' own statistics agree."""
+    batches = smooth(16, 200)
+    layer = data(seen(nn.BatchNorm1d(6).eval(), batches, max_batches=200))
+    assert layer.worth_of_mean is not None
+    assert layer.worth_of_var is not None
+    assert 3 < layer.worth_of_mean < 5
+    x = torch.stack(batches).double().numpy()
+    var = x.var((0, 1, 3))
+    off_mean = np.mean(x.mean((1, 3)).var(0) / var)
+    off_var = np.mean(x.var((1, 3)).var(0) / var**2)
+    assert 1 / (16 * layer.worth_of_mean) == pytest.approx(off_mean, rel=0.15)
+    assert 2 / (16 * layer.worth_of_var) == pytest.approx(off_var, rel=0.15)
+    assert layer.effective == pytest.approx(1 / off_mean, rel=0.02)
 
 
 def test_independent_positions_are_worth_themselves() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(64, 8, 10, generator=generator) for _ in range(16)]
-    assert data(seen(nn.BatchNorm1d(8).eval(), batches)).worth == pytest.approx(10, rel=0.1)
+    assert data(seen(nn.BatchNorm1d(8).eval(), batches)).worth == pytest.approx(10, rel=0.15)
 
 
 def test_positions_in_the_batch_axis_are_told_from_samples() -> None:

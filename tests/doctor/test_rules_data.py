@@ -33,10 +33,12 @@ def layer(name: str = "norm", policy: str = "Batch", **given: Any) -> Layer:
     state = replace(state, **{name: given.pop(name) for name in fields})
     place = Place(training=False, policy=policy, moves=True, trained={})
     place = replace(place, synchronized=given.pop("synchronized", False))
+    if "worth" in given:
+        given |= dict.fromkeys(("worth_of_mean", "worth_of_var"), given.pop("worth"))
     data = LayerData(
         order=given.pop("order", 0), trains=True, samples=16, positions=1, values=512, calls=32,
         mean=ZEROS, var=ONES, var_of_means=ONES / 16, inference_mean=ZEROS, inference_var=ONES,
-        worth=1.0, effective=16.0,
+        worth_of_mean=1.0, worth_of_var=1.0, effective=16.0,
     )  # fmt: skip
     return Layer(name, "BatchNorm1d", state, place, replace(data, **given))
 

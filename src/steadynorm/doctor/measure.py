@@ -20,7 +20,7 @@ from steadynorm.calibration.functions import calibrate
 from steadynorm.calibration.layers import Layer, batch_norms
 from steadynorm.calibration.measuring import eagerly
 from steadynorm.doctor.apart import ENOUGH
-from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes
+from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes, sample_worth
 from steadynorm.doctor.slopes import gradients, saturations
 from steadynorm.doctor.watching import Reached, Watch, trains, watching
 from steadynorm.statistics import Ghost
@@ -216,7 +216,7 @@ def _known(reached: Reached | None) -> float:
     worth = None if reached is None else reached.worth()
     if reached is None or worth is None or not reached.samples:
         return math.inf
-    return float(np.median(reached.samples)) * worth
+    return float(np.median(reached.samples)) * sample_worth(*worth, reached.positions)
 
 
 @torch.no_grad()
@@ -270,6 +270,7 @@ def _layer(
     other = None if reference is None else reference.watch.found.get(layer.name)
     seen = other is not None and other.whole is not None
     mean, var = exact.get(layer.name, (busy.mean, busy.var))
+    worth = calm.worth() or (None, None)
     return LayerData(
         order=order,
         trains=trains(layer),
@@ -282,7 +283,8 @@ def _layer(
         var_of_means=busy.var_of_means(),
         inference_mean=calm.mean,
         inference_var=calm.var,
-        worth=calm.worth(),
+        worth_of_mean=worth[0],
+        worth_of_var=worth[1],
         effective=calm.effective(),
         reference_mean=other.mean if seen and other else None,
         reference_var=other.var if seen and other else None,

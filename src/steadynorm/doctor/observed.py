@@ -53,11 +53,10 @@ class LayerData:
     `inference_mean`, `inference_var`: in inference, where errors of layers before have their part.
     `reference_mean`, `reference_var`: the same for a second set of data, where one is given.
 
-    `worth`: how many independent values one sample counts for: `var` over the variance of the
-    samples' own means. 1 where a sample has one value; the number of positions where they are
-    independent, fewer where they are alike. `effective`: the same for a whole batch, from the
-    scatter of the batches' means, where there are enough batches. Both in inference; None where
-    they are not known.
+    `worth_of_mean`, `worth_of_var`: how many independent values a sample counts for, by how far the
+    samples' own means, and their own mean squares about `mean`, scatter: var/Var(m), 2·var²/Var(q);
+    harmonic means over channels. `effective`: the first for a whole batch, from the scatter of
+    batches' means, where there are enough batches. All in inference; None where not known.
 
     `single`: the shape of an input with one value per channel, which training refuses.
     `nonfinite`: calls whose values were not all finite; they are left out of everything else.
@@ -75,7 +74,8 @@ class LayerData:
     var_of_means: np.ndarray
     inference_mean: np.ndarray
     inference_var: np.ndarray
-    worth: float | None
+    worth_of_mean: float | None
+    worth_of_var: float | None
     effective: float | None = None
     reference_mean: np.ndarray | None = None
     reference_var: np.ndarray | None = None
@@ -84,6 +84,21 @@ class LayerData:
     masked: bool = False
     padding: Padding | None = None
     saturation: Saturation | None = None
+
+    @property
+    def worth(self) -> float | None:
+        """How many independent values a sample counts for, to know mean and variance by.
+
+        At least 1, whatever their distribution, and at most one for each position.
+        """
+        if self.worth_of_mean is None or self.worth_of_var is None:
+            return None
+        return sample_worth(self.worth_of_mean, self.worth_of_var, self.positions)
+
+
+def sample_worth(of_mean: float, of_var: float, positions: int) -> float:
+    """How many independent values a sample counts for; see `LayerData.worth`."""
+    return min(max(1.0, min(of_mean, of_var)), positions)
 
 
 @dataclass(frozen=True)

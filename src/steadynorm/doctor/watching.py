@@ -20,12 +20,38 @@ from steadynorm.statistics import Moments, merge, pool
 SEVERAL = 8  # batches, before their means' scatter is believed: it is then known to about a half
 
 
+class Scatter:
+    """How far single samples' own means m and mean squares scatter, about a pivot near the mean."""
+
+    def __init__(self, pivot: Tensor) -> None:
+        self.pivot = pivot
+        self.count = 0
+        self.sums = torch.zeros(5, len(pivot), dtype=torch.float64)
+
+    def add(self, rows: Moments) -> None:
+        """Take in samples: their means and variances, a row each."""
+        away = rows.mean - self.pivot
+        square = rows.var + away * away
+        self.count += len(away)
+        terms = (away, square, away * away, square * square, away * square)
+        self.sums += torch.stack([term.sum(0) for term in terms])
+
+    def variances(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Var(m) and Var(q), with q = square - 2δ·away + δ², the mean square about `mean`."""
+        away, square, away2, square2, both = (self.sums / self.count).numpy()
+        shift = mean - self.pivot.numpy()
+        of_means = np.maximum(away2 - away**2, 0)
+        covariance = both - away * square
+        of_squares = square2 - square**2 + 4 * shift**2 * of_means - 4 * shift * covariance
+        return of_means, np.maximum(of_squares, 0)
+
+
 class Reached:
-    """What has reached one layer: moments of everything, of single batches, of samples' means."""
+    """What has reached one layer: moments of everything, of single batches, of single samples."""
 
     def __init__(self) -> None:
         self.whole: Moments | None = None
-        self.sample_means: Moments | None = None
+        self.scatter: Scatter | None = None
         self.batch_means: list[np.ndarray] = []
         self.samples: list[int] = []
         self.positions = 1
@@ -49,10 +75,8 @@ class Reached:
         self.positions = max(self.positions, x.numel() // max(x.shape[0] * x.shape[1], 1))
         self.masked |= mask is not None
         if by_sample:
-            ones = torch.ones(len(rows.mean), 1, dtype=torch.float64)
-            means = pool(Moments(ones, rows.mean, 0 * rows.var, 0 * rows.mean), xp=torch)
-            joined = self.sample_means
-            self.sample_means = means if joined is None else merge(joined, means)
+            self.scatter = self.scatter or Scatter(part.mean)
+            self.scatter.add(rows)
         return part
 
     @property
@@ -78,15 +102,14 @@ class Reached:
             return np.zeros_like(self.var)
         return np.asarray(np.var(self.batch_means, axis=0, ddof=1))
 
-    def worth(self) -> float | None:
-        """How many independent values a sample counts for; None where samples were not told apart.
-
-        At most as many as it has positions: the samples' means may scatter less, where positions
-        make up for each other, but not their variances.
+    def worth(self) -> tuple[float, float] | None:
+        """How many independent values a sample counts for, to know the mean and the variance by;
+        None where samples were not told apart.
         """
-        if self.sample_means is None:
+        if self.scatter is None:
             return None
-        return min(_ratio(self.var, np.asarray(self.sample_means.var.numpy())), self.positions)
+        means, squares = self.scatter.variances(self.mean)
+        return _ratio(self.var, means), _ratio(2 * self.var**2, squares)
 
     def effective(self) -> float | None:
         """How many independent values a batch counts for; None where batches are too few."""

@@ -23,8 +23,8 @@ class BatchTooSmall(Rule):
         "Under `Batch` the mean of n independent values is off by 1/√n standard deviations, their "
         "variance by √(2/n) of itself, and the network trains on that noise; inference, which has "
         "none, meets activations it was not trained for. What counts is not N·H·W: neighbouring "
-        "positions are alike, so a sample is worth `var` over the variance of the samples' own "
-        "means, which may be 1 where it has a hundred positions."
+        "positions are alike. How many independent values a sample is worth shows in how far the "
+        "samples' own means and mean squares scatter: it may be 2 where it has a hundred positions."
     )
     source = "Wu & He 2018, figure 1; Ioffe 2017; Singh & Shrivastava 2019 (EvalNorm)."
     threshold = (

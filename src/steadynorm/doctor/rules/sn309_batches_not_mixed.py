@@ -40,17 +40,22 @@ class BatchesNotMixed(Rule):
         batches = 0 if evidence.data is None else evidence.data.batches
         for layer in called(evidence):
             data, place = layer.data, layer.place
-            if data is None or data.effective is None or data.worth is None or not data.trains:
+            if (
+                data is None
+                or data.effective is None
+                or data.worth_of_mean is None
+                or not data.trains
+            ):
                 continue
             if place is not None and place.policy != "Batch":
                 continue
             # A layer called more than once in a forward meets several kinds of input by itself.
             if data.samples < 8 or data.calls != batches or data.nonfinite:
                 continue
-            expected = data.samples * data.worth
+            expected = data.samples * data.worth_of_mean
             if data.effective >= expected / 4:
                 continue
-            alike = data.effective / data.worth
+            alike = data.effective / data.worth_of_mean
             yield self.finding(
                 layer,
                 f"a batch of {data.samples} samples counts for {alike:.2g}: the means of batches "
