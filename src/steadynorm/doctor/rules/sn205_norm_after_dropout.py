@@ -25,9 +25,9 @@ class NormAfterDropout(Rule):
         "Li et al. 2019, Understanding the Disharmony between Dropout and BN by Variance Shift."
     )
     threshold = (
-        "A dropout of p > 0 whose output the layer takes, straight or behind operators that only "
-        "rearrange, by the graph of calls. A warning from p = 0.1 on, where the factor reaches "
-        "5 %; below it information."
+        "A dropout module of p > 0 whose output the layer takes, straight or behind operators "
+        "that only rearrange, by the graph of calls. A warning from p = 0.1 on, where the factor "
+        "reaches 5 %; below it information."
     )
     cure = "Put the dropout behind the last batch norm, or at least behind this one."
     severity = Severity.WARNING
