@@ -215,7 +215,9 @@ def _show(report: Report, output_format: str, output: Path | None) -> None:
     if output_format == "text" and output is None:
         from rich.console import Console
 
-        Console().print(report)
+        from steadynorm.doctor.report.text import show
+
+        show(report, Console())
         return
     if output_format == "html":
         from steadynorm.doctor.report.html import page

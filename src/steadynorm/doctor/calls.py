@@ -24,9 +24,9 @@ class Call:
     only then does a GPU have to be waited for, and only then is there a gradient.
     """
 
-    def __init__(self, layer: str, step: int, eps: float, parts: tuple[Any, ...]) -> None:
+    def __init__(self, layer: str, step: int, eps: float, values: Any, parts: Tensor) -> None:
         self.layer, self.step, self.eps = layer, step, eps
-        self.count, *self._parts = parts  # mean, var, running mean, running var
+        self._values, self._parts = values, parts  # mean, var, running mean, running var
         self._dead: Tensor | None = None
         self._saturated: Tensor | None = None
         self._gradient: Tensor | None = None
@@ -49,11 +49,10 @@ class Call:
 
     def look(self) -> Look:
         """The call by channel."""
-        mean, var, running_mean, running_var = (_numpy(part) for part in self._parts)
-        dead = np.zeros(len(mean), bool) if self._dead is None else _numpy(self._dead) > 0
-        return Look(
-            self.step, int(self.count), mean, var, running_mean, running_var, self.eps, dead
-        )
+        mean, var, running_mean, running_var = self._parts.cpu().to(torch.float64).numpy()
+        dead = np.zeros(len(mean), bool) if self._dead is None else self._dead.cpu().numpy()
+        values = int(self._values)
+        return Look(self.step, values, mean, var, running_mean, running_var, self.eps, dead)
 
     def saturated(self) -> float:
         """Share of outputs where a sigmoid is flat."""
@@ -79,8 +78,8 @@ def met(norm: Norm, layer: nn.Module, args: Any, kwargs: Any, name: str, step: i
     count, mean, var, _ = stages_for(x, None).moments(x.detach(), mask=mask)
     none = torch.full_like(mean, float("nan"))
     running = (norm.running_mean, norm.running_var)
-    kept = [none if part is None else part.detach().clone() for part in running]
-    return Call(name, step, norm.eps, (count, mean, var, *kept))
+    parts = torch.stack([mean, var, *(none if t is None else t.to(mean.dtype) for t in running)])
+    return Call(name, step, norm.eps, count, parts)
 
 
 def _beyond(z: Tensor, activation: str | None) -> Tensor:
@@ -92,7 +91,3 @@ def _beyond(z: Tensor, activation: str | None) -> Tensor:
     if activation == "tanh":
         edge = torch.tensor(edge, dtype=torch.float64).tanh().item()
     return torch.count_nonzero(z > edge) + torch.count_nonzero(z < -edge)
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return np.asarray(tensor.cpu().to(torch.float64))

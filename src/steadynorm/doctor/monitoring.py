@@ -110,12 +110,7 @@ class Watch:
         """Begin; `with` does it."""
         if self._on_model:
             raise RuntimeError("monitor: this Watch is watching already.")
-        # Nothing to compile, where the step around the model is.
-        before, after = map(torch.compiler.disable, (self._before, self._after))
-        self._on_model = [
-            self.model.register_forward_pre_hook(before),
-            self.model.register_forward_hook(after, always_call=True),
-        ]
+        self._on_model = [self.model.register_forward_pre_hook(self._before)]
         return self
 
     def stop(self) -> None:
@@ -191,8 +186,12 @@ class Watch:
         self._disarm()
 
     def _before(self, model: nn.Module, _: Any) -> None:
-        if model.training and torch.is_grad_enabled():
-            self.begin_step()
+        if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return
+        self.begin_step()
+        # A hook costs time at every call, so this one is there only when it has work.
+        if self._on_layers or self._stance is not None:
+            self._on_layers.append(model.register_forward_hook(self._after, always_call=True))
 
     def _after(self, *_: Any) -> None:
         self.end_step()

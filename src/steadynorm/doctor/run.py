@@ -89,7 +89,7 @@ class Look(NamedTuple):
     def finite(self) -> bool:
         """Whether both sides can be compared."""
         parts = (self.mean, self.var, self.running_mean, self.running_var)
-        return all(bool(np.all(np.isfinite(part))) for part in parts)
+        return all(bool(np.isfinite(part).all()) for part in parts)
 
     def shift(self) -> np.ndarray:
         """Batch mean minus running mean in running standard deviations."""

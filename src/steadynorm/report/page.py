@@ -79,7 +79,8 @@ class Card:
     can filter them by level, by code and by words.
 
     `level`: how bad, which sets colour and mark; `level_name` is what the reader sees. `code`: what
-    is common to cards of one kind. `places`: where it was found, shown as code. `remark`: a line in
+    is common to cards of one kind. `places`: where it was found, shown as code after `place_name`.
+    `remark`: a line in
     front of all else, such as what it follows from. `facts`: figures by name. `advice` and `line`:
     what to do, and code that does it, to copy. `more`: (summary, paragraphs) to fold out. `table`:
     more of the same, folded out.
@@ -90,6 +91,7 @@ class Card:
     level_name: str
     code: str = ""
     places: Sequence[str] = ()
+    place_name: str = ""
     remark: str = ""
     text: Sequence[str] = ()
     facts: Sequence[tuple[str, str]] = ()
