@@ -277,7 +277,18 @@ def script(path: Path) -> None:
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
 
 
+def zeros(path: Path) -> None:
+    """30 GB that take no room on the disk."""
+    with path.open("wb") as file:
+        file.truncate(30 << 30)
+
+
 CANNOT = {
+    "zeros.pt": (zeros, "cannot be read: "),
+    "zeros.safetensors": (zeros, "cannot be read: SafetensorError: "),
+    "zeros.npz": (zeros, "cannot be read: This file contains pickled (object) data.\n"),
+    "zeros.h5": (zeros, "cannot be read: OSError: "),
+    "zeros.keras": (zeros, "cannot be read: BadZipFile: "),
     "huge.safetensors": (huge_safetensors, "SafetensorError"),
     "huge.npz": (huge_npz, "'a.scale' of shape (1000000000000,) is larger than such a file can"),
     "huge.weights.h5": (huge_h5, "'layers/batch_normalization/gamma' of shape (1000000000000,) is"),

@@ -110,7 +110,8 @@ def damage_told(path: Path) -> Iterator[None]:
         own = type(error) is ValueError
         what = str(error) if own else f"{type(error).__name__}: {error}".rstrip(": ")
         lines = what.strip().splitlines()
-        line = lines[0].rstrip(".") if lines else type(error).__name__
+        # The first sentence: libraries go on by advising how to run it nevertheless.
+        line = re.split(r"(?<=\w)\. ", lines[0])[0].rstrip(".") if lines else type(error).__name__
         short = line if len(line) < 200 else f"{line[:200]}…"
         raise ValueError(f"{path} cannot be read: {short}.") from error
 
