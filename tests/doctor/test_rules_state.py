@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.doctor.fixtures.small import small
 from torch import Tensor, nn
 
@@ -332,3 +335,38 @@ def test_time_steps_beyond_the_longest_sequence_are_left_alone() -> None:
     layer.cells[0].input_norm.steps[0].reset_running_stats()
     found_now = found(layer, "SN101")
     assert found_now[0].layer == "cells.0.input_norm.steps.0"
+
+
+EXTREMES = [0.0, -0.0, 1.0, -1.0, 1e-6, 1e-30, 1e30, 3e38, -3e38, np.inf, -np.inf, np.nan, 1e-45]
+
+
+@st.composite
+def states(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Layers of any size and type that hold anything at all."""
+    held = {}
+    for layer in range(draw(st.integers(1, 3))):
+        size = draw(st.integers(0, 5))
+        dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if name.startswith("running") or draw(st.booleans()):
+                values = draw(st.lists(st.sampled_from(EXTREMES), min_size=size, max_size=size))
+                held[f"{layer}.{name}"] = torch.tensor(values, dtype=torch.float64).to(dtype)
+    return held
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(states())
+def test_any_state_is_judged_without_a_warning(held: dict[str, Tensor]) -> None:
+    report = diagnose(held)
+    assert str(report)
+    for finding in report.findings:
+        assert all(isinstance(value, int | float | str) for value in finding.evidence.values())
+        assert not any(isinstance(value, np.generic) for value in finding.evidence.values())
+    json.loads(report.to_json())
+    json.loads(report.to_sarif())
+    broken = {
+        name.partition(".")[0]
+        for name, tensor in held.items()
+        if not bool(torch.isfinite(tensor).all())
+    }
+    assert {f.layer for f in report.findings if f.code == "SN102"} == broken

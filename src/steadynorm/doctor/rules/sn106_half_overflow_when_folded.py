@@ -46,7 +46,7 @@ class HalfOverflowWhenFolded(Rule):
             return
         gain = np.ones_like(mean) if state.weight is None else state.weight
         offset = np.zeros_like(mean) if state.bias is None else state.bias
-        known = np.isfinite(mean + var + gain + offset) & (var + state.known_eps > 0)
+        known = np.isfinite([mean, var, gain, offset]).all(0) & (var + state.known_eps > 0)
         mean, var, gain, offset = (np.where(known, a, 0.0) for a in (mean, var, gain, offset))
         scale = gain / np.sqrt(var + state.known_eps)
         shift = offset - mean * scale
