@@ -21,7 +21,8 @@ def layer(index: int, name: str, *, data: bool = True) -> Layer:
     mean, var = chance.normal(size=CHANNELS), chance.uniform(0.5, 2.0, CHANNELS)
     shown = LayerData(
         order=index, trains=True, samples=8, positions=4, values=96, calls=3, mean=mean, var=var,
-        var_of_means=var / 8, inference_mean=mean, inference_var=var, worth=4.0,
+        var_of_means=var / 8, inference_mean=mean, inference_var=var, worth_of_mean=4.0,
+        worth_of_var=4.0,
     )  # fmt: skip
     state = State(
         CHANNELS, "torch", 1e-5, 0.1, np.ones(CHANNELS), np.zeros(CHANNELS),
