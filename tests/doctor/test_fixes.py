@@ -101,6 +101,49 @@ def test_without_batches_nothing_is_measured_and_it_says_so() -> None:
     assert [(c.what, c.where, c.why) for c in fixed.changes] == [("left", "1", "no batches given")]
 
 
+def test_statistics_that_the_weights_were_trained_with_are_left() -> None:
+    """Batch norms held in inference mode all along: 0 and 1 are what the others learned with."""
+    network = fresh()
+
+    def hold(_: int) -> None:
+        for norm in norms(network):
+            norm.eval()
+
+    fit(network, before=hold)
+    fixed = mended(network, batches(), loss=F.cross_entropy)
+    assert fixed.before.findings[0].code == "SN101"
+    (change,) = fixed.changes
+    assert change.what == "left"
+    assert change.why.startswith("the loss would rise from ")
+    assert accuracy(fixed.model) == accuracy(network) > 0.97
+
+
+def test_statistics_are_not_measured_on_shifted_data() -> None:
+    network = trained("convolutional")
+    pale = [(images / 3, labels) for images, labels in batches(seed=2)]
+    fixed = mended(network, pale, loss=F.cross_entropy, against=batches())
+    assert {"SN306", "SN302"} <= {f.code for f in fixed.before.findings}
+    assert [(change.what, change.why[:24]) for change in fixed.changes] == [
+        ("left", "the two sets of data dif")
+    ]
+
+
+def test_batches_that_are_not_finite_are_left_with_the_reason() -> None:
+    network = trained()
+    norms(network)[0].reset_running_stats()
+    data = batches()
+    data[2][0][0] = torch.nan
+    (change,) = mended(network, data).changes
+    assert (change.what, change.where) == ("left", "2")
+    assert "the input of '2' must be finite" in change.why
+
+
+def test_batches_that_can_be_read_once_are_refused() -> None:
+    report = sn.diagnose(small(), [images()])
+    with pytest.raises(TypeError, match="`batches` must be readable repeatedly"):
+        fix(small(), report, iter([images()]))
+
+
 def test_a_healthy_model_is_left_alone() -> None:
     data = [images(64) for _ in range(1)]
     model = small()

@@ -13,9 +13,11 @@ from torch import nn
 
 from steadynorm.calibration.functions import calibrate
 from steadynorm.calibration.layers import unwrapped
+from steadynorm.calibration.report import LayerReport
 from steadynorm.doctor.apart import ENOUGH, known
 from steadynorm.doctor.diagnosis import Report, diagnose
 from steadynorm.doctor.finding import Finding
+from steadynorm.doctor.gains import gain_of
 from steadynorm.surgery import bias, freezing
 from steadynorm.surgery.changes import Change, Changes
 from steadynorm.surgery.conversion import HALF, convert
@@ -64,7 +66,9 @@ def fix(
     training meant. These are: `convert` (statistics in float32, in layers that keep them so),
     `freeze` (statistics held still where the parameters are), `drop_redundant_bias`, and
     `calibrate`, in this order. A finding asks for those that its line of code names; everything
-    else is left for you to decide. The model given stays as it was.
+    else is left for you to decide. Nothing is calibrated where the loss would rise, as it does
+    where the weights were trained with the statistics that there are, or where `against` shows
+    other data than `batches`. The model given stays as it was.
 
     Args:
         model: the one that was diagnosed.
@@ -140,22 +144,44 @@ def _drop_bias(repair: Repair) -> Iterator[Change]:
 
 
 def _calibrate(repair: Repair) -> Iterator[Change]:
-    layers = repair.layers("calibrate")
-    if repair.batches is None:
-        where = layers[0] or "(model)"
-        yield Change("left", where, "running statistics", "running statistics", "no batches given")
-        return
+    where = repair.layers("calibrate")[0] or "(model)"
+    reason = _why_not_calibrate(repair)
     passes: Any = "layerwise" if _wants_layerwise(repair) else "one"
-    done = calibrate(
-        repair.model, repair.batches, forward=repair.given.get("forward"),
-        passes=passes, synchronize=False, progress=False,
-    )  # fmt: skip
-    for layer in done.moved:
-        shift = layer.mean_shift
-        off = f"off by {shift:.2g} std" if shift is not None and isfinite(shift) else "not finite"
-        yield Change(
-            "calibrated", layer.name, f"means {off}", "the data's", f"{layer.values} values"
+    if reason is None and repair.batches is not None:
+        try:
+            done = calibrate(
+                repair.model, repair.batches, forward=repair.given.get("forward"),
+                passes=passes, synchronize=False, progress=False,
+            )  # fmt: skip
+        except ValueError as error:  # batches that are not finite
+            reason = str(error)
+        else:
+            yield from map(_calibrated, done.moved)
+    if reason is not None:
+        yield Change("left", where, "running statistics", "running statistics", reason)
+
+
+def _calibrated(layer: LayerReport) -> Change:
+    shift = layer.mean_shift
+    off = f"off by {shift:.2g} std" if shift is not None and isfinite(shift) else "not finite"
+    return Change("calibrated", layer.name, f"means {off}", "the data's", f"{layer.values} values")
+
+
+def _why_not_calibrate(repair: Repair) -> str | None:
+    """Why measuring the statistics anew is not safe after all, None where it is."""
+    if repair.batches is None:
+        return "no batches given"
+    if any(finding.code == "SN306" for finding in repair.report.findings):
+        return "the two sets of data differ: on which to measure is a decision (sn.adapt)"
+    data = repair.report.evidence.data
+    loss = None if data is None else data.loss
+    worse = None if loss is None else gain_of(loss.calibrated, loss.inference)
+    if worse is not None and worse.clear(2):
+        return (
+            f"the loss would rise from {worse.after:.3g} to {worse.before:.3g}: the weights were "
+            f"trained with these statistics"
         )
+    return None
 
 
 def _wants_layerwise(repair: Repair) -> bool:
