@@ -148,6 +148,8 @@ def test_a_state_dict_in_memory() -> None:
     held = small().state_dict()
     assert [layer.name for layer in probe_state(held).layers] == ["1", "4"]
     assert held["1.running_mean"].dtype == torch.float32
+    nested = {"epoch": 3, "state_dict": {**held, "betas": [1, [2]]}}
+    assert [layer.name for layer in probe_state(nested).layers] == ["1", "4"]
     alone = nn.BatchNorm1d(3)
     assert [layer.name for layer in probe_state(alone.state_dict()).layers] == [""]
     assert [f.code for f in diagnose(alone.state_dict()).findings] == ["SN101"]

@@ -68,15 +68,21 @@ def torch_file(path: Path, opened: ExitStack) -> Entries:
                 raise ValueError("it is compressed, which torch.save never does")
     # Mapped, a checkpoint of any size costs what is looked at.
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    for name in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-            break
+    content = unnested(content)
     tensors = content if isinstance(content, Mapping) else {}
     found = {str(n): t for n, t in tensors.items() if isinstance(t, torch.Tensor) and not t.is_meta}
     if not found:
         raise ValueError("it holds no state dict of tensors")
     return {name: _tensor_entry(tensor) for name, tensor in found.items()}
+
+
+def unnested(content: Any) -> Any:
+    """The state dict inside a checkpoint, where it lies under one of its usual names."""
+    if isinstance(content, Mapping):
+        for name in NESTED:
+            if isinstance(content.get(name), Mapping):
+                return content[name]
+    return content
 
 
 def _tensor_entry(tensor: Any) -> Entry:

@@ -79,7 +79,7 @@ def probe_model(
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[Kept]:
-    """Puts back modes, buffers, gradients, hooks and random state at the end, whatever happens."""
+    """Puts back modes, buffers, gradients and random state at the end, whatever happens."""
     kept = Kept(model)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:

@@ -12,7 +12,7 @@ import torch
 
 from steadynorm.checkpoints.convert import NAMES, find_layers, join
 from steadynorm.checkpoints.files import entries, keras_settings
-from steadynorm.checkpoints.formats import Entry, array_of
+from steadynorm.checkpoints.formats import Entry, array_of, unnested
 from steadynorm.doctor.evidence import Evidence, Layer, State
 
 PARTS = ("weight", "bias", "running_mean", "running_var")
@@ -25,7 +25,8 @@ def probe_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Evidence
     their arrays are read. Raises ValueError for a file that cannot be read or holds no such layer.
     """
     if isinstance(checkpoint, Mapping):
-        held = {str(name): _entry(value) for name, value in checkpoint.items()}
+        arrays = {str(n): v for n, v in unnested(checkpoint).items() if hasattr(v, "shape")}
+        held = {name: _entry(value) for name, value in arrays.items()}
         return Evidence("state dict", _stored_layers(held, {}, "the state dict"))
     path = Path(checkpoint)
     with entries(path) as held:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steadynorm.checkpoints.files import damage_told
-from steadynorm.checkpoints.formats import NESTED
+from steadynorm.checkpoints.formats import unnested
 
 
 def load_model(spec: str) -> nn.Module:
@@ -63,10 +63,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         held = torch.load(path, map_location="cpu", weights_only=True)
-    for name in NESTED:
-        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
-            held = held[name]
-            break
+    held = unnested(held)
     if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
         raise ValueError(f"{path}: holds no state dict of tensors.")
     return dict(held)
