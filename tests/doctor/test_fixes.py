@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,9 @@ def test_statistics_that_the_weights_were_trained_with_are_left() -> None:
     fit(network, before=hold)
     fixed = mended(network, batches(), loss=F.cross_entropy)
     assert fixed.before.findings[0].code == "SN101"
-    (change,) = fixed.changes
-    assert change.what == "left"
-    assert change.why.startswith("the loss would rise from ")
+    assert fixed.before.findings[0].line == "model.train()"
+    assert "calibration alone would raise the loss from " in fixed.before.findings[0].cure
+    assert [change.what for change in fixed.changes] in ([], ["left"])
     assert accuracy(fixed.model) == accuracy(network) > 0.97
 
 
@@ -172,3 +173,24 @@ def test_the_file_is_replaced_whole(tmp_path: Path, name: str) -> None:
     held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     assert held.keys() == fixed.model.state_dict().keys()
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_calibration_is_left_where_the_loss_would_rise() -> None:
+    """A network trained on with statistics held far from the data's."""
+    network = fresh()
+    for norm in norms(network):
+        norm.running_mean.fill_(1.0)
+        norm.running_var.fill_(4.0)
+
+    def hold(_: int) -> None:
+        for norm in norms(network):
+            norm.eval()
+
+    fit(network, before=hold)
+    report = sn.diagnose(network, batches(), loss=F.cross_entropy)
+    safe = [replace(f, line="sn.calibrate(model, batches)", safe=True) for f in report.findings]
+    fixed = fix(network, replace(report, findings=tuple(safe)), batches(), loss=F.cross_entropy)
+    (change,) = fixed.changes
+    assert change.what == "left"
+    assert change.why.startswith("the loss would rise from ")
+    assert change.why.endswith("the weights were trained with these statistics")

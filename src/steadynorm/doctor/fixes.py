@@ -17,7 +17,7 @@ from steadynorm.calibration.report import LayerReport
 from steadynorm.doctor.apart import ENOUGH, known
 from steadynorm.doctor.diagnosis import Report, diagnose
 from steadynorm.doctor.finding import Finding
-from steadynorm.doctor.gains import gain_of
+from steadynorm.doctor.gains import lost_by_calibration
 from steadynorm.surgery import bias, freezing
 from steadynorm.surgery.changes import Change, Changes
 from steadynorm.surgery.conversion import HALF, convert
@@ -173,10 +173,8 @@ def _why_not_calibrate(repair: Repair) -> str | None:
         return "no batches given"
     if any(finding.code == "SN306" for finding in repair.report.findings):
         return "the two sets of data differ: on which to measure is a decision (sn.adapt)"
-    data = repair.report.evidence.data
-    loss = None if data is None else data.loss
-    worse = None if loss is None else gain_of(loss.calibrated, loss.inference)
-    if worse is not None and worse.clear(2):
+    worse = lost_by_calibration(repair.report.evidence.data)
+    if worse is not None:
         return (
             f"the loss would rise from {worse.after:.3g} to {worse.before:.3g}: the weights were "
             f"trained with these statistics"

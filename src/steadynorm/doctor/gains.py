@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from steadynorm.doctor.observed import ModelData
+
 SMALLEST = 0.02  # of a loss: less is of no use, however sure
 
 
@@ -38,3 +40,12 @@ def gain_of(before: np.ndarray, after: np.ndarray) -> Gain | None:
     difference = before - after
     error = float(np.std(difference, ddof=1) / np.sqrt(len(difference))) if before.size > 1 else 0.0
     return Gain(float(before.mean()), float(after.mean()), error)
+
+
+def lost_by_calibration(data: ModelData | None) -> Gain | None:
+    """What the loss would rise by (`before`: calibrated, `after`: as it is), None where it would
+    not: the weights were then trained with the statistics that are there.
+    """
+    loss = None if data is None else data.loss
+    worse = None if loss is None else gain_of(loss.calibrated, loss.inference)
+    return worse if worse is not None and worse.clear(2) else None

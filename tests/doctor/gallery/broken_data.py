@@ -26,7 +26,7 @@ import steadynorm as sn
 
 @patient("SN303", "trained at batch 2, fully connected")
 def _() -> Case:
-    network = fit(fresh(), size=2, steps=800, rate=5e-4)
+    network = fit(fresh(), size=2, steps=1200, rate=5e-3)
     return seen(network, batches(2))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from steadynorm.doctor.evidence import Evidence, Layer, State
 from steadynorm.doctor.finding import Finding, Severity
+from steadynorm.doctor.gains import lost_by_calibration
 from steadynorm.doctor.rules.rule import Rule
 
 
@@ -41,6 +43,21 @@ class StatisticsNeverUpdated(Rule):
 
     def judge(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
         """A finding where statistics are as they were made."""
+        worse = lost_by_calibration(evidence.data)
+        for finding in self._found(layer, evidence):
+            if worse is None:
+                yield finding
+            else:
+                yield replace(
+                    finding,
+                    cure=f"Train on with the layer in training mode. The weights were trained with "
+                    f"0 and 1: calibration alone would raise the loss from {worse.after:.3g} to "
+                    f"{worse.before:.3g}.",
+                    line="model.train()",
+                    safe=False,
+                )
+
+    def _found(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
         state = layer.state
         if not initial(state) or _later_step(layer, evidence):
             return
