@@ -187,6 +187,17 @@ def test_layers_of_every_make() -> None:
     assert layers[5].state.arrays() == {}
 
 
+def test_layers_without_values_are_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta"))
+    report = diagnose(model)
+    assert report.evidence.remarks[-1] == (
+        "Lazy or on the meta device, so without values to judge: '1', '2'."
+    )
+    assert [item.state.arrays() for item in report.evidence.layers] == [{}, {}]
+    with pytest.raises(ValueError, match="'1' is lazy and has not seen an input yet"):
+        diagnose(model, [torch.zeros(4, 2)])
+
+
 class Tangled(nn.Module):
     """One of everything that the graph of calls is asked for."""
 

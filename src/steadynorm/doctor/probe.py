@@ -64,6 +64,10 @@ def probe_model(
             shown = measure(
                 inner, batches, loss=loss, forward=forward, against=against, max_batches=max_batches
             )
+    empty = [name for name, (module, _) in norms.items() if not _filled(module)]
+    if empty:
+        some = ", ".join(map(repr, empty[:3])) + " and others" * (len(empty) > 3)
+        remarks = (*remarks, f"Lazy or on the meta device, so without values to judge: {some}.")
     decay = _decay(optimizer)
     layers = (
         Layer(name, type(module).__name__, _state(module, norm),
@@ -113,9 +117,18 @@ def _first(
     return lambda model: feed.forward(model, moved), batches
 
 
+def _has_values(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and not nn.parameter.is_lazy(tensor) and not tensor.is_meta
+
+
+def _filled(module: nn.Module) -> bool:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return all(tensor is None or _has_values(tensor) for tensor in tensors)
+
+
 def _state(module: nn.Module, norm: Norm) -> State:
     tensors = {part: getattr(norm, part) for part in PARTS}
-    held = {p: t for p, t in tensors.items() if t is not None and not nn.parameter.is_lazy(t)}
+    held = {part: tensor for part, tensor in tensors.items() if _has_values(tensor)}
     arrays = {part: array_of(tensor).astype(np.float64) for part, tensor in held.items()}
     sizes = [len(array) for array in arrays.values()]
     batches = getattr(module, "num_batches_tracked", None)
@@ -127,7 +140,7 @@ def _state(module: nn.Module, norm: Norm) -> State:
         momentum=None if momentum is None else float(momentum),
         **{part: arrays.get(part) for part in PARTS},
         dtypes={part: str(tensor.dtype).removeprefix("torch.") for part, tensor in held.items()},
-        num_batches_tracked=None if batches is None else int(batches),
+        num_batches_tracked=None if batches is None or batches.is_meta else int(batches),
     )
 
 
