@@ -292,6 +292,14 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
         sn.diagnose(nn.BatchNorm1d(2), [torch.randn(4, 2)], loss=lambda output, batch: 1.0)
 
 
+def test_empty_and_single_batches_are_refused() -> None:
+    model, some = nn.BatchNorm1d(2), [torch.randn(4, 2)]
+    with pytest.raises(ValueError, match="`against` must hold at least one batch; got none"):
+        sn.diagnose(model, some, against=[])
+    with pytest.raises(TypeError, match="`batches` must be an iterable of batches"):
+        sn.diagnose(model, some, against=some[0])
+
+
 # --- nothing is changed
 
 

@@ -6,30 +6,20 @@ normalizing as in training; and in inference again with the statistics that cali
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from steadynorm.calibration.batches import Batches, checked, moved
-from steadynorm.calibration.functions import calibrate
+from steadynorm.calibration.batches import checked
 from steadynorm.calibration.layers import Layer, batch_norms
 from steadynorm.calibration.measuring import eagerly
-from steadynorm.doctor.apart import ENOUGH
-from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes, sample_worth
+from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes
+from steadynorm.doctor.passes import Exact, Pass, Passes, read, samples_of
 from steadynorm.doctor.slopes import gradients, saturations
-from steadynorm.doctor.watching import Reached, Watch, trains, watching
+from steadynorm.doctor.watching import Reached, trains
 from steadynorm.statistics import Ghost
-from steadynorm.surgery.graph import set_training, tensors
-
-BATCHES = 32  # read so many: their means' scatter is then known to about a quarter
-SAMPLES = 256  # and at least so many samples, if it takes no more than 256 batches
-CALLS = 4096  # of the model, at most, to measure layer by layer
-SOME = 4096  # values of a batch's outputs that are compared
 
 
 def measure(
@@ -51,10 +41,12 @@ def measure(
         against: a second set of data, to compare with.
         max_batches: read so many; by default 32, or more until they hold 256 samples.
     """
-    feed = checked(batches, forward, max_batches, None, again=False, model=model, owner="diagnose")
-    held = _read(feed, feed.source)
-    if not held:
-        raise ValueError("diagnose: `batches` must hold at least one batch; got none.")
+    feed, *second = (
+        checked(given, forward, max_batches, None, again=False, model=model, owner="diagnose")
+        for given in (batches, against)
+        if given is not None
+    )
+    held = read(feed, "batches")
     layers = [
         layer._replace(name="" if layer.module is model else layer.name)
         for layer in batch_norms(model, "diagnose")
@@ -68,7 +60,7 @@ def measure(
         passes.rewind()
         depth = gradients(model, layers, passes.differentiable)
         passes.rewind()
-        reference = None if against is None else passes.reference(against)
+        reference = passes.reference(read(second[0], "against")) if second else None
     return Measured(
         {
             layer.name: _layer(layer, order, inference, training, reference, saturated, exact)
@@ -76,7 +68,7 @@ def measure(
         },
         ModelData(
             batches=len(held),
-            samples=sum(_samples(batch) for batch in held),
+            samples=sum(samples_of(batch) for batch in held),
             loss=_modes(training, inference, calibrated),
             gap=_distance(inference, training),
             mended=_distance(inference, calibrated),
@@ -85,167 +77,6 @@ def measure(
             first_nonfinite=training.watch.first_nonfinite,
         ),
     )
-
-
-Exact = dict[str, tuple[np.ndarray, np.ndarray]]
-"""By layer, mean and variance measured with the layers before it as they are in inference."""
-
-
-class Pass:
-    """What one pass gave: per batch some of the outputs, and the loss where there is one."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-        self.outputs: list[np.ndarray] = []
-        self.losses: list[float] = []
-
-
-class Passes:
-    """The same batches again and again, each time from the same statistics and random state."""
-
-    def __init__(
-        self, model: nn.Module, feed: Batches, held: list[Any], layers: Sequence[Layer], loss: Any
-    ) -> None:
-        self.model = model
-        self.feed = feed
-        self.held = held
-        self.layers = layers
-        self.loss = loss
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self.modes = [(module, module.training) for module in model.modules()]
-        self.random = torch.get_rng_state()
-
-    @torch.no_grad()
-    def rewind(self) -> None:
-        """Buffers as they were."""
-        for buffer, value in self.buffers:
-            buffer.copy_(value)
-
-    def run(self, *, training: bool) -> Pass:
-        """All batches in inference, or with every batch norm normalizing as in training."""
-        with watching(self.layers, training=training) as watch:
-            return self._over(self.held, watch)
-
-    def _over(self, batches: Iterable[Any], watch: Watch) -> Pass:
-        done = Pass(watch)
-        torch.set_rng_state(self.random)
-        set_training(self.model, False)
-        for batch in batches:
-            watch.known, watch.samples = _masks(batch), _samples(batch)
-            answer = self.feed.forward(self.model, batch)
-            done.outputs.append(_some(answer))
-            loss = loss_of(self.loss, answer, batch)
-            if loss is not None:
-                done.losses.append(float(loss.detach()))
-            self.rewind()
-            set_training(self.model, False)
-        return done
-
-    def calibrated(self, inference: Pass, training: Pass) -> tuple[Pass, Exact]:
-        """All batches in inference, with the statistics that calibration keeps; and these.
-
-        They are those of the pass in training, as `calibrate` measures in one pass; layer by layer
-        where batches know so little that the layers behind meet other values than in inference.
-        """
-        movable = [layer for layer in self.layers if layer.left is None]
-        small = any(_known(inference.watch.found.get(layer.name)) < ENOUGH for layer in movable)
-        if small and len(movable) * len(self.held) <= CALLS and not training.watch.first_nonfinite:
-            self._modes_as_given()
-            calibrate(
-                self.model, self.held, forward=self.feed.forward, passes="layerwise",
-                synchronize=False, progress=False,
-            )  # fmt: skip
-        else:
-            small = False
-            for layer in movable:
-                _write(layer, training.watch.found.get(layer.name))
-        exact = {layer.name: layer.kept for layer in movable} if small else {}
-        now = [(buffer, buffer.detach().clone()) for buffer, _ in self.buffers]
-        self.buffers, before = now, self.buffers
-        try:
-            with watching((), training=False) as watch:
-                done = self._over(self.held, watch)
-        finally:
-            self.buffers = before
-            self.rewind()
-        return done, {name: (k.mean.numpy(), k.var.numpy()) for name, k in exact.items()}
-
-    def _modes_as_given(self) -> None:
-        """Layers that somebody holds in inference mode are told by it."""
-        for module, training in self.modes:
-            module.training = training
-
-    def reference(self, against: Iterable[Any]) -> Pass:
-        """The batches of the second set, in inference."""
-        with watching(self.layers, training=False) as watch:
-            return self._over(_read(self.feed, against), watch)
-
-    def one(self) -> Any:
-        """The model's answer to the first batch."""
-        set_training(self.model, False)
-        return self.feed.forward(self.model, self.held[0])
-
-    def differentiable(self) -> Tensor | None:
-        """A number that depends on the outputs, in training: the loss, or a random mix of them."""
-        answer = self.feed.forward(self.model, self.held[0])
-        loss = loss_of(self.loss, answer, self.held[0])
-        if loss is not None:
-            return loss if loss.requires_grad else None
-        found = [t for t in tensors(answer) if t.is_floating_point() and t.requires_grad]
-        generator = torch.Generator().manual_seed(0)
-        mixed = [
-            (t * torch.randn(t.shape, generator=generator).to(t)).sum() / t.numel() for t in found
-        ]
-        return torch.stack([m.float() for m in mixed]).sum() if mixed else None
-
-
-def _read(feed: Batches, source: Iterable[Any]) -> list[Any]:
-    """Batches on the model's device: as many as were asked for, or enough to judge by."""
-    held: list[Any] = []
-    samples = 0
-    for batch in islice(iter(source), feed.limit or SAMPLES):
-        held.append(moved(batch, feed.device))
-        samples += _samples(batch)
-        if feed.limit is None and len(held) >= BATCHES and samples >= SAMPLES:
-            break
-    return held
-
-
-def _known(reached: Reached | None) -> float:
-    """Independent values in a batch of this layer; infinity where that is not known."""
-    worth = None if reached is None else reached.worth()
-    if reached is None or worth is None or not reached.samples:
-        return math.inf
-    return float(np.median(reached.samples)) * sample_worth(*worth, reached.positions)
-
-
-@torch.no_grad()
-def _write(layer: Layer, reached: Reached | None) -> None:
-    """Put what was measured into the running statistics."""
-    if reached is None or reached.whole is None:
-        return
-    factor = reached.values / max(reached.values - 1, 1) if layer.unbiased else 1.0
-    kept: Any = layer.module
-    kept.running_mean.copy_(torch.from_numpy(reached.mean))
-    kept.running_var.copy_(torch.from_numpy(reached.var * factor))
-
-
-def loss_of(loss: Any, answer: Any, batch: Any) -> Tensor | None:
-    """The loss of one batch, None where there is none.
-
-    Raises TypeError where `loss` gives no single number.
-    """
-    if loss is None:
-        held = answer.get("loss") if isinstance(answer, dict) else getattr(answer, "loss", None)
-        return held if isinstance(held, Tensor) and held.numel() == 1 else None
-    pair = isinstance(batch, tuple | list) and len(batch) == 2
-    value = loss(answer, batch[1] if pair else batch)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise TypeError(
-            f"diagnose: `loss` must return one number as a tensor; got {type(value).__name__}. It "
-            f"is called with the outputs and a batch's second element, or the batch itself."
-        )
-    return value
 
 
 def _in_order(layers: Sequence[Layer], training: Pass) -> list[tuple[int, Layer]]:
@@ -302,22 +133,6 @@ def _together(layer: Layer, reached: Reached) -> int:
     return min(samples, policy.size) if isinstance(policy, Ghost) else samples
 
 
-def _samples(batch: Any) -> int:
-    first = next(tensors(batch), None)
-    return 0 if first is None or not first.ndim else first.shape[0]
-
-
-def _some(answer: Any) -> np.ndarray:
-    """Up to `SOME` of each output's values, always the same ones."""
-    parts = []
-    for tensor in tensors(answer):
-        if tensor.is_floating_point() and tensor.ndim:
-            flat = tensor.detach().flatten()
-            step = len(flat) // SOME + 1 | 1  # odd, so that classes of even number take turns
-            parts.append(flat[::step].to("cpu", torch.float64).numpy())
-    return np.concatenate(parts) if parts else np.zeros(0)
-
-
 def _distance(inference: Pass, other: Pass) -> float | None:
     """Root mean square of the difference, over the other's standard deviation."""
     ours, theirs = np.concatenate(inference.outputs), np.concatenate(other.outputs)
@@ -331,13 +146,6 @@ def _modes(training: Pass, inference: Pass, calibrated: Pass) -> Modes | None:
     if not inference.losses:
         return None
     return Modes(*(np.array(done.losses) for done in (training, inference, calibrated)))
-
-
-def _masks(batch: Any) -> list[Tensor]:
-    """The masks in a batch of keyword arguments, by their names."""
-    if not isinstance(batch, Mapping):
-        return []
-    return [v for k, v in batch.items() if str(k).endswith("mask") and isinstance(v, Tensor)]
 
 
 def _last_batch(batches: Any) -> int | None:
