@@ -152,6 +152,16 @@ def test_a_run_of_many_layers_is_a_field_of_colour():
     assert len(values(many[0])) == 12 * 10 - 1  # without the one that was NaN
 
 
+@pytest.mark.parametrize("make", [made.report, made.watched])
+def test_without_the_chart_library_all_but_charts_is_there(make, monkeypatch):
+    monkeypatch.setattr("steadynorm.doctor.report.html.find_spec", lambda module: None)
+    made_page = page(make())
+    assert not any(section.charts for section in made_page.sections)
+    assert made_page.sections[0].cards
+    assert "steadynorm[lab]" in made_page.sections[-1].text[-1]
+    assert "vega" not in made_page.html()
+
+
 def test_loss_is_told_by_what_normalizes():
     (table,) = page(made.report()).sections[1].tables
     assert [row[1] for row in table.rows] == [0.5, 2.0, 0.75]

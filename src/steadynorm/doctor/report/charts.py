@@ -9,6 +9,7 @@ import numpy as np
 
 from steadynorm.doctor.evidence import Evidence, Layer
 from steadynorm.doctor.finding import Finding, Severity
+from steadynorm.doctor.report.groups import named
 from steadynorm.report.depth import channels, profile
 from steadynorm.report.page import Chart
 
@@ -46,11 +47,6 @@ def compared(layer: Layer) -> Compared | None:
     std, running = (np.sqrt(np.maximum(v + eps, tiny)) for v in (data.var, state.running_var))
     shift = (state.running_mean - data.mean) / std
     return Compared(layer, data.mean, std, state.running_mean, running, shift, running / std)
-
-
-def named(layer: Layer) -> str:
-    """The layer as it is shown: a model that is one layer has no name for it."""
-    return layer.name or "(the model)"
 
 
 def layer_charts(evidence: Evidence, findings: Iterable[Finding]) -> list[Chart]:

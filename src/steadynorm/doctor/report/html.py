@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -12,11 +13,10 @@ from steadynorm.doctor.evidence import Layer
 from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.observed import ModelData
 from steadynorm.doctor.report import groups
-from steadynorm.doctor.report.charts import layer_charts, named
-from steadynorm.doctor.report.groups import Reported, printable
+from steadynorm.doctor.report.groups import Reported, named, printable
 from steadynorm.doctor.report.run import run_sections
 from steadynorm.doctor.rules import find_rule
-from steadynorm.report.page import Card, Page, Section, Table
+from steadynorm.report.page import Card, Chart, Page, Section, Table
 
 LEVELS: dict[Severity, Literal["error", "warning", "info"]] = {
     Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "info"
@@ -25,13 +25,16 @@ NAMED = 8  # layers named on a card before "and 12 more"
 
 
 def page(report: Reported) -> Page:
-    """The report as a page. Raises ModuleNotFoundError where altair or vl-convert is missing."""
+    """The report as a page; without charts where altair or vl-convert-python is missing."""
     evidence = report.evidence
     remarks = [*map(printable, evidence.remarks), *groups.unasked(report)]
+    draw = all(find_spec(module) is not None for module in ("altair", "vl_convert"))
+    if not draw:
+        remarks.append('Charts need altair and vl-convert-python: pip install "steadynorm[lab]".')
     sections = [
         what_is_wrong(report),
-        *(run_sections(evidence.run) if evidence.run is not None else []),
-        *_layers(report),
+        *(run_sections(evidence.run, draw=draw) if evidence.run is not None else []),
+        *_layers(report, draw),
         *([Section("What was not looked at", remarks)] if remarks else []),
     ]
     return Page(
@@ -98,15 +101,19 @@ def _card(group: groups.Group) -> Card:
     )
 
 
-def _layers(report: Reported) -> list[Section]:
+def _layers(report: Reported, draw: bool) -> list[Section]:
     evidence = report.evidence
     if not evidence.layers:
         return []
-    charts = layer_charts(evidence, report.findings)
+    charts: list[Chart] = []
+    if draw:
+        from steadynorm.doctor.report.charts import layer_charts
+
+        charts = layer_charts(evidence, report.findings)
     title = "Running statistics against the data" if evidence.data else "What the layers keep"
     losses = [] if evidence.data is None or evidence.data.loss is None else [_losses(evidence.data)]
     return [
-        Section(title, tables=losses, charts=charts),
+        *([Section(title, tables=losses, charts=charts)] if losses or charts else []),
         Section("Layer by layer", tables=[_table(report)]),
     ]
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from steadynorm.doctor.report.groups import plural, printable
 from steadynorm.doctor.run import Reading, Run
-from steadynorm.report.charts import lines
-from steadynorm.report.depth import heat
 from steadynorm.report.page import Chart, Section, Table
 
 FEW = 7  # layers that lines can tell apart
@@ -29,14 +27,15 @@ FIGURES = (
 )  # fmt: skip
 
 
-def run_sections(run: Run) -> list[Section]:
+def run_sections(run: Run, *, draw: bool) -> list[Section]:
     """Charts over the steps, one for each figure that ever showed anything, and the last readings
     as a table.
     """
     kept = sorted({reading.step for reading in run.readings})
     shown = set(kept[:: max(1, math.ceil(len(kept) / COLUMNS))])
     readings = [reading for reading in run.readings if reading.step in shown]
-    charts = [chart for figure in FIGURES if (chart := _chart(run, readings, *figure))]
+    figures = FIGURES if draw else ()
+    charts = [chart for figure in figures if (chart := _chart(run, readings, *figure))]
     every = f"one in {run.every} read" if run.every > 1 else "all of them read"
     told = f"{plural(run.steps, 'training step')}, {every}, before the step's own update."
     return [
@@ -48,6 +47,9 @@ def run_sections(run: Run) -> list[Section]:
 def _chart(
     run: Run, readings: Sequence[Reading], name: str, title: str, unit: str, log: bool, told: str
 ) -> Chart | None:
+    from steadynorm.report.charts import lines
+    from steadynorm.report.depth import heat
+
     values = [(r, float(getattr(r, name))) for r in readings]
     rows = [
         {"step": r.step, "layer": _named(r.layer), name: float(f"{value:.4g}")}

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from steadynorm.doctor import Report
-from steadynorm.doctor.report.charts import compared, named
-from steadynorm.doctor.report.groups import Group, grouped, verdict
+from steadynorm.doctor.report.charts import compared
+from steadynorm.doctor.report.groups import Group, grouped, named, verdict
 from steadynorm.doctor.report.html import what_is_wrong
 from steadynorm.doctor.report.json import to_record
 from steadynorm.lab.batches import batches, tensors
