@@ -84,5 +84,5 @@ def _group(group: groups.Group) -> Iterator[RenderableType]:
         body.append(Text(printable(" · ".join(f"{k} {v}" for k, v in figures)), "dim"))
     if finding.cure:
         body.append(Text.assemble(("cure  ", "bold green"), printable(finding.cure)))
-    yield Padding(Group(*body), (0, 0, 0, 2))
+    yield Padding(Group(*body), (0, 0, 0, 2), expand=False)
     yield from (Code(f"        {printable(line)}", "green") for line in finding.line.splitlines())
