@@ -51,6 +51,12 @@ def test_no_code_for_the_terminal_gets_through():
     assert "[red]not[/red]" in stream.getvalue()
 
 
+def test_no_spaces_at_the_ends_of_lines():
+    stream = StringIO()
+    show(made.report(), Console(file=stream, width=60))
+    assert [line for line in stream.getvalue().splitlines() if line != line.rstrip()] == []
+
+
 def test_colours_where_the_terminal_has_them():
     stream = StringIO()
     Console(file=stream, force_terminal=True, width=80).print(to_rich(made.report()))

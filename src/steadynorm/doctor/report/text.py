@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import StringIO
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
 from steadynorm.doctor.finding import Severity
@@ -42,6 +41,18 @@ class Code(Text):
     """A line to copy."""
 
 
+class Indented:
+    """Wrapped text, two columns in; rich's own padding fills lines up with spaces."""
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.text.wrap(console, max(options.max_width - 2, 10)):
+            line.rstrip()
+            yield Text.assemble("  ", line)
+
+
 def _parts(report: Reported) -> Iterator[RenderableType]:
     found = groups.grouped(report.findings)
     style = STYLES[found[0].first.severity] if found else "bold green"
@@ -72,7 +83,7 @@ def _group(group: groups.Group) -> Iterator[RenderableType]:
     if group.because:
         title.append(f"  follows from {', '.join(group.because)}", "dim")
     yield title
-    body: list[RenderableType] = []
+    body: list[Text] = []
     if group.layers:
         places = Text(", ".join(map(printable, group.layers[:NAMED])), "cyan")
         if len(group.layers) > NAMED:
@@ -84,5 +95,5 @@ def _group(group: groups.Group) -> Iterator[RenderableType]:
         body.append(Text(printable(" · ".join(f"{k} {v}" for k, v in figures)), "dim"))
     if finding.cure:
         body.append(Text.assemble(("cure  ", "bold green"), printable(finding.cure)))
-    yield Padding(Group(*body), (0, 0, 0, 2), expand=False)
+    yield from map(Indented, body)
     yield from (Code(f"        {printable(line)}", "green") for line in finding.line.splitlines())
