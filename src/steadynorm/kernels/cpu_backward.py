@@ -119,33 +119,18 @@ def sums_of_strips(ACT: int) -> Any:
         columns = chunk.here * chunk.length
         clear(wide_1, chunk.copies * columns)
         clear(wide_2, chunk.copies * columns)
-        step = chunk.together * chunk.channels * chunk.length
         held = 0
-        row = chunk.top
-        while row < chunk.bottom:
-            a = start_of(chunk, row)
-            if kept is None and row + 2 * chunk.together <= chunk.bottom:
-                # Two strips at once: fewer trips to the accumulators.
-                b = a + step
-                for i in range(chunk.together * columns):
-                    d, e = widen(x[a + i]) - m[i], widen(x[b + i]) - m[i]
-                    g = gradient_at(widen(grad[a + i]), d, s[i], t[i], y, residual, a + i, ACT)
-                    h = gradient_at(widen(grad[b + i]), e, s[i], t[i], y, residual, b + i, ACT)
-                    wide_1[i] += g + h
-                    wide_2[i] += g * d + h * e
-                row += 2 * chunk.together
-                held += 2
-            else:
-                several = min(chunk.together, chunk.bottom - row)
-                for i in range(several * columns):
-                    d = widen(x[a + i]) - m[i]
-                    g = gradient_at(widen(grad[a + i]), d, s[i], t[i], y, residual, a + i, ACT)
-                    if kept is not None:
-                        kept[a + i] = narrow(g, kept)
-                    wide_1[i] += g
-                    wide_2[i] += g * d
-                row += several
-                held += 1
+        for row in range(chunk.top, chunk.bottom, chunk.together):
+            start = start_of(chunk, row)
+            for i in range(min(chunk.together, chunk.bottom - row) * columns):
+                k = start + i
+                d = widen(x[k]) - m[i]
+                g = gradient_at(widen(grad[k]), d, s[i], t[i], y, residual, k, ACT)
+                if kept is not None:
+                    kept[k] = narrow(g, kept)
+                wide_1[i] += g
+                wide_2[i] += g * d
+            held += 1
             if held >= FLUSH:
                 fold(wide_1, chunk, sums_1)
                 fold(wide_2, chunk, sums_2)

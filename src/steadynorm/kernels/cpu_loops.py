@@ -211,34 +211,19 @@ def moments_of_strips(
     columns = chunk.here * chunk.length
     clear(wide_1, chunk.copies * columns)
     clear(wide_2, chunk.copies * columns)
-    step = chunk.together * chunk.channels * chunk.length
     held = 0
-    row = chunk.top
-    while row < chunk.bottom:
-        a = start_of(chunk, row)
-        if mask is None and row + 4 * chunk.together <= chunk.bottom:
-            # Four strips at once: fewer trips to the accumulators.
-            b, c, d = a + step, a + 2 * step, a + 3 * step
-            for i in range(chunk.together * columns):
-                p = pivot[i]
-                d_0, d_1 = widen(x[a + i]) - p, widen(x[b + i]) - p
-                d_2, d_3 = widen(x[c + i]) - p, widen(x[d + i]) - p
-                wide_1[i] += (d_0 + d_1) + (d_2 + d_3)
-                wide_2[i] += (d_0 * d_0 + d_1 * d_1) + (d_2 * d_2 + d_3 * d_3)
-            row += 4 * chunk.together
-            held += 4
-        else:
-            several = min(chunk.together, chunk.bottom - row)
+    for row in range(chunk.top, chunk.bottom, chunk.together):
+        start = start_of(chunk, row)
+        several = min(chunk.together, chunk.bottom - row)
+        if mask is not None:
+            spread_mask(mask, chunk, row, several, valid)
+        for i in range(several * columns):
+            d = widen(x[start + i]) - pivot[i]
             if mask is not None:
-                spread_mask(mask, chunk, row, several, valid)
-            for i in range(several * columns):
-                e = widen(x[a + i]) - pivot[i]
-                if mask is not None:
-                    e = e if valid[i] != 0 else like(0.0, e)
-                wide_1[i] += e
-                wide_2[i] += e * e
-            row += several
-            held += 1
+                d = d if valid[i] != 0 else like(0.0, d)
+            wide_1[i] += d
+            wide_2[i] += d * d
+        held += 1
         if held >= FLUSH:
             fold(wide_1, chunk, sums_1)
             fold(wide_2, chunk, sums_2)
