@@ -101,7 +101,7 @@ def show(runs: Runs) -> Shown:
             table(
                 f"Accuracy at the end, %: {depth} hidden layers", runs.where(depth=depth),
                 rows="scale", columns="normalization", value=lambda run: 100 * run["accuracy"],
-                names=names | {scale: f"{scale:g}" for scale in runs.distinct("scale")},
+                names=names | {scale: f"{scale:.2g}" for scale in runs.distinct("scale")},
                 corner="scale",
             )
             for depth in DEPTHS

@@ -114,7 +114,7 @@ def show(runs: Runs) -> Shown:
             table(
                 f"Accuracy at the end, %: {depth} hidden layers", runs.where(depth=depth),
                 rows="rate", columns="normalization", value=lambda run: 100 * run["accuracy"],
-                names=names | {rate: f"{rate:g}" for rate in runs.distinct("rate")},
+                names=names | {rate: f"{rate:.2g}" for rate in runs.distinct("rate")},
                 corner="learning rate",
             )
             for depth in DEPTHS
