@@ -20,11 +20,15 @@ class StaleStatistics(Rule):
     why = (
         "They are averages over the last few training batches, of inputs that earlier weights "
         "made: late after fast learning, noisy after small batches, wrong after averaged (SWA, "
-        "EMA) or partly loaded weights. Inference normalizes with them. Measuring them anew needs "
-        "no labels and no gradients. Data that differ from those of training look the same from "
+        "EMA) or partly loaded weights, too wide behind dropout, which inference leaves out (by "
+        "30 % at a rate of one half). Inference normalizes with them. Measuring them anew needs no "
+        "labels and no gradients. Data that differ from those of training look the same from "
         "here: give both sets, the second as `against`, to tell."
     )
-    source = "Wu & Johnson 2021, section 3 (PreciseBN); Izmailov et al. 2018 (SWA needs bn_update)."
+    source = (
+        "Wu & Johnson 2021, section 3 (PreciseBN); Izmailov et al. 2018 (SWA needs bn_update); Li "
+        "et al. 2019 (the variance shift of dropout)."
+    )
     threshold = (
         "A divergence of more than 0.02, channels averaged: means 0.2 standard deviations off, or "
         "standard deviations 15 % too large; plus four times what so little data gives by itself. "
