@@ -50,11 +50,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    print(f"{'input':>16}  {'':18}  torch.nn    ours   ratio (quartiles)")
-    for shape in SMALL:
+    print(f"{'input':>18}  {'':18}  torch.nn    ours   ratio (quartiles)")
+    cases = [
+        (shape, last) for shape in SMALL for last in (False, True) if len(shape) == 4 or not last
+    ]
+    for shape, last in cases:
         kind = {2: "BatchNorm1d", 4: "BatchNorm2d"}[len(shape)]
         layers = [getattr(home, kind)(shape[1]) for home in (torch.nn, sn)]
         x = torch.randn(shape) + 1
+        if last:
+            x = x.contiguous(memory_format=torch.channels_last)
         both = [steps(layer, x) for layer in layers]
         for name in both[0]:
             for layer in layers:
@@ -65,9 +70,9 @@ def main() -> None:
             ratios = [ours / theirs for theirs, ours in times]
             low, middle, high = statistics.quantiles(ratios, n=4)
             theirs, ours = (statistics.median(t[i] for t in times) * 1e6 for i in (0, 1))
-            label = "x".join(map(str, shape))
+            label = "x".join(map(str, shape)) + (" last" if last else "")
             print(
-                f"{label:>16}  {name:18}  {theirs:5.1f} us {ours:5.1f} us"
+                f"{label:>18}  {name:18}  {theirs:5.1f} us {ours:5.1f} us"
                 f"   {middle:.2f} ({low:.2f} to {high:.2f})"
             )
     print(", ".join(f"{key} {value}" for key, value in machine().items()))

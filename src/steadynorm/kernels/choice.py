@@ -12,9 +12,9 @@ from torch import Tensor
 
 from steadynorm.kernels import eager, native
 
-# Values in the input up to which PyTorch's own operator about a pivot beats a Python autograd node,
-# for plain calls: measured crossover in docs/speed.md, `steadynorm bench --small` shows it.
-NATIVE_LIMIT = 1 << 17
+# Values in the input up to which PyTorch's own operator beats a Python autograd node, for plain
+# calls: the crossover that benchmarks/small_calls.py measures, in docs/speed.md.
+NATIVE_LIMIT = 1 << 14
 
 HAS_NUMBA = find_spec("numba") is not None
 
@@ -77,8 +77,9 @@ def plain_calls(
     """
     if x.__class__ is not Tensor or x.ndim < 2 or needs_plain_operations():
         return None
-    if native_is_best(x, weight, running_mean, running_var):
-        return native if native_sums_well(x) or not training else None
+    own = native_is_best(x, weight, running_mean, running_var)
+    if own and (native_sums_well(x) or not training):
+        return native
     if (running_mean is None) is not (running_var is None):
         return None
     if HAS_NUMBA and stages_for(x, residual) is not eager:

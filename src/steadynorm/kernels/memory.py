@@ -36,7 +36,7 @@ def empty_like(x: Tensor) -> Tensor:
     flat = torch.frombuffer(_pool.take(size), dtype=x.dtype, count=x.numel())
     # Not a view of `flat`: autograd forbids to change in place what a function returned as a view.
     y = torch.empty(0, dtype=x.dtype)
-    y.set_(flat, 0, x.shape, x.stride())
+    y.set_(flat, 0, x.shape, x.stride())  # type: ignore[call-overload]
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if filling and torch.are_deterministic_algorithms_enabled():
         y.fill_(float("nan"))
