@@ -15,6 +15,7 @@ from torch import Tensor
 from . import cpu_loops as at
 from .cpu_memory import WIDTH
 from .cpu_runtime import Arguments, Kernel
+from .memory import empty_like
 
 Groups = tuple[int, ...] | None
 
@@ -54,7 +55,7 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
         t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous())
     ):
         return t
-    return torch.empty_like(x).copy_(t)
+    return empty_like(x).copy_(t)
 
 
 def real_type(x: Tensor) -> torch.dtype:
