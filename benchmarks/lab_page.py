@@ -50,7 +50,11 @@ def svg(chart: Chart) -> str:
         title={"anchor": "start", "color": INK, "fontSize": 13}, range={"category": PALETTE},
         rule={"color": SOFT}, padding=8,
     )  # fmt: skip
-    return vl_convert.vegalite_to_svg(spec, config=config)
+    drawn: str = vl_convert.vegalite_to_svg(spec, config=config)
+    # Names count what the process drew before; these make the same picture the same file.
+    found = dict.fromkeys(re.findall(r'id="(\w+)"', drawn))
+    names = {name: f"part{number}" for number, name in enumerate(found)}
+    return re.sub(r'(id="|#)(\w+)', lambda m: m[1] + names.get(m[2], m[2]), drawn) + "\n"
 
 
 def grid(table: Table) -> str:
