@@ -42,7 +42,7 @@ def svg(chart: Chart) -> str:
         labelFontSize=12, titleFontSize=12, titleFontWeight="normal", labelOverlap=True,
     )  # fmt: skip
     legend = dict(
-        labelColor=INK, labelFontSize=12, orient="top", direction="horizontal", columns=4,
+        labelColor=INK, labelFontSize=12, orient="top", direction="horizontal", columns=3,
         symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1, title=None, labelLimit=260,
     )  # fmt: skip
     config = dict(
