@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("altair", reason="charts need the extra lab")
 
-from steadynorm.lab.experiments import get
+from steadynorm.lab.experiments import every, get
 from steadynorm.lab.store import declaration, plain, read
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -30,6 +30,10 @@ def test_a_saved_verdict_follows_from_the_saved_runs(path):
     assert [(run.setting, run.seed) for run in runs] == wanted
     page = (DOCS / "lab.md").read_text("utf-8")
     assert head["verdict"]["sentence"] in page, "python benchmarks/lab_page.py"
+
+
+def test_every_experiment_has_results():
+    assert {path.name.split(".")[0] for path in PATHS} == {one.name for one in every()}
 
 
 def test_the_committed_results_are_small():
