@@ -73,7 +73,7 @@ def measure(name: str, entry: Entry) -> Row:
 
 
 def measure_one(name: str, model: nn.Module, inputs: Any) -> Row:
-    converted, conversion = convert(model)
+    converted, conversion = convert(model, example_inputs=inputs)
     folded, folding = fold(model.eval(), inputs)
     expected = inference(model, inputs)
     in_inference = relative(expected, inference(converted, inputs))
