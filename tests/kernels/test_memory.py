@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import sys
 import threading
 
@@ -59,7 +61,7 @@ def test_what_waits_can_be_given_back():
     y, z = empty_like(x), empty_like(x)
     assert memory.empty_cache() == 0, "both are in use"
     del y, z
-    assert memory.empty_cache() == 2 * POOLED_FROM
+    assert memory.empty_cache() == 2 * memory.HUGE_PAGE
     assert memory.empty_cache() == 0
 
 
@@ -140,3 +142,44 @@ def test_autograd_adds_up_gradients_in_place():
         y.backward(torch.ones(LARGE))
     sums = [event.name for event in profile.events() if event.name.startswith("aten::add")]
     assert sums == ["aten::add_"]
+
+
+def test_a_forked_child_writes_to_memory_of_its_own():
+    """Blocks are private: to share them would let a data loader change its parent's tensors."""
+    x = empty_like(torch.zeros(LARGE)).fill_(1.0)
+    child = os.fork()
+    if child == 0:
+        x.fill_(2.0)
+        os._exit(0 if bool((x == 2).all()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert bool((x == 1).all())
+
+
+def test_what_waits_is_marked_as_free_when_another_block_is_made(monkeypatch):
+    """The system knows of private memory only: it counts what of ours it may take."""
+    advised = []
+    advise = memory._Block.advise
+
+    def watched(block, how):
+        advised.append((block.size, how))
+        advise(block, how)
+
+    monkeypatch.setattr(memory._Block, "advise", watched)
+    y = empty_like(torch.zeros(LARGE)).fill_(1.0)
+    del y
+    z = empty_like(torch.zeros(LARGE)).fill_(1.0)  # the same block: nothing is marked
+    assert advised == [(memory.HUGE_PAGE, memory.MADV_HUGEPAGE)]
+    del z
+    larger = empty_like(torch.zeros(3 * memory.HUGE_PAGE // 4))
+    assert advised[1:] == [
+        (memory.HUGE_PAGE, memory.MADV_FREE),
+        (larger.nbytes, memory.MADV_HUGEPAGE),
+    ]
+
+
+def test_the_system_takes_both_pieces_of_advice():
+    """It did not for shared memory, and said nothing."""
+    block = memory._Block(memory.HUGE_PAGE)
+    madvise = memory._madvise()
+    for how in (memory.MADV_HUGEPAGE, memory.MADV_FREE):
+        assert madvise(ctypes.c_void_p(block._address), ctypes.c_size_t(block.size), how) == 0

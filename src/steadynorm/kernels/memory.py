@@ -2,9 +2,11 @@
 
 glibc gives allocations above 32 MB back to the system at once, and every new one faults in page by
 page: to write 100 MB of fresh memory costs 3 to 7 copies of it, more than all that batch
-normalization does with it (benchmarks/fresh_memory.py). So large results come from blocks that
-return here when the last tensor on them is gone, and serve again at no cost. What waits here is
-marked as free to the system (MADV_FREE), which takes it back without a word when memory gets tight.
+normalization does with it (benchmarks/fresh_memory.py); below, it does so at the end of its heap.
+So large results come from blocks that return here when the last tensor on them is gone, and serve
+again at no cost. Whenever another block has to be made, what waits here is marked as free to the
+system (MADV_FREE), which takes it back without a word when memory gets tight. Not earlier: to mark
+a block that is about to serve again costs as much as to write 5 MB.
 
 Linux only; elsewhere, and for small results, PyTorch's own allocator serves.
 """
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-POOLED_FROM = 1 << 22  # bytes; below, glibc keeps memory by itself
+POOLED_FROM = 1 << 20  # bytes; below, glibc keeps memory by itself
 HUGE_PAGE = 1 << 21  # bytes; a block begins on its boundary and is a multiple of it long
 MADV_FREE, MADV_HUGEPAGE = 8, 14  # <sys/mman.h>; the mmap module lacks the first before 3.13
 
@@ -57,7 +59,9 @@ class _Block:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._map = mmap.mmap(-1, size + HUGE_PAGE)
+        # Not shared, as mmap would have it: a forked child must not write to its parent's tensors,
+        # and neither advice holds for shared memory.
+        self._map = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         first = ctypes.c_char.from_buffer(self._map)
         address = ctypes.addressof(first)
         del first  # an exported buffer would keep the map from closing
@@ -97,20 +101,24 @@ class _Pool:
 
         def end(_: Any) -> None:
             self._used.pop(key, None)
-            block.advise(MADV_FREE)
             self._waiting.setdefault(size, []).append(block)
 
         self._used[key] = weakref.ref(view, end), size
         return view
 
     def _make_room(self, size: int) -> None:
-        """What waits is at most what is in use, or a quarter of the machine's memory."""
+        """What waits is at most what is in use, or a quarter of the machine's memory.
+
+        The rest of it the system may take if it has to.
+        """
         most = max(sum(used for _, used in list(self._used.values())), _memory() // 4)
         waiting = [(size * len(blocks), blocks) for size, blocks in list(self._waiting.items())]
         excess = size + sum(total for total, _ in waiting) - most
         for _, blocks in sorted(waiting, key=lambda pair: -pair[0]):
             while excess > 0 and blocks:
                 excess -= blocks.pop(0).size
+            for block in list(blocks):
+                block.advise(MADV_FREE)
 
     def clear(self) -> int:
         """Drop all that waits; returns how many bytes."""
