@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def _bars(console: Console) -> Progress:
+    """Drawn between measurements: a thread that draws would take a core from what is timed."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -18,6 +19,7 @@ def _bars(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        auto_refresh=False,
     )
 
 
@@ -75,13 +77,18 @@ def bench(
     found: list[Measurement] = []
     networks = None
     with _bars(console) as bars:
+
+        def advance() -> None:
+            bars.advance(task)
+            bars.refresh()
+
         if loads:
             task = bars.add_task("kernels", total=len(loads) * rounds)
             for load in loads:
-                found += measure(load, names, rounds, lambda: bars.advance(task))
+                found += measure(load, names, rounds, advance)
         if "networks" in wanted:
             task = bars.add_task("networks", total=len(NETWORKS) * rounds)
-            networks = measure_networks(list(NETWORKS), rounds, lambda: bars.advance(task))
+            networks = measure_networks(list(NETWORKS), rounds, advance)
     about = machine()
     for table in tables(found):
         console.print(to_rich(table))

@@ -55,12 +55,13 @@ def measure(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     with _quiet():
         for round_ in range(rounds):
-            copies.append(_mean_of(lambda: _copy(inputs), repeats)[0])
+            copies.append(_typical(lambda: _copy(inputs), repeats)[0])
             # Another order in each round: whoever follows the copy finds other caches.
             names = list(runs)
             shift = round_ % len(names)
             for name in names[shift:] + names[:shift]:
-                seconds[name].append(_mean_of(runs[name], repeats))
+                runs[name]()  # untimed: it pays for what the others left, such as memory to trim
+                seconds[name].append(_typical(runs[name], repeats))
             progress()
     for name, times in seconds.items():
         for index, direction in enumerate(DIRECTIONS):
@@ -85,14 +86,15 @@ def _copy(inputs: Any) -> tuple[float, float]:
 
 
 def _repeats(inputs: Any, runs: dict[str, Timed]) -> int:
-    """Calls a round, so that a round of a contender takes 2 ms at least."""
+    """Calls a round: three, and as many more as a contender needs to take 2 ms."""
     quickest = min([sum(run()) for run in runs.values()] + [sum(_copy(inputs))])
-    return max(1, min(500, math.ceil(2e-3 / max(quickest, 1e-7))))
+    return max(3, min(500, math.ceil(2e-3 / max(quickest, 1e-7))))
 
 
-def _mean_of(run: Timed, repeats: int) -> tuple[float, float]:
-    times = [run() for _ in range(repeats)]
-    return sum(t[0] for t in times) / repeats, sum(t[1] for t in times) / repeats
+def _typical(run: Timed, repeats: int) -> tuple[float, float]:
+    """The median of the calls: on a shared machine single calls stall for milliseconds."""
+    forward, backward = zip(*(run() for _ in range(repeats)), strict=True)
+    return statistics.median(forward), statistics.median(backward)
 
 
 @contextmanager
