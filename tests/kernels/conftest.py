@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steadynorm.kernels import cpu_slabs
+from steadynorm.kernels import cpu_slabs, plain
 
 
 @pytest.fixture
@@ -24,6 +24,8 @@ def way(request, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     cpu_slabs.plan.cache_clear()
+    plain.prepared.cache_clear()
     yield request.param
     torch.set_num_threads(threads)
     cpu_slabs.plan.cache_clear()
+    plain.prepared.cache_clear()

@@ -8,7 +8,7 @@ import torch
 from tests import truth
 
 import steadynorm as sn
-from steadynorm.kernels import choice, cpu, cpu_slabs
+from steadynorm.kernels import choice, cpu, cpu_slabs, plain
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
@@ -35,7 +35,9 @@ def visits(request, monkeypatch):
         return plan(*arguments)._replace(visit=request.param)
 
     monkeypatch.setattr(cpu_slabs, "plan", cut)
-    return request.param
+    plain.prepared.cache_clear()
+    yield request.param
+    plain.prepared.cache_clear()
 
 
 def make(shape, layout, mean=0.0, seed=0, dtype=torch.float32):

@@ -60,10 +60,15 @@ residual: comparisons cost nothing, and to read the output twice costs 2 of 7 te
 
 
 def kept_for_backward(
-    activation: str | None, y: Tensor, residual: Tensor | None, *, rebuilds: bool
+    activation: str | None,
+    y: Tensor,
+    residual: Tensor | None,
+    signs: Tensor | None = None,
+    *,
+    rebuilds: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The output if the derivative is taken from it, and the residual if z is rebuilt with it."""
-    if activation is None:
+    if activation is None or signs is not None:
         return None, None
     if not ACTIVATIONS[activation].from_output:
         return None, residual

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from steadynorm.kernels import eager, native
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, for plain
 # calls: the crossover that benchmarks/small_calls.py measures, in docs/speed.md.
-NATIVE_LIMIT = 1 << 14
+NATIVE_LIMIT = 1 << 13
 
 HAS_NUMBA = find_spec("numba") is not None
 
@@ -61,42 +61,47 @@ def needs_plain_operations() -> bool:
     )
 
 
-def plain_calls(
+def plain_call(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     residual: Tensor | None,
+    activation: str | None,
     *,
     training: bool,
-) -> ModuleType | None:
-    """The module whose `train` and `infer` serve a plain call; None if the general node has to.
+) -> Any:
+    """What serves a plain call by its `train` and `infer`; None if the general node has to.
 
     Plain: policy `Batch` or inference, no mask, no replicas, non-finite values propagate.
     """
     if x.__class__ is not Tensor or x.ndim < 2 or needs_plain_operations():
         return None
-    own = native_is_best(x, weight, running_mean, running_var)
-    if own and (native_sums_well(x) or not training):
+    if (
+        (x.numel() <= NATIVE_LIMIT or not x.is_cpu)
+        and (not training or native_sums_well(x))
+        and _native_goes_with(x, weight, running_mean, running_var)
+    ):
         return native
-    if (running_mean is None) is not (running_var is None):
-        return None
-    if HAS_NUMBA and stages_for(x, residual) is not eager:
-        from steadynorm.kernels import plain
-
-        return plain if plain.takes(x, weight, bias, running_mean, running_var) else None
+    tracked_or_not = (running_mean is None) is (running_var is None)
+    if tracked_or_not and x.is_cpu and _cpu_kernels()[0] is not None:
+        around = (weight, bias, running_mean, running_var)
+        return _plain_node().prepare(x, residual, activation, *around)
     return None
 
 
-def native_is_best(
+@lru_cache(maxsize=1)
+def _plain_node() -> ModuleType:
+    from steadynorm.kernels import plain
+
+    return plain
+
+
+def _native_goes_with(
     x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
 ) -> bool:
-    """Whether PyTorch's own operator should serve a plain call; False also for what is amiss."""
-    if x.__class__ is not Tensor:
-        return False  # subclasses may not have the strides the pivot is read by
-    if (x.numel() > NATIVE_LIMIT and x.is_cpu) or x.ndim < 2 or needs_plain_operations():
-        return False
+    """Whether PyTorch's own operator takes these together; False also for what is amiss."""
     channels = x.size(1)
     kind = x.dtype if weight is None else weight.dtype
     if kind is not x.dtype and (kind is not torch.float32 or x.dtype not in native.HALF):
@@ -153,8 +158,8 @@ def explain(
     """
     if needs_plain_operations():
         return Choice("traced", "PyTorch is compiling or transforming this call")
-    plain = statistics in ("batch", "frozen") and mask is None
-    if plain and native_is_best(x, None, None, None):
+    plain = statistics in ("batch", "frozen") and mask is None and x.__class__ is Tensor
+    if plain and x.ndim > 1 and (x.numel() <= NATIVE_LIMIT or not x.is_cpu):
         size = f"{x.numel()} values, up to {NATIVE_LIMIT}"
         return Choice("native", size if x.is_cpu else "a plain call on an accelerator")
     cpu, trouble = _cpu_kernels()

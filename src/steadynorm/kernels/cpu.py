@@ -7,11 +7,8 @@ stages of a direction while a block of channels is still in the cache. `takes` s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,103 +16,43 @@ from steadynorm.statistics.moments import Moments
 
 from . import cpu_loops as at
 from .cpu_activations import BY_EITHER, CODES, FROM_INPUT, IDENTITY
-from .cpu_backward import backward
-from .cpu_forward import forward
-from .cpu_runtime import Kernel, compile_kernel
-from .cpu_slabs import Groups, Slab, alike, given, per_channel, real_type, shape_of, slabs
+from .cpu_kernels import SCALARS, backward_kernel, forward_kernel, name_of, warmup
+from .cpu_signs import outputs_for, signs_for
+from .cpu_slabs import (
+    MOMENTS,
+    Groups,
+    Slab,
+    alike,
+    given,
+    per_channel,
+    real_type,
+    shape_of,
+    slabs,
+)
 from .memory import empty_like
+
+__all__ = [
+    "apply", "apply_grad", "backward_kernel", "calls", "forward_kernel", "moments", "normalize",
+    "normalize_grad", "outputs_for", "reduce_grad", "signs_for", "takes", "warmup",
+]  # fmt: skip
 
 calls: Counter[str] = Counter()
 """How often each stage has run here, by name."""
-
-_SCALARS = {
-    torch.float32: (np.float32, np.float32),
-    torch.float64: (np.float64, np.float64),
-    torch.bfloat16: (np.uint16, np.float32),  # by its bits
-}
 
 
 def takes(x: Tensor, *, residual: Tensor | None = None) -> str | None:
     """None if these kernels can run on the input, else the reason why not."""
     if x.device.type != "cpu":
         return f"the input is on {x.device.type}"
-    if x.dtype not in _SCALARS:
-        return f"the input is {_name(x.dtype)}, not float32, float64 or bfloat16"
+    if x.dtype not in SCALARS:
+        return f"the input is {name_of(x.dtype)}, not float32, float64 or bfloat16"
     if x.numel() == 0:
         return "the input is empty"
     if x.layout is not torch.strided or x.is_neg() or shape_of(x) is None:
         return "the input is contiguous neither channels-first nor channels-last"
     if residual is not None and residual.dtype != x.dtype:
-        return f"the residual is {_name(residual.dtype)}, the input {_name(x.dtype)}"
+        return f"the residual is {name_of(residual.dtype)}, the input {name_of(x.dtype)}"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@cache
-def forward_kernel(
-    dtype: torch.dtype, activation: str | None = None, *, add: bool = False, masked: bool = False
-) -> Kernel:
-    """The kernel of the forward direction for these options, compiled once a process."""
-    function = forward(*_SCALARS[dtype], CODES[activation], add, masked)
-    return compile_kernel(function, _title("forward", dtype, activation, add=add, masked=masked))
-
-
-def _title(direction: str, dtype: torch.dtype, activation: str | None, **options: bool) -> str:
-    chosen = (name for name, on in options.items() if on)
-    return "-".join((direction, _name(dtype), activation or "identity", *chosen))
-
-
-@cache
-def backward_kernel(
-    dtype: torch.dtype,
-    activation: str | None = None,
-    *,
-    rebuilt: bool = False,
-    add: bool = False,
-    want: bool = False,
-    keep: bool = False,
-    masked: bool = False,
-) -> Kernel:
-    """The kernel of the backward direction for these options, compiled once a process."""
-    options = {"rebuilt": rebuilt, "add": add, "want": want, "keep": keep, "masked": masked}
-    return compile_kernel(
-        backward(*_SCALARS[dtype], CODES[activation], *options.values()),
-        _title("backward", dtype, activation, **options),
-    )
-
-
-def warmup(
-    dtypes: Sequence[torch.dtype] = (torch.float32,),
-    activations: Sequence[str | None] = (None, "relu"),
-) -> dict[str, Kernel]:
-    """Compile ahead, or load, the kernels of these types and activations, for any shape and layout.
-
-    With and without a residual, without masks; by their names. `Kernel.cached` tells which of them
-    were on the disk.
-    """
-    done = {}
-    for dtype in dtypes:
-        for activation in activations:
-            name = f"{activation or 'identity'} {_name(dtype)}"
-            code = CODES[activation]
-            for add in (False, True):
-                end = f"{name} with residual" if add else name
-                done[f"forward {end}"] = forward_kernel(dtype, activation, add=add)
-                if activation is None and add:
-                    continue  # the residual's gradient is the gradient itself
-                by_input = code in FROM_INPUT
-                how = {
-                    "rebuilt": by_input or (code in BY_EITHER and not add),
-                    "add": add and by_input,
-                }
-                done[f"backward {end}"] = backward_kernel(dtype, activation, want=add, **how)
-                if add and _survives_storing(dtype, activation):
-                    kernel = backward_kernel(dtype, activation, keep=True, **how)
-                    done[f"backward {name} kept"] = kernel
-    return done
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> Moments:
@@ -132,11 +69,11 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
             slab.shared(at.MASK, valid)
             count = int(torch.count_nonzero(valid))
         counts.append(count)
-        slab.number(at.COUNT, max(count, 1))
+        slab.numbers((at.COUNT,), (max(count, 1),))
         slab.channel(at.CENTER, mean)
         slab.channel(at.LOW, low)
         slab.channel(at.VAR, var)
-        slab.reduce(kernel)
+        slab.run(kernel, *MOMENTS)
         if count == 0:
             for t in (mean, low, var):
                 t.view(-1, slab.channels)[slab.group] = 0
@@ -164,9 +101,13 @@ def apply(
     residual: Tensor | None = None,
     activation: str | None = None,
     groups: Groups = None,
+    signs: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`activation((x - center)·scale + shift + residual)`, in `out` if given."""
+    """`activation((x - center)·scale + shift + residual)`, in `out` if given.
+
+    Into `signs`, if given (see `signs_for`), where the activation lets the gradient through.
+    """
     calls["apply"] += 1
     y = empty_like(x) if out is None else given(out, x)
     center, scale, shift = (per_channel(t, x, groups) for t in (center, scale, shift))
@@ -175,6 +116,7 @@ def apply(
     for slab in slabs(x, groups):
         slab.values(at.RESIDUAL, residual)
         slab.values(at.Y, y)
+        slab.signs(signs)
         slab.channel(at.CENTER, center)
         slab.channel(at.SCALE, scale)
         slab.channel(at.SHIFT, shift)
@@ -191,6 +133,7 @@ def normalize(
     residual: Tensor | None = None,
     activation: str | None = None,
     groups: Groups = None,
+    signs: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """`moments` and `apply` by these moments, in one visit of each block of channels.
@@ -209,52 +152,60 @@ def normalize(
         counts.append(slab.count)
         slab.values(at.RESIDUAL, residual)
         slab.values(at.Y, y)
+        slab.signs(signs)
         slab.shared(at.WEIGHT, weight)
         slab.shared(at.BIAS, bias)
-        slab.number(at.COUNT, slab.count)
-        slab.number(at.EPS, eps)
+        slab.numbers((at.COUNT, at.EPS), (slab.count, eps))
         for slot, t in (
             (at.CENTER, mean), (at.LOW, low), (at.VAR, var), (at.SCALE, scale), (at.SHIFT, shift)
         ):  # fmt: skip
             slab.channel(slot, t)
-        both_stages_forward(slab, kernel, at.SETTLE)
+        slab.run(kernel, *slab.plan.forward(at.SETTLE))
     return y, Moments(_counts(counts, x, groups, None), mean, var, low)
-
-
-def both_stages_forward(slab: Slab, kernel: Kernel, settle: int) -> None:
-    """`moments`, what `settle` asks for per channel, and `apply`; in one visit if that pays."""
-    if slab.plan.visit:
-        slab.run(kernel, at.REDUCE | settle | at.MAP)
-    else:
-        slab.reduce(kernel)
-        slab.settle(kernel, settle)
-        # From the end: what the reduction read last is still in the cache.
-        slab.run(kernel, at.MAP | at.BACKWARDS)
 
 
 class Branch(NamedTuple):
     """What every kernel of the backward direction reads of x's size, laid out as x is.
 
-    `rebuilt`: whether the activation's derivative is taken from z, rebuilt from x and the residual.
+    The activation's derivative is taken from `signs` if there are any, from z if `rebuilt` (out of
+    x and the residual), else from y.
     """
 
     grad: Tensor
     y: Tensor | None
     residual: Tensor | None
+    signs: Tensor | None
     rebuilt: bool
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """The kernel's options that follow from it."""
+        return {
+            "signed": self.signs is not None,
+            "rebuilt": self.rebuilt,
+            "add": self.residual is not None,
+        }
 
     def hand_over(self, slab: Slab) -> None:
         """Put its addresses into the kernel's arguments."""
         slab.values(at.GRAD, self.grad)
         slab.values(at.Y, self.y)
         slab.values(at.RESIDUAL, self.residual)
+        slab.signs(self.signs)
 
 
 def branch_of(
-    grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, activation: str | None
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    signs: Tensor | None,
+    activation: str | None,
 ) -> Branch:
     """What this activation's gradient is taken from."""
     code = CODES[activation]
+    if signs is not None:
+        return Branch(alike(grad, x, "grad"), None, None, signs, False)
     by_input = code in FROM_INPUT or (y is None and code in BY_EITHER)
     if y is None and code != IDENTITY and not by_input:
         raise ValueError(
@@ -264,6 +215,7 @@ def branch_of(
         alike(grad, x, "grad"),
         None if y is None or by_input or code == IDENTITY else alike(y, x, "y"),
         alike(residual, x, "residual") if residual is not None and by_input else None,
+        None,
         by_input,
     )
 
@@ -289,15 +241,15 @@ def reduce_grad(
     *,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    signs: Tensor | None = None,
     activation: str | None = None,
     groups: Groups = None,
 ) -> tuple[Tensor, Tensor]:
     """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
     calls["reduce_grad"] += 1
-    branch = branch_of(grad, x, y, residual, activation)
+    branch = branch_of(grad, x, y, residual, signs, activation)
     place = [per_channel(t, x, groups) for t in (center, scale, shift)]
-    how = {"rebuilt": branch.rebuilt, "add": branch.residual is not None}
-    kernel = backward_kernel(x.dtype, activation, **how)
+    kernel = backward_kernel(x.dtype, activation, **branch.options)
     total, moved = _per_channel_results(2, x, groups)
     for slab in slabs(x, groups):
         branch.hand_over(slab)
@@ -305,7 +257,7 @@ def reduce_grad(
             slab.channel(slot, t)
         slab.channel(at.SUM_GRAD, total)
         slab.channel(at.SUM_GRAD_X, moved)
-        slab.reduce(kernel)
+        slab.run(kernel, at.REDUCE, at.MERGE)
     return total, moved
 
 
@@ -320,6 +272,7 @@ def apply_grad(
     *,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    signs: Tensor | None = None,
     activation: str | None = None,
     mask: Tensor | None = None,
     groups: Groups = None,
@@ -332,10 +285,10 @@ def apply_grad(
     """
     calls["apply_grad"] += 1
     want = want_residual and activation is not None
-    branch = branch_of(grad, x, y, residual, activation)
+    branch = branch_of(grad, x, y, residual, signs, activation)
     place = [per_channel(t, x, groups) for t in (center, scale, shift)]
-    how = {"rebuilt": branch.rebuilt, "add": branch.residual is not None}
-    kernel = backward_kernel(x.dtype, activation, want=want, masked=mask is not None, **how)
+    masked = mask is not None
+    kernel = backward_kernel(x.dtype, activation, want=want, masked=masked, **branch.options)
     dx, dresidual = results(x, want, out)
     slope, constant = (per_channel(t, x, groups) for t in (slope, constant))
     mask = None if mask is None else mask.contiguous()
@@ -366,6 +319,7 @@ def normalize_grad(
     *,
     y: Tensor | None = None,
     residual: Tensor | None = None,
+    signs: Tensor | None = None,
     activation: str | None = None,
     groups: Groups = None,
     want_residual: bool = False,
@@ -381,13 +335,14 @@ def normalize_grad(
     """
     calls["normalize_grad"] += 1
     want = want_residual and activation is not None
-    branch = branch_of(grad, x, y, residual, activation)
+    branch = branch_of(grad, x, y, residual, signs, activation)
     place = [per_channel(t, x, groups) for t in (center, scale, shift)]
     dx, dresidual = results(x, want, out)
     factors = [
         per_channel(t, x, groups) for t in (slope_factor, constant_factor, mean_low, mean_gap)
     ]
     total, moved, slope, constant = _per_channel_results(4, x, groups)
+    kernel = backward_kernel(x.dtype, activation, want=want, **branch.options)
     for slab in slabs(x, groups):
         branch.hand_over(slab)
         for slot, t in zip((at.CENTER, at.SCALE, at.SHIFT), place, strict=True):
@@ -400,31 +355,5 @@ def normalize_grad(
             (at.CONSTANT_FACTOR, factors[1]), (at.MEAN_LOW, factors[2]), (at.MEAN_GAP, factors[3]),
         ):  # fmt: skip
             slab.channel(slot, t)
-        both_stages_backward(slab, x.dtype, activation, branch, want)
+        slab.run(kernel, *slab.plan.backward())
     return dx, dresidual if want else (grad if want_residual else None), total, moved
-
-
-def both_stages_backward(
-    slab: Slab, dtype: torch.dtype, activation: str | None, branch: Branch, want: bool
-) -> None:
-    """`reduce_grad` and `apply_grad`; in one visit if that pays."""
-    how = {"rebuilt": branch.rebuilt, "add": branch.residual is not None}
-    if slab.plan.visit:
-        kernel = backward_kernel(dtype, activation, want=want, **how)
-        slab.run(kernel, at.REDUCE | at.MAP)
-        return
-    if want and _survives_storing(dtype, activation):
-        # The reduction writes g where the residual's gradient goes, and the map reads it back:
-        # 7 tensors pass through memory, not 8.
-        slab.reduce(backward_kernel(dtype, activation, keep=True, **how))
-        slab.arguments[at.GRAD] = slab.arguments[at.DRESIDUAL]
-        kernel = backward_kernel(dtype)
-    else:
-        slab.reduce(backward_kernel(dtype, activation, **how))
-        kernel = backward_kernel(dtype, activation, want=want, **how)
-    slab.run(kernel, at.MAP | at.BACKWARDS)
-
-
-def _survives_storing(dtype: torch.dtype, activation: str | None) -> bool:
-    """Whether g loses nothing by being rounded to the type of the residual's gradient."""
-    return dtype != torch.bfloat16 or activation in ("relu", "relu6")

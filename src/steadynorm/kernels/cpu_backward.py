@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from .cpu_activations import by_activation, gradient_at
+from .cpu_activations import IDENTITY, by_activation, gradient_at
 from .cpu_loops import (
+    BLOCKS,
     CENTER,
-    CHUNKS,
     COMPILED,
     CONSTANT,
     CONSTANT_FACTOR,
+    DONE,
     DRESIDUAL,
     DX,
     FLUSH,
@@ -23,20 +24,23 @@ from .cpu_loops import (
     MEAN_GAP,
     MEAN_LOW,
     MERGE,
-    MODE,
+    PARTS,
+    PASS,
+    PASSES,
     PIECE,
     REDUCE,
     RESIDUAL,
     RHO,
     SCALE,
     SHIFT,
+    SIGNS,
     SLOPE,
     SLOPE_FACTOR,
-    STORED,
     SUM_GRAD,
     SUM_GRAD_X,
     SUMMED,
     SUMS,
+    TAKEN,
     X,
     Y,
     chunk_at,
@@ -45,12 +49,16 @@ from .cpu_loops import (
     fold,
     gather,
     minus,
+    parts_in,
     put_aside,
+    signs_of,
     spread,
     spread_mask,
     start_of,
+    wait_for,
 )  # fmt: skip
-from .cpu_memory import bring, like, narrow, pointer, scratch, take, widen
+from .cpu_memory import LANES, WIDTH, bring, like, narrow, pointer, scratch, take, widen
+from .cpu_signs import through_gates
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -81,22 +89,26 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
 
 @by_activation(**SUMMED)
 def sums_of_planes(ACT: int) -> Any:
-    """Σg and Σg·(x - center) of the chunk's one channel; g itself goes to `kept`, unless None."""
+    """Σg and Σg·(x - center) of the chunk's one channel."""
 
     def reduce(
-        grad: Any, x: Any, y: Any, residual: Any, kept: Any, chunk: Any, m: Any, s: Any, t: Any,
-        code: Any,
+        grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, chunk: Any,
+        m: Any, s: Any, t: Any, code: Any,
     ) -> Any:  # fmt: skip
         total_1, total_2 = 0.0, 0.0
+        piece = PIECE if open_ is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
-            for begin in range(0, chunk.length, PIECE):
-                start = start_of(chunk, row) + begin
+            for begin in range(0, chunk.length, piece):
+                start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
+                source, at = grad, start
+                if open_ is not None:
+                    words = signs_of(chunk, row) + begin // LANES
+                    through_gates(grad, start, several, open_, words, gated, 0)
+                    source, at = gated, 0
                 part_1, part_2 = like(0.0, m), like(0.0, m)
-                for i in range(start, start + min(PIECE, chunk.length - begin)):
-                    d = minus(widen(x[i]), m)
-                    g = gradient_at(widen(grad[i]), d, s, t, y, residual, i, ACT)
-                    if kept is not None:
-                        kept[i] = narrow(g, kept)
+                for i in range(several):
+                    d = minus(widen(x[start + i]), m)
+                    g = gradient_at(widen(source[at + i]), d, s, t, y, residual, start + i, ACT)
                     part_1 += g
                     part_2 += g * d
                 total_1 += part_1
@@ -108,11 +120,11 @@ def sums_of_planes(ACT: int) -> Any:
 
 @by_activation(**COMPILED)
 def sums_of_strips(ACT: int) -> Any:
-    """Σg and Σg·(x - center) of every channel of the chunk; g goes to `kept`, unless None."""
+    """Σg and Σg·(x - center) of every channel of the chunk."""
 
     def reduce(
-        grad: Any, x: Any, y: Any, residual: Any, kept: Any, chunk: Any, m: Any, s: Any, t: Any,
-        wide_1: Any, wide_2: Any, sums_1: Any, sums_2: Any, code: Any,
+        grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, chunk: Any,
+        m: Any, s: Any, t: Any, wide_1: Any, wide_2: Any, sums_1: Any, sums_2: Any, code: Any,
     ) -> None:  # fmt: skip
         clear(sums_1, chunk.here)
         clear(sums_2, chunk.here)
@@ -122,12 +134,16 @@ def sums_of_strips(ACT: int) -> Any:
         held = 0
         for row in range(chunk.top, chunk.bottom, chunk.together):
             start = start_of(chunk, row)
-            for i in range(min(chunk.together, chunk.bottom - row) * columns):
-                k = start + i
-                d = widen(x[k]) - m[i]
-                g = gradient_at(widen(grad[k]), d, s[i], t[i], y, residual, k, ACT)
-                if kept is not None:
-                    kept[k] = narrow(g, kept)
+            several = min(chunk.together, chunk.bottom - row) * columns
+            source, at = grad, start
+            if open_ is not None:
+                through_gates(grad, start, several, open_, signs_of(chunk, row), gated, 0)
+                source, at = gated, 0
+            for i in range(several):
+                d = widen(x[start + i]) - m[i]
+                g = gradient_at(
+                    widen(source[at + i]), d, s[i], t[i], y, residual, start + i, ACT
+                )  # fmt: skip
                 wide_1[i] += g
                 wide_2[i] += g * d
             held += 1
@@ -146,21 +162,32 @@ def map_planes(ACT: int) -> Any:
     """dx of the chunk's one channel, and g to `wanted`, unless None."""
 
     def write(
-        grad: Any, x: Any, y: Any, residual: Any, mask: Any, dx: Any, wanted: Any, chunk: Any,
-        m: Any, s: Any, t: Any, slope: Any, constant: Any, code: Any,
+        grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, mask: Any, dx: Any,
+        wanted: Any, chunk: Any, m: Any, s: Any, t: Any, slope: Any, constant: Any, code: Any,
     ) -> None:  # fmt: skip
+        piece = chunk.length if open_ is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
-            start = start_of(chunk, row)
-            from_mask = row * chunk.length - start
-            for i in range(start, start + chunk.length):
-                d = widen(x[i]) - m
-                g = gradient_at(widen(grad[i]), d, s, t, y, residual, i, ACT)
-                if wanted is not None:
-                    wanted[i] = narrow(g, wanted)
-                through = slope * d + constant
-                if mask is not None:
-                    through = through if mask[from_mask + i] != 0 else like(0.0, through)
-                dx[i] = narrow(s * g + through, dx)
+            for begin in range(0, chunk.length, piece):
+                start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
+                from_mask = row * chunk.length + begin
+                source, at = grad, start
+                if open_ is not None:
+                    words = signs_of(chunk, row) + begin // LANES
+                    if wanted is not None:
+                        through_gates(grad, start, several, open_, words, wanted, start)
+                        source = wanted
+                    else:
+                        through_gates(grad, start, several, open_, words, gated, 0)
+                        source, at = gated, 0
+                for i in range(several):
+                    d = widen(x[start + i]) - m
+                    g = gradient_at(widen(source[at + i]), d, s, t, y, residual, start + i, ACT)
+                    if wanted is not None and open_ is None:
+                        wanted[start + i] = narrow(g, wanted)
+                    through = slope * d + constant
+                    if mask is not None:
+                        through = through if mask[from_mask + i] != 0 else like(0.0, through)
+                    dx[start + i] = narrow(s * g + through, dx)
 
     return write
 
@@ -170,46 +197,59 @@ def map_strips(ACT: int) -> Any:
     """dx of every channel of the chunk, and g to `wanted`, unless None."""
 
     def write(
-        grad: Any, x: Any, y: Any, residual: Any, mask: Any, valid: Any, dx: Any, wanted: Any,
-        chunk: Any, m: Any, s: Any, t: Any, slope: Any, constant: Any, code: Any,
+        grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, mask: Any, valid: Any,
+        dx: Any, wanted: Any, chunk: Any, m: Any, s: Any, t: Any, slope: Any, constant: Any,
+        code: Any,
     ) -> None:  # fmt: skip
         for row in range(chunk.top, chunk.bottom, chunk.together):
-            several = min(chunk.together, chunk.bottom - row)
-            start = start_of(chunk, row)
+            rows = min(chunk.together, chunk.bottom - row)
+            start, several = start_of(chunk, row), rows * chunk.here * chunk.length
             if mask is not None:
-                spread_mask(mask, chunk, row, several, valid)
-            for i in range(several * chunk.here * chunk.length):
-                k = start + i
-                d = widen(x[k]) - m[i]
-                g = gradient_at(widen(grad[k]), d, s[i], t[i], y, residual, k, ACT)
+                spread_mask(mask, chunk, row, rows, valid)
+            source, at = grad, start
+            if open_ is not None:
                 if wanted is not None:
-                    wanted[k] = narrow(g, wanted)
+                    through_gates(grad, start, several, open_, signs_of(chunk, row), wanted, start)
+                    source = wanted
+                else:
+                    through_gates(grad, start, several, open_, signs_of(chunk, row), gated, 0)
+                    source, at = gated, 0
+            for i in range(several):
+                d = widen(x[start + i]) - m[i]
+                g = gradient_at(
+                    widen(source[at + i]), d, s[i], t[i], y, residual, start + i, ACT
+                )  # fmt: skip
+                if wanted is not None and open_ is None:
+                    wanted[start + i] = narrow(g, wanted)
                 through = slope[i] * d + constant[i]
                 if mask is not None:
                     through = through if valid[i] != 0 else like(0.0, through)
-                dx[k] = narrow(s[i] * g + through, dx)
+                dx[start + i] = narrow(s[i] * g + through, dx)
 
     return write
 
 
 def backward(
-    SCALAR: Any, REAL: Any, ACT: int, REBUILT: bool, ADD: bool, WANT: bool, KEEP: bool, MASKED: bool
-) -> Any:
+    SCALAR: Any, REAL: Any, ACT: int, SIGNED: bool, REBUILT: bool, ADD: bool, WANT: bool,
+    MASKED: bool,
+) -> Any:  # fmt: skip
     """Build the kernel for one stored type, the type computed in, activation, and options.
 
-    REBUILT: the activation's gradient is taken at z rebuilt from x, and from a residual if ADD;
-    else at the output y, if there is an activation. WANT: the map writes the residual's gradient.
-    KEEP: the reduction does, and the map is left to the plain kernel, which reads it as `grad`.
+    The activation's gradient is taken by the signs that the forward left if SIGNED, at z rebuilt
+    from x if REBUILT (and from a residual if ADD), else at the output y. WANT: the map writes the
+    residual's gradient.
     """
+    GRADIENT = IDENTITY if SIGNED else ACT
 
     def kernel(args: Any) -> None:
         grad, x, dx = (
             pointer(args[GRAD], SCALAR), pointer(args[X], SCALAR), pointer(args[DX], SCALAR),
         )  # fmt: skip
-        y = None if REBUILT else pointer(args[Y], SCALAR)
+        y = None if REBUILT or SIGNED else pointer(args[Y], SCALAR)
         residual = pointer(args[RESIDUAL], SCALAR) if ADD else None
         wanted = pointer(args[DRESIDUAL], SCALAR) if WANT else None
-        kept = pointer(args[DRESIDUAL], SCALAR) if KEEP else None
+        open_ = pointer(args[SIGNS], np.uint16) if SIGNED else None
+        gated = scratch(SCALAR)
         mask = pointer(args[MASK], np.uint8) if MASKED else None
         center, scale, shift = (
             pointer(args[CENTER], REAL), pointer(args[SCALE], REAL), pointer(args[SHIFT], REAL),
@@ -220,46 +260,53 @@ def backward(
         wide_m, wide_s, wide_t = scratch(REAL), scratch(REAL), scratch(REAL)
         wide_1, wide_2 = scratch(REAL), scratch(REAL)
         sums_1, sums_2 = scratch(np.float64), scratch(np.float64)
-        mode = args[MODE]
 
-        while True:
-            index = take(args)
-            if index >= args[CHUNKS]:
+        for step in range(PASSES):
+            mode = args[PASS + step]
+            if mode == 0:
                 return
-            chunk = chunk_at(args, index)
-            m, s, t = center[chunk.first], scale[chunk.first], shift[chunk.first]
-            if not chunk.planes:
-                spread(center, chunk.first, chunk, wide_m)
-                spread(scale, chunk.first, chunk, wide_s)
-                spread(shift, chunk.first, chunk, wide_t)
+            chunks = parts_in(args, mode) * args[BLOCKS]
+            while True:
+                index = take(args, TAKEN + step)
+                if index >= chunks:
+                    break
+                chunk = chunk_at(args, mode, index)
+                m, s, t = center[chunk.first], scale[chunk.first], shift[chunk.first]
+                if not chunk.planes and mode & (REDUCE | MAP):
+                    spread(center, chunk.first, chunk, wide_m)
+                    spread(scale, chunk.first, chunk, wide_s)
+                    spread(shift, chunk.first, chunk, wide_t)
 
-            if mode & REDUCE and chunk.planes:
-                sums_1[0], sums_2[0] = sums_of_planes(
-                    grad, x, y, residual, kept, chunk, m, s, t, ACT
-                )
-            elif mode & REDUCE:
-                sums_of_strips(
-                    grad, x, y, residual, kept, chunk, wide_m, wide_s, wide_t, wide_1, wide_2,
-                    sums_1, sums_2, ACT,
-                )  # fmt: skip
-            if mode & MERGE:
-                gather(partial, args[STORED], chunk, sums_1, sums_2)
-            if mode & REDUCE and not mode & MAP:
-                put_aside(partial, chunk, sums_1, sums_2)
-            elif mode & (REDUCE | MERGE):
-                write_sums(args, chunk, sums_1, sums_2, slope, constant)
+                if mode & REDUCE and chunk.planes:
+                    sums_1[0], sums_2[0] = sums_of_planes(
+                        grad, x, y, residual, open_, gated, chunk, m, s, t, GRADIENT
+                    )
+                elif mode & REDUCE:
+                    sums_of_strips(
+                        grad, x, y, residual, open_, gated, chunk, wide_m, wide_s, wide_t,
+                        wide_1, wide_2, sums_1, sums_2, GRADIENT,
+                    )  # fmt: skip
+                if mode & MERGE:
+                    gather(partial, args[PARTS], chunk, sums_1, sums_2)
+                if mode & REDUCE and not mode & MAP:
+                    put_aside(partial, chunk, sums_1, sums_2)
+                elif mode & (REDUCE | MERGE):
+                    write_sums(args, chunk, sums_1, sums_2, slope, constant)
 
-            if not KEEP and mode & MAP and chunk.planes:
-                u, v = slope[chunk.first], constant[chunk.first]
-                map_planes(
-                    grad, x, y, residual, mask, dx, wanted, chunk, m, s, t, u, v, ACT
-                )  # fmt: skip
-            elif not KEEP and mode & MAP:
-                spread(slope, chunk.first, chunk, wide_1)
-                spread(constant, chunk.first, chunk, wide_2)
-                map_strips(
-                    grad, x, y, residual, mask, valid, dx, wanted, chunk, wide_m, wide_s, wide_t,
-                    wide_1, wide_2, ACT,
-                )  # fmt: skip
+                if mode & MAP and chunk.planes:
+                    u, v = slope[chunk.first], constant[chunk.first]
+                    map_planes(
+                        grad, x, y, residual, open_, gated, mask, dx, wanted, chunk, m, s, t, u, v,
+                        GRADIENT,
+                    )  # fmt: skip
+                elif mode & MAP:
+                    spread(slope, chunk.first, chunk, wide_1)
+                    spread(constant, chunk.first, chunk, wide_2)
+                    map_strips(
+                        grad, x, y, residual, open_, gated, mask, valid, dx, wanted, chunk,
+                        wide_m, wide_s, wide_t, wide_1, wide_2, GRADIENT,
+                    )  # fmt: skip
+                take(args, DONE + step)
+            wait_for(args, DONE + step, chunks)
 
     return kernel

@@ -7,21 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from .cpu_activations import activate
+from .cpu_activations import activate, by_activation
 from .cpu_loops import (
     AGAIN,
+    BATCHES,
     BIAS,
+    BLOCKS,
     CENTER,
-    CHUNKS,
+    COMPILED,
     CONSTANT_FACTOR,
     COUNT,
+    DONE,
     EPS,
     LOW,
     MAP,
     MASK,
     MERGE,
-    MODE,
     MOMENTUM,
+    PARTS,
+    PASS,
+    PASSES,
     PIVOTED,
     RECORD,
     REDUCE,
@@ -32,9 +37,10 @@ from .cpu_loops import (
     SCALE,
     SETTLE,
     SHIFT,
+    SIGNS,
     SLOPE_FACTOR,
-    STORED,
     SUMS,
+    TAKEN,
     VAR,
     WEIGHT,
     X,
@@ -44,14 +50,18 @@ from .cpu_loops import (
     gather,
     moments_of_planes,
     moments_of_strips,
+    parts_in,
     pivot_at,
     put_aside,
     sample,
     settle,
+    signs_of,
     spread,
     start_of,
+    wait_for,
 )  # fmt: skip
-from .cpu_memory import as_float, bring, like, narrow, pointer, scratch, take, widen
+from .cpu_memory import LANES, WIDTH, as_float, bring, like, narrow, pointer, scratch, take, widen
+from .cpu_signs import GATES, write_signs
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -73,6 +83,8 @@ def record(args: Any, chunk: Any, mean: Any, var: Any, scale: Any) -> None:
     slope, constant = bring(args[SLOPE_FACTOR], var), bring(args[CONSTANT_FACTOR], var)
     eps, count, weight = as_float(args[EPS]), as_float(args[COUNT]), as_float(args[MOMENTUM])
     unbiased = count / (count - 1.0) if count > 1.0 else 1.0
+    if args[BATCHES] != 0 and chunk.first == 0:
+        pointer(args[BATCHES], np.int64)[0] += 1
     old_mean, old_var = bring(args[RUNNING_MEAN], var), bring(args[RUNNING_VAR], var)
     for c in range(chunk.first, chunk.first + chunk.here):
         r = 1.0 / math.sqrt(var[c] + eps)
@@ -98,12 +110,55 @@ def reduce(
         moments_of_strips(x, mask, valid, chunk, wide_1, wide_2, wide_3, sums_1, sums_2)
 
 
+@by_activation(**COMPILED)
+def map_chunk(ACT: int) -> Any:
+    """`activation((x - mean)·scale + shift + residual)`; its signs to `open_`, if there is room."""
+    signed = ACT in GATES
+
+    def write(
+        args: Any, x: Any, residual: Any, y: Any, open_: Any, chunk: Any, mean: Any, scale: Any,
+        shift: Any, wide_1: Any, wide_2: Any, wide_3: Any, code: Any,
+    ) -> None:  # fmt: skip
+        if chunk.planes:
+            m, s, t = mean[chunk.first], scale[chunk.first], shift[chunk.first]
+            piece = WIDTH if signed and args[SIGNS] != 0 else chunk.length
+            for row in range(chunk.top, chunk.bottom):
+                for begin in range(0, chunk.length, piece):
+                    start = start_of(chunk, row) + begin
+                    several = min(piece, chunk.length - begin)
+                    for i in range(start, start + several):
+                        z = (widen(x[i]) - m) * s + t
+                        if residual is not None:
+                            z += widen(residual[i])
+                        y[i] = narrow(activate(z, ACT), y)
+                    if open_ is not None and args[SIGNS] != 0:
+                        words = signs_of(chunk, row) + begin // LANES
+                        write_signs(y, start, several, open_, words, ACT)
+        else:
+            spread(mean, chunk.first, chunk, wide_1)
+            spread(scale, chunk.first, chunk, wide_2)
+            spread(shift, chunk.first, chunk, wide_3)
+            for row in range(chunk.top, chunk.bottom, chunk.together):
+                start = start_of(chunk, row)
+                several = min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length
+                for i in range(several):
+                    z = (widen(x[start + i]) - wide_1[i]) * wide_2[i] + wide_3[i]
+                    if residual is not None:
+                        z += widen(residual[start + i])
+                    y[start + i] = narrow(activate(z, ACT), y)
+                if open_ is not None and args[SIGNS] != 0:
+                    write_signs(y, start, several, open_, signs_of(chunk, row), ACT)
+
+    return write
+
+
 def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
     """Build the kernel for one stored type, the type computed in, activation, and options."""
+    SIGNED = ADD and ACT in GATES
 
     def kernel(args: Any) -> None:
         x, y = pointer(args[X], SCALAR), pointer(args[Y], SCALAR)
-        residual = pointer(args[RESIDUAL], SCALAR)
+        residual = pointer(args[RESIDUAL], SCALAR) if ADD else None
         mean, scale, shift = (
             pointer(args[CENTER], REAL), pointer(args[SCALE], REAL), pointer(args[SHIFT], REAL),
         )  # fmt: skip
@@ -113,55 +168,50 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
         valid = scratch(np.uint8)
         pivots, wide_1, wide_2, wide_3 = scratch(REAL), scratch(REAL), scratch(REAL), scratch(REAL)
         sums_1, sums_2 = scratch(np.float64), scratch(np.float64)
-        mode, count = args[MODE], as_float(args[COUNT])
+        count = as_float(args[COUNT])
+        open_ = pointer(args[SIGNS], np.uint16) if SIGNED else None
 
-        index, moved = take(args), False
-        while index < args[CHUNKS]:
-            chunk = chunk_at(args, index)
-            if mode & (REDUCE | MERGE):
-                if moved or mode & PIVOTED:
-                    pivot_at(mean, chunk, pivots)
-                else:
-                    sample(x, mask, chunk, pivots)
-                if mode & MERGE:
-                    gather(partial, args[STORED], chunk, sums_1, sums_2)
-                else:
-                    reduce(x, mask, valid, chunk, pivots, wide_1, wide_2, wide_3, sums_1, sums_2)
-                if not mode & (MAP | MERGE):
-                    put_aside(partial, chunk, sums_1, sums_2)
-                else:
-                    far = settle(chunk, sums_1, sums_2, pivots, count, mean, low, var)
-                    if far and mode & MERGE:
-                        args[AGAIN] = 1
-                    elif far and not moved:
-                        moved = True
-                        continue
-            if mode & SETTLE:
-                write_map(args, chunk, var, scale, shift)
-            if mode & RECORD:
-                record(args, chunk, mean, var, scale)
-            if mode & MAP and chunk.planes:
-                m, s, t = mean[chunk.first], scale[chunk.first], shift[chunk.first]
-                for row in range(chunk.top, chunk.bottom):
-                    start = start_of(chunk, row)
-                    for i in range(start, start + chunk.length):
-                        z = (widen(x[i]) - m) * s + t
-                        if ADD:
-                            z += widen(residual[i])
-                        y[i] = narrow(activate(z, ACT), y)
-            elif mode & MAP:
-                spread(mean, chunk.first, chunk, wide_1)
-                spread(scale, chunk.first, chunk, wide_2)
-                spread(shift, chunk.first, chunk, wide_3)
-                for row in range(chunk.top, chunk.bottom, chunk.together):
-                    start = start_of(chunk, row)
-                    for i in range(
-                        min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length
-                    ):
-                        z = (widen(x[start + i]) - wide_1[i]) * wide_2[i] + wide_3[i]
-                        if ADD:
-                            z += widen(residual[start + i])
-                        y[start + i] = narrow(activate(z, ACT), y)
-            index, moved = take(args), False
+        for step in range(PASSES):
+            mode = args[PASS + step]
+            if mode == 0:
+                return
+            if mode & PIVOTED and args[AGAIN] == 0:
+                continue
+            chunks = parts_in(args, mode) * args[BLOCKS]
+            index, moved = take(args, TAKEN + step), False
+            while index < chunks:
+                chunk = chunk_at(args, mode, index)
+                if mode & (REDUCE | MERGE):
+                    if moved or mode & PIVOTED:
+                        pivot_at(mean, chunk, pivots)
+                    else:
+                        sample(x, mask, chunk, pivots)
+                    if mode & MERGE:
+                        gather(partial, args[PARTS], chunk, sums_1, sums_2)
+                    else:
+                        reduce(
+                            x, mask, valid, chunk, pivots, wide_1, wide_2, wide_3, sums_1, sums_2
+                        )
+                    if not mode & (MAP | MERGE):
+                        put_aside(partial, chunk, sums_1, sums_2)
+                    else:
+                        far = settle(chunk, sums_1, sums_2, pivots, count, mean, low, var)
+                        if far and mode & MERGE:
+                            args[AGAIN] = 1
+                        elif far and not moved:
+                            moved = True
+                            continue
+                if mode & SETTLE:
+                    write_map(args, chunk, var, scale, shift)
+                if mode & RECORD:
+                    record(args, chunk, mean, var, scale)
+                if mode & MAP:
+                    map_chunk(
+                        args, x, residual, y, open_, chunk, mean, scale, shift,
+                        wide_1, wide_2, wide_3, ACT,
+                    )  # fmt: skip
+                take(args, DONE + step)
+                index, moved = take(args, TAKEN + step), False
+            wait_for(args, DONE + step, chunks)
 
     return kernel

@@ -8,6 +8,9 @@ times a range of rows. There are two ways through a chunk:
     strips    shorter: one row's planes of a block of channels, at most WIDTH elements, are one
               strip; where a row has less than half of that, `together` rows are one strip
 
+A call is a list of passes over all chunks, such as: reduce, merge, map. Threads take chunks one by
+one, and wait for one another between passes.
+
 A strip is added, element by element, to accumulators as wide as itself, and per-channel arguments
 are spread out to the same width. So the inner loops are maps without a carried sum: nothing is
 padded, small planes cost no remainder loops. Every FLUSH strips go from float32 to float64 sums.
@@ -23,26 +26,28 @@ from typing import Any
 
 from numba import njit
 
-from .cpu_memory import WIDTH, like, widen
+from .cpu_memory import LANES, WIDTH, like, look, pause, rest, widen
 
 PIECE = 4096  # elements of a plane whose float32 sum goes to float64
 FLUSH = 64  # strips, likewise
 SAMPLE = 16  # values that a pivot is drawn from
 
-REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, SETTLE, RECORD = 1, 2, 4, 8, 16, 32, 64  # bits of MODE
+REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, SETTLE, RECORD = 1, 2, 4, 8, 16, 32, 64  # bits of a pass
+PASSES = 6  # the most passes of a call
 
 (
-    COUNTER, CHUNKS, MODE, ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, STORED, AGAIN,
-    SUMS, X, RESIDUAL, Y, MASK, CENTER, SCALE, SHIFT,
-    COUNT, EPS, LOW, VAR, WEIGHT, BIAS,
-    GRAD, DX, DRESIDUAL, SUM_GRAD, SUM_GRAD_X, SLOPE, CONSTANT,
-    SLOPE_FACTOR, CONSTANT_FACTOR, MEAN_LOW, MEAN_GAP,
-    RHO, RUNNING_MEAN, RUNNING_VAR, MOMENTUM, GRAD_WEIGHT, SIZE,
-) = range(43)  # fmt: skip
+    ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, AGAIN, YIELD, COUNT, MASK, BATCHES,
+    X, RESIDUAL, Y, SIGNS, SUMS, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, EPS, MOMENTUM,
+    CENTER, LOW, VAR, SCALE, SHIFT, RHO, SLOPE_FACTOR, CONSTANT_FACTOR,
+    SUM_GRAD_X, SLOPE, CONSTANT,
+    MEAN_LOW, MEAN_GAP, GRAD, DX, DRESIDUAL, SUM_GRAD, GRAD_WEIGHT, PASS,
+) = range(42)  # fmt: skip
+# For each pass: its bits (0 ends the list), how many chunks are taken, and how many are done.
+TAKEN, DONE, SIZE = PASS + PASSES, PASS + 2 * PASSES, PASS + 3 * PASSES
 
 Chunk = namedtuple(
     "Chunk",
-    "rows channels length part first here top bottom together copies planes",
+    "rows channels length part block blocks first here top bottom together copies planes words",
 )
 
 COMPILED = {"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -54,22 +59,45 @@ summed = njit(**SUMMED)
 
 
 @compiled  # type: ignore[untyped-decorator]
-def chunk_at(args: Any, index: Any) -> Any:
-    """The block of channels and the range of rows that chunk `index` stands for."""
+def parts_in(args: Any, mode: Any) -> Any:
+    """How many ranges of rows a pass has: in a visit both its stages need a channel's every row."""
+    reduces, maps = mode & REDUCE, mode & MAP
+    return args[PARTS] if (reduces != 0) != (maps != 0) else 1
+
+
+@compiled  # type: ignore[untyped-decorator]
+def wait_for(args: Any, slot: Any, wanted: Any) -> None:
+    """Until all chunks of a pass are done, by whatever threads there are."""
+    spins = 0
+    while look(args, slot) < wanted:
+        spins += 1
+        if spins % 1024 == 0 and args[YIELD] != 0:
+            rest(args[YIELD])
+        else:
+            pause()
+
+
+@compiled  # type: ignore[untyped-decorator]
+def chunk_at(args: Any, mode: Any, index: Any) -> Any:
+    """The block of channels and the range of rows that chunk `index` of a pass stands for."""
     rows, channels, length = args[ROWS], args[CHANNELS], args[LENGTH]
-    if args[MODE] & BACKWARDS:
-        index = args[CHUNKS] - 1 - index
+    parts, together = parts_in(args, mode), args[TOGETHER]
+    if mode & BACKWARDS:
+        index = parts * args[BLOCKS] - 1 - index
     part, block = index // args[BLOCKS], index % args[BLOCKS]
     first = block * args[BLOCK]
     here = min(channels - first, args[BLOCK])
-    top, bottom = rows * part // args[PARTS], rows * (part + 1) // args[PARTS]
-    together = args[TOGETHER]
+    strips = (rows + together - 1) // together
+    top, bottom = strips * part // parts * together, strips * (part + 1) // parts * together
+    bottom = min(bottom, rows)
     copies = min(together, bottom - top)
     return Chunk(
         rows,
         channels,
         length,
         part,
+        block,
+        args[BLOCKS],
         first,
         here,
         top,
@@ -77,6 +105,7 @@ def chunk_at(args: Any, index: Any) -> Any:
         together,
         copies,
         length > WIDTH // 2,
+        (together * args[BLOCK] * length + LANES - 1) // LANES,
     )
 
 
@@ -84,6 +113,12 @@ def chunk_at(args: Any, index: Any) -> Any:
 def start_of(chunk: Any, row: Any) -> Any:
     """Where the chunk's first channel begins in this row."""
     return (row * chunk.channels + chunk.first) * chunk.length
+
+
+@compiled  # type: ignore[untyped-decorator]
+def signs_of(chunk: Any, row: Any) -> Any:
+    """Where the signs of the strip or plane begin that starts in this row."""
+    return (row // chunk.together * chunk.blocks + chunk.block) * chunk.words
 
 
 @compiled  # type: ignore[untyped-decorator]

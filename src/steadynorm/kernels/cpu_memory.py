@@ -6,15 +6,19 @@ unboxing a dozen arrays takes, and indexing has no wrap-around check in the way 
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
 WIDTH = 1024
 """Columns of a strip: the most elements an inner loop runs over. Six float32 arrays of this width
 (24 KiB) stay in a first-level cache of 32 KiB."""
+
+LANES = 16
+"""Values whose signs make one word."""
 
 APART = 32
 """Elements between one scratch and the next: at distances of 4096 bytes they would collide."""
@@ -57,14 +61,55 @@ def scratch(typing: Any, scalar: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def take(typing: Any, counter: Any) -> Any:
-    """Return the integer at `counter` and add one to it, atomically: the next piece of work."""
+def take(typing: Any, args: Any, slot: Any) -> Any:
+    """Return the integer in a slot and add one to it, atomically: the next piece of work."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", arguments[0], one, "seq_cst")
+        return builder.atomic_rmw("add", builder.gep(*_place(arguments)), one, "seq_cst")
 
-    return types.int64(counter), generate
+    return types.int64(args, slot), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def look(typing: Any, args: Any, slot: Any) -> Any:
+    """The integer in a slot as other threads have left it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(builder.gep(*_place(arguments)), "seq_cst", 8)
+
+    return types.int64(args, slot), generate
+
+
+def _place(arguments: Any) -> tuple[Any, list[Any]]:
+    return arguments[0], [arguments[1]]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pause(typing: Any) -> Any:
+    """Tell the processor that this thread only waits."""
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if on_x86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse2.pause"
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def rest(typing: Any, address: Any) -> Any:
+    """Call the function at the address, one that gives the processor to other threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -22,7 +22,7 @@ from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 from numba import cfunc, types
 from numba.core import config
 
-from .cpu_loops import COUNTER, SIZE
+from .cpu_loops import SIZE, YIELD
 
 Arguments = ctypes.c_int64 * SIZE
 
@@ -48,12 +48,12 @@ class Kernel:
         self._enter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)
 
     def __call__(self, arguments: Any, threads: int) -> None:
-        """Run until the counter in the arguments has gone through every chunk."""
+        """Run until every pass in the arguments has gone through every chunk."""
         self.calls += 1
-        arguments[COUNTER] = 0
         if threads == 1 or _Process.forked:
             self._enter(arguments)
         else:
+            arguments[YIELD] = _yield_address()
             team()(self, arguments, threads)
 
 
@@ -116,6 +116,15 @@ def _can_be_written(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+@cache
+def _yield_address() -> int:
+    """Where the system's function is with which a waiting thread lets others run; 0 if unknown."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError, TypeError):  # Windows
+        return 0
 
 
 @cache

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from . import cpu_loops as at
-from .cpu_memory import WIDTH
+from .cpu_memory import LANES, WIDTH
 from .cpu_runtime import Arguments, Kernel
 from .memory import empty_like
 
 Groups = tuple[int, ...] | None
+
+MOMENTS = (at.REDUCE, at.MERGE, at.REDUCE | at.PIVOTED, at.MERGE | at.PIVOTED)
+"""Measure; and once more about the means, if a pivot lay too far from its channel's."""
 
 PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
 VISIT_UP_TO = 4 << 20  # bytes of x in a block: what a visit reads twice is to stay in the cache
@@ -37,7 +40,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(x: Tensor) -> Shape | None:
-    """How x lies in memory, if contiguous, channels first or last; else None."""
+    """How x, which is not empty, lies in memory, if contiguous, channels first or last; or None."""
     sizes = x.shape
     positions = x.numel() // (sizes[0] * sizes[1])
     if x.is_contiguous():
@@ -99,6 +102,19 @@ class Plan(NamedTuple):
     threads: int
     visit: bool
 
+    def forward(self, settle: int) -> tuple[int, ...]:
+        """`moments`, what `settle` asks for per channel, and `apply`; in one visit if that pays."""
+        if self.visit:
+            return (at.REDUCE | settle | at.MAP,)
+        # The map from the end: what the reduction read last is still in the cache.
+        return (*MOMENTS, settle, at.MAP | at.BACKWARDS)
+
+    def backward(self) -> tuple[int, ...]:
+        """`reduce_grad` and `apply_grad`; in one visit if that pays."""
+        if self.visit:
+            return (at.REDUCE | at.MAP,)
+        return (at.REDUCE, at.MERGE, at.MAP | at.BACKWARDS)
+
 
 @cache
 def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
@@ -123,19 +139,29 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
 class Slab:
     """One group of samples: where it lies, how its work is cut, and the kernel's arguments."""
 
-    def __init__(self, x: Tensor, shape: Shape, group: int, first: int, rows: int) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        itemsize: int,
+        address: int = 0,
+        group: int = 0,
+        first: int = 0,
+        rows: int | None = None,
+        words_before: int = 0,
+    ) -> None:
+        rows = shape.samples * shape.repeats if rows is None else rows
         self.group, self.first, self.rows = group, first, rows
         self.channels, self.length = shape.channels, shape.length
         self.count = rows * shape.length
-        self.plan = plan(
-            rows, shape.channels, shape.length, x.element_size(), torch.get_num_threads()
-        )
-        self._skip = first * shape.channels * shape.length * x.element_size()
+        self.plan = plan(rows, shape.channels, shape.length, itemsize, torch.get_num_threads())
+        self._ran = False
+        self._words_before = words_before
+        self._skip = first * shape.channels * shape.length * itemsize
         self.arguments = a = Arguments()
         a[at.ROWS], a[at.CHANNELS], a[at.LENGTH] = rows, shape.channels, shape.length
         a[at.BLOCK], a[at.BLOCKS] = self.plan.block, self.plan.blocks
-        a[at.TOGETHER] = self.plan.together
-        a[at.X] = x.data_ptr() + self._skip
+        a[at.TOGETHER], a[at.PARTS] = self.plan.together, self.plan.parts
+        a[at.X] = address + self._skip
 
     def values(self, slot: int, t: Tensor | None) -> None:
         """Hand over this group's part of an x-sized tensor."""
@@ -151,48 +177,46 @@ class Slab:
         if t is not None:
             self.arguments[slot] = t.data_ptr()
 
-    def each_row(self, slots: tuple[int, ...], t: Tensor) -> None:
-        """Hand over the rows of one (len(slots), C)."""
-        address, step = t.data_ptr(), self.channels * t.element_size()
-        for slot in slots:
-            self.arguments[slot] = address
-            address += step
-
     def numbers(self, slots: tuple[int, ...], values: tuple[float, ...]) -> None:
         """Hand over float64s by their bits."""
         bits = struct.unpack(f"{len(slots)}q", struct.pack(f"{len(slots)}d", *values))
         for slot, bit in zip(slots, bits, strict=True):
             self.arguments[slot] = bit
 
-    def number(self, slot: int, value: float) -> None:
-        """Hand over a float64 by its bits."""
-        (self.arguments[slot],) = struct.unpack("q", struct.pack("d", value))
+    @property
+    def words(self) -> int:
+        """How many words the signs of its values take: strips, or planes, begin with a new word."""
+        block, blocks, together, *_ = self.plan
+        width = together * block * self.length
+        return -(-self.rows // together) * blocks * -(-width // LANES)
 
-    def run(self, kernel: Kernel, mode: int) -> None:
-        """One pass over the blocks in a visit, over blocks and parts otherwise."""
-        parts = self.plan.parts if mode & at.MAP and not mode & at.REDUCE else 1
-        self._launch(kernel, mode, parts, self.plan.threads)
+    def signs(self, t: Tensor | None) -> None:
+        """Hand over this group's part of the signs of all."""
+        if t is not None:
+            self.arguments[at.SIGNS] = t.data_ptr() + self._words_before * t.element_size()
 
-    def reduce(self, kernel: Kernel) -> None:
-        """A reduction on its own: in parts, then merged; again about the mean where needed."""
+    def passes(self, *passes: int) -> None:
+        """Say what a run is to do: the passes, each over all chunks."""
+        for step in range(at.PASSES):
+            self.arguments[at.PASS + step] = passes[step] if step < len(passes) else 0
+
+    def run(self, kernel: Kernel, *passes: int) -> None:
+        """Go through the passes; what is reduced in parts needs room for their sums."""
         a = self.arguments
-        sums = torch.empty(2 * self.plan.parts * self.channels, dtype=torch.float64)
-        a[at.SUMS], a[at.STORED] = sums.data_ptr(), self.plan.parts
-        for pivoted in (0, at.PIVOTED):
+        self.passes(*passes)
+        if self._ran:
+            a[at.TAKEN : at.SIZE] = [0] * (at.SIZE - at.TAKEN)
             a[at.AGAIN] = 0
-            self._launch(kernel, at.REDUCE | pivoted, self.plan.parts, self.plan.threads)
-            self._launch(kernel, at.MERGE | pivoted, 1, 1)
-            if not a[at.AGAIN]:
-                break
+        self._ran = True
+        if at.MERGE in passes:
+            sums = torch.empty(self.sums, dtype=torch.float64)
+            a[at.SUMS] = sums.data_ptr()
+        kernel(a, self.plan.threads)
 
-    def settle(self, kernel: Kernel, mode: int) -> None:
-        """What follows from the moments per channel, and needs no pass over x."""
-        self._launch(kernel, mode, 1, 1)
-
-    def _launch(self, kernel: Kernel, mode: int, parts: int, threads: int) -> None:
-        a = self.arguments
-        a[at.MODE], a[at.PARTS], a[at.CHUNKS] = mode, parts, parts * self.plan.blocks
-        kernel(a, threads)
+    @property
+    def sums(self) -> int:
+        """How many float64 a reduction in parts leaves."""
+        return 2 * self.plan.parts * self.channels
 
 
 def slabs(x: Tensor, groups: Groups) -> Iterator[Slab]:
@@ -208,5 +232,11 @@ def slabs(x: Tensor, groups: Groups) -> Iterator[Slab]:
     if sum(sizes) != shape.samples:
         raise ValueError(f"`groups` must sum to {shape.samples}, x's samples; got {sizes}.")
     starts = accumulate(sizes, initial=0)
+    words = 0
     for group, (start, size) in enumerate(zip(starts, sizes, strict=False)):
-        yield Slab(x, shape, group, start * shape.repeats, size * shape.repeats)
+        slab = Slab(
+            shape, x.element_size(), x.data_ptr(), group, start * shape.repeats,
+            size * shape.repeats, words,
+        )  # fmt: skip
+        words += slab.words
+        yield slab

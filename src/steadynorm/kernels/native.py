@@ -32,6 +32,7 @@ def train(
     eps: float,
     residual: Tensor | None,
     activation: str | None,
+    batches: Tensor | None,
 ) -> Tensor:
     """A plain training call, about the first value of each channel; moves the statistics."""
     pivot = None
@@ -41,6 +42,8 @@ def train(
         x = x - pivot.view(BESIDE[x.ndim])
     if running_mean is None or running_var is None:
         y = torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
+        if batches is not None:
+            batches.add_(1)
         return _finished(y, residual, activation)
     # `.data` aliases have version counters of their own: PyTorch saves these two for backward,
     # though it ignores them there, and would refuse after any later update of the buffers.
@@ -49,6 +52,8 @@ def train(
     )
     if pivot is not None:
         running_mean.data.add_(pivot, alpha=momentum)
+    if batches is not None:
+        batches.add_(1)
     return _finished(y, residual, activation)
 
 

@@ -155,9 +155,12 @@ def _forward(
     residual: Tensor | None,
     mask: Tensor | None,
     call: Call,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Settled]:
     stages = stages_for(x, residual)
     outside = {"residual": residual, "activation": call.activation, "groups": call.groups}
+    if signs is not None:
+        outside["signs"] = signs
     weight, bias = _wide(weight, x), _wide(bias, x)
     if call.own_moments and mask is None and stages is not eager:
         y, local = stages.normalize(x, weight, bias, call.eps, **outside)
@@ -237,24 +240,28 @@ class Normalize(torch.autograd.Function):
         mask: Tensor | None,
         call: Call,
     ) -> Tensor:
-        y, ctx.settled = _forward(x, weight, bias, residual, mask, call)
+        stages = stages_for(x, residual)
+        compiled_ = stages is not eager
+        signs = stages.signs_for(x, residual, call.activation, call.groups) if compiled_ else None
+        y, ctx.settled = _forward(x, weight, bias, residual, mask, call, signs)
         ctx.call = call
         ctx.residual_dtype = None if residual is None else residual.dtype
-        rebuilds = stages_for(x, residual) is not eager
-        output, residual = kept_for_backward(call.activation, y, residual, rebuilds=rebuilds)
-        ctx.save_for_backward(x, weight, bias, residual, mask, output)
+        output, residual = kept_for_backward(
+            call.activation, y, residual, signs, rebuilds=compiled_
+        )
+        ctx.save_for_backward(x, weight, bias, residual, mask, output, signs)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _second_order_backward(ctx, grad)
-        x, weight, bias, residual, mask, y = ctx.saved_tensors
+        x, weight, bias, residual, mask, y, signs = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         sums, dx, dresidual = _gradients(
             ctx.settled,
             ctx.call,
-            _XSized(grad, x, y, residual, mask),
+            _XSized(grad, x, y, residual, mask, signs),
             need_map=need_x or need_residual,
             need_sums=need_weight or need_bias,
             through=need_x and ctx.settled.batch is not None,
@@ -282,6 +289,7 @@ class _XSized(NamedTuple):
     y: Tensor | None
     residual: Tensor | None
     mask: Tensor | None
+    signs: Tensor | None
 
 
 def _gradients(
@@ -295,10 +303,12 @@ def _gradients(
     want_residual: bool,
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
     """The two sums, dx and dresidual; `through`: whether dx has terms by way of the moments."""
-    grad, x, y, residual, mask = saved
+    grad, x, y, residual, mask, signs = saved
     batch, normalizer, known = settled
     stages = stages_for(x, residual)
     branch = {"y": y, "residual": residual, "activation": call.activation, "groups": call.groups}
+    if signs is not None:
+        branch["signs"] = signs
     place = (grad, x, known.center, known.scale, known.shift)
     factors = None
     if through and batch is not None:
@@ -333,7 +343,7 @@ def _parameter_gradient(
 
 def _second_order_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The backward in differentiable operations, for `create_graph=True`."""
-    x, weight, bias, residual, mask, y = ctx.saved_tensors
+    x, weight, bias, residual, mask, y, signs = ctx.saved_tensors
     call: Call = ctx.call
     batch, normalizer, _ = ctx.settled
     live = None if batch is None else eager.moments(x, mask=mask, groups=call.groups)
@@ -341,7 +351,9 @@ def _second_order_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     g = grad
     if call.activation is not None:
         kind = ACTIVATIONS[call.activation]
-        if y is None:
+        if signs is not None:
+            y = stages_for(x, None).outputs_for(signs, x, call.groups)
+        elif y is None:
             y = z if kind.from_output is False else kind.forward(z)
         g = kind.gradient(grad, y)
     wanted = [

@@ -98,8 +98,8 @@ def batch_norm(
         if learning
         else running_mean is not None and running_var is not None
     ):
-        home = choice.plain_calls(
-            input, weight, bias, running_mean, running_var, residual, training=learning
+        home = choice.plain_call(
+            input, weight, bias, running_mean, running_var, residual, activation, training=learning
         )
         if home is not None:
             y: Tensor
@@ -111,9 +111,10 @@ def batch_norm(
                 # The same on copies: checkpointing wants as many tensors saved as before.
                 running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
                 num_batches_tracked = None
-            y = home.train(input, weight, bias, running_mean, running_var, momentum, *around)
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(1)
+            y = home.train(
+                input, weight, bias, running_mean, running_var, momentum, *around,
+                num_batches_tracked,
+            )  # fmt: skip
             return y
     if input.ndim < 2 and input.numel() == 0:
         return input.clone()  # as torch does, though it has no channel axis
