@@ -60,12 +60,12 @@ class Workload(NamedTuple):
     def limit(self) -> tuple[float, float]:
         """Least memory traffic of forward and backward, in copies of the input (read and write).
 
-        Forward reads x (and the residual) and writes y. Backward reads the gradient and x (and y,
-        from which the sign before the activation is known when a residual was added) and writes dx
-        (and the residual's gradient).
+        Forward reads x (and the residual) and writes y. Backward reads the gradient and x and
+        writes dx (and the residual's gradient). Where the activation was open, one bit for each
+        value tells, which is not counted.
         """
         add = self.case == "bn+add+relu"
-        return (3 if add else 2) / 2, (5 if add else 3) / 2 if self.training else 0.0
+        return (3 if add else 2) / 2, (4 if add else 3) / 2 if self.training else 0.0
 
 
 def workloads(

@@ -120,20 +120,22 @@ def map_chunk(ACT: int) -> Any:
         shift: Any, wide_1: Any, wide_2: Any, wide_3: Any, code: Any,
     ) -> None:  # fmt: skip
         if chunk.planes:
-            m, s, t = mean[chunk.first], scale[chunk.first], shift[chunk.first]
             piece = WIDTH if signed and args[SIGNS] != 0 else chunk.length
             for row in range(chunk.top, chunk.bottom):
-                for begin in range(0, chunk.length, piece):
-                    start = start_of(chunk, row) + begin
-                    several = min(piece, chunk.length - begin)
-                    for i in range(start, start + several):
-                        z = (widen(x[i]) - m) * s + t
-                        if residual is not None:
-                            z += widen(residual[i])
-                        y[i] = narrow(activate(z, ACT), y)
-                    if open_ is not None and args[SIGNS] != 0:
-                        words = signs_of(chunk, row) + begin // LANES
-                        write_signs(y, start, several, open_, words, ACT)
+                for c in range(chunk.here):
+                    k = chunk.first + c
+                    m, s, t = mean[k], scale[k], shift[k]
+                    for begin in range(0, chunk.length, piece):
+                        start = start_of(chunk, row) + c * chunk.length + begin
+                        several = min(piece, chunk.length - begin)
+                        for i in range(start, start + several):
+                            z = (widen(x[i]) - m) * s + t
+                            if residual is not None:
+                                z += widen(residual[i])
+                            y[i] = narrow(activate(z, ACT), y)
+                        if open_ is not None and args[SIGNS] != 0:
+                            words = signs_of(chunk, row) + begin // LANES
+                            write_signs(y, start, several, open_, words, ACT)
         else:
             spread(mean, chunk.first, chunk, wide_1)
             spread(scale, chunk.first, chunk, wide_2)

@@ -4,7 +4,8 @@ x is seen as `rows` x `channels` x `length`, contiguous: N x C x L for channels-
 (N·L) x C x 1 for channels-last, N x C x 1 for (N, C). Work is cut into chunks: a block of channels
 times a range of rows. There are two ways through a chunk:
 
-    planes    length > WIDTH / 2: a block is one channel, the loops run along its planes
+    planes    length > WIDTH / 2: a block is one channel, the loops run along its planes; in a map
+              alone also shorter ones, and a block is what lies together in a row
     strips    shorter: one row's planes of a block of channels, at most WIDTH elements, are one
               strip; where a row has less than half of that, `together` rows are one strip
 
@@ -26,7 +27,7 @@ from typing import Any
 
 from numba import njit
 
-from .cpu_memory import LANES, WIDTH, like, look, pause, rest, widen
+from .cpu_memory import LANES, like, look, pause, rest, widen
 
 PIECE = 4096  # elements of a plane whose float32 sum goes to float64
 FLUSH = 64  # strips, likewise
@@ -36,12 +37,13 @@ REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, SETTLE, RECORD = 1, 2, 4, 8, 16, 32, 64 
 PASSES = 6  # the most passes of a call
 
 (
-    ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, AGAIN, YIELD, COUNT, MASK, BATCHES,
+    ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, PLANES, AGAIN, YIELD, COUNT, MASK,
+    BATCHES,
     X, RESIDUAL, Y, SIGNS, SUMS, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, EPS, MOMENTUM,
     CENTER, LOW, VAR, SCALE, SHIFT, RHO, SLOPE_FACTOR, CONSTANT_FACTOR,
     SUM_GRAD_X, SLOPE, CONSTANT,
     MEAN_LOW, MEAN_GAP, GRAD, DX, DRESIDUAL, SUM_GRAD, GRAD_WEIGHT, PASS,
-) = range(42)  # fmt: skip
+) = range(43)  # fmt: skip
 # For each pass: its bits (0 ends the list), how many chunks are taken, and how many are done.
 TAKEN, DONE, SIZE = PASS + PASSES, PASS + 2 * PASSES, PASS + 3 * PASSES
 
@@ -104,7 +106,7 @@ def chunk_at(args: Any, mode: Any, index: Any) -> Any:
         bottom,
         together,
         copies,
-        length > WIDTH // 2,
+        args[PLANES] != 0,
         (together * args[BLOCK] * length + LANES - 1) // LANES,
     )
 

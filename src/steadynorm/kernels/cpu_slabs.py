@@ -24,6 +24,8 @@ MOMENTS = (at.REDUCE, at.MERGE, at.REDUCE | at.PIVOTED, at.MERGE | at.PIVOTED)
 
 PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
 VISIT_UP_TO = 4 << 20  # bytes of x in a block: what a visit reads twice is to stay in the cache
+SHORTEST_PLANE = 32  # values; in a map alone, shorter ones are taken in strips
+PIECE = 1 << 14  # values of a row that a map alone takes at a time
 PARTS = 4  # for each thread, so that a late one does not hold up the others
 
 
@@ -101,6 +103,7 @@ class Plan(NamedTuple):
     parts: int
     threads: int
     visit: bool
+    planes: bool
 
     def forward(self, settle: int) -> tuple[int, ...]:
         """`moments`, what `settle` asks for per channel, and `apply`; in one visit if that pays."""
@@ -133,7 +136,17 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
     strips = -(-rows // together)
     parts = 1 if blocks >= PARTS * threads else min(strips, -(-PARTS * threads // blocks))
     visit = rows * block * length * itemsize <= VISIT_UP_TO and blocks >= threads
-    return Plan(block, blocks, together, parts, threads, visit)
+    return Plan(block, blocks, together, parts, threads, visit, 2 * length > WIDTH)
+
+
+@cache
+def plan_to_map(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
+    """Cut for a map alone: it follows memory, a reduction follows channels from row to row."""
+    usual = plan(rows, channels, length, itemsize, threads)
+    if length < SHORTEST_PLANE:
+        return usual
+    block = max(1, min(channels, PIECE // length))
+    return usual._replace(block=block, blocks=-(-channels // block), parts=rows, planes=True)
 
 
 class Slab:
@@ -148,12 +161,14 @@ class Slab:
         first: int = 0,
         rows: int | None = None,
         words_before: int = 0,
+        only_maps: bool = False,
     ) -> None:
         rows = shape.samples * shape.repeats if rows is None else rows
         self.group, self.first, self.rows = group, first, rows
         self.channels, self.length = shape.channels, shape.length
         self.count = rows * shape.length
-        self.plan = plan(rows, shape.channels, shape.length, itemsize, torch.get_num_threads())
+        cut = plan_to_map if only_maps else plan
+        self.plan = cut(rows, shape.channels, shape.length, itemsize, torch.get_num_threads())
         self._ran = False
         self._words_before = words_before
         self._skip = first * shape.channels * shape.length * itemsize
@@ -161,6 +176,7 @@ class Slab:
         a[at.ROWS], a[at.CHANNELS], a[at.LENGTH] = rows, shape.channels, shape.length
         a[at.BLOCK], a[at.BLOCKS] = self.plan.block, self.plan.blocks
         a[at.TOGETHER], a[at.PARTS] = self.plan.together, self.plan.parts
+        a[at.PLANES] = self.plan.planes
         a[at.X] = address + self._skip
 
     def values(self, slot: int, t: Tensor | None) -> None:

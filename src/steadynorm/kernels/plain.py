@@ -50,6 +50,7 @@ class Prepared:
     ) -> None:
         slab = cpu_slabs.Slab(shape, dtype.itemsize)
         slab.numbers((at.COUNT,), (slab.count,))
+        mapping = cpu_slabs.Slab(shape, dtype.itemsize, only_maps=True)
         code = CODES[activation]
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
         self.dtype, self.channels, self.activation = dtype, shape.channels, activation
@@ -68,13 +69,10 @@ class Prepared:
             for wants in (False, True)
         )
         self._forward = forward_kernel(dtype, activation, add=adds)
-        self._arguments = tuple(
-            _template(slab, passes)
-            for passes in (
-                slab.plan.forward(at.SETTLE | at.RECORD),
-                slab.plan.backward(),
-                (at.SETTLE, at.MAP),
-            )
+        self._arguments = (
+            _template(slab, *slab.plan.forward(at.SETTLE | at.RECORD)),
+            _template(slab, *slab.plan.backward()),
+            _template(mapping, at.SETTLE, at.MAP),
         )
 
     def takes(self, *per_channel: Tensor | None) -> bool:
@@ -227,7 +225,7 @@ def _alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
     return None if residual is None else cpu_slabs.alike(residual, x, "residual")
 
 
-def _template(slab: cpu_slabs.Slab, passes: tuple[int, ...]) -> bytes:
+def _template(slab: cpu_slabs.Slab, *passes: int) -> bytes:
     slab.passes(*passes)
     return bytes(slab.arguments)
 
