@@ -87,7 +87,7 @@ def bench(
             for load in loads:
                 found += measure(load, names, rounds, advance)
         if "networks" in wanted:
-            task = bars.add_task("networks", total=len(NETWORKS) * rounds)
+            task = bars.add_task("networks", total=len(NETWORKS))
             networks = measure_networks(list(NETWORKS), rounds, advance)
     about = machine()
     for table in tables(found):
