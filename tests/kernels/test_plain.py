@@ -119,7 +119,9 @@ def test_running_statistics_move_once_when_the_pivot_has_to(layout, visits):
 def test_inference_is_the_truths(shape, layout, dtype):
     x = make(shape, layout, 1.0, dtype=dtype)
     residual = make(shape, layout, 0.0, 1, dtype=dtype)
-    layer = layer_for(shape[1], "relu", torch.float64 if dtype == torch.float64 else torch.float32).eval()
+    layer = layer_for(
+        shape[1], "relu", torch.float64 if dtype == torch.float64 else torch.float32
+    ).eval()
     mean, var, weight, bias = (
         truth.beside(t.detach().double().numpy(), 4)
         for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
