@@ -79,7 +79,7 @@ def plain_call(
     if x.__class__ is not Tensor or x.ndim < 2 or needs_plain_operations():
         return None
     if (
-        (x.numel() <= NATIVE_LIMIT or not x.is_cpu)
+        _native_pays(x)
         and (not training or native_sums_well(x))
         and _native_goes_with(x, weight, running_mean, running_var)
     ):
@@ -96,6 +96,10 @@ def _plain_node() -> ModuleType:
     from steadynorm.kernels import plain
 
     return plain
+
+
+def _native_pays(x: Tensor) -> bool:
+    return x.numel() <= NATIVE_LIMIT or not x.is_cpu
 
 
 def _native_goes_with(
@@ -159,7 +163,7 @@ def explain(
     if needs_plain_operations():
         return Choice("traced", "PyTorch is compiling or transforming this call")
     plain = statistics in ("batch", "frozen") and mask is None and x.__class__ is Tensor
-    if plain and x.ndim > 1 and (x.numel() <= NATIVE_LIMIT or not x.is_cpu):
+    if plain and x.ndim > 1 and _native_pays(x):
         size = f"{x.numel()} values, up to {NATIVE_LIMIT}"
         return Choice("native", size if x.is_cpu else "a plain call on an accelerator")
     cpu, trouble = _cpu_kernels()

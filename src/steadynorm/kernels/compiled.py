@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
-from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.activations import kept_for_backward
 from steadynorm.kernels.choice import cpu_kernels
 from steadynorm.kernels.eager import statistics_dtype
 from steadynorm.statistics import (
@@ -186,17 +186,8 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, residual, mask, constants, batch, eps, activation, groups = inputs
-    from_output = activation is None or ACTIVATIONS[activation].from_output
-    ctx.save_for_backward(
-        x,
-        weight,
-        bias,
-        None if from_output else residual,
-        mask,
-        constants,
-        batch,
-        output if activation is not None and from_output else None,
-    )
+    y, rebuilding = kept_for_backward(activation, output, residual, rebuilds=False)
+    ctx.save_for_backward(x, weight, bias, rebuilding, mask, constants, batch, y)
     ctx.eps, ctx.activation, ctx.groups = eps, activation, groups
     ctx.want_residual = residual is not None and residual.requires_grad
 

@@ -26,6 +26,7 @@ from .cpu_slabs import (
     given,
     per_channel,
     real_type,
+    residual_alike,
     shape_of,
     slabs,
 )
@@ -111,7 +112,7 @@ def apply(
     calls["apply"] += 1
     y = empty_like(x) if out is None else given(out, x)
     center, scale, shift = (per_channel(t, x, groups) for t in (center, scale, shift))
-    residual = None if residual is None else alike(residual, x, "residual")
+    residual = residual_alike(residual, x)
     kernel = forward_kernel(x.dtype, activation, add=residual is not None)
     for slab in slabs(x, groups):
         slab.values(at.RESIDUAL, residual)
@@ -144,7 +145,7 @@ def normalize(
     y = empty_like(x) if out is None else given(out, x)
     weight = None if weight is None else per_channel(weight, x)
     bias = None if bias is None else per_channel(bias, x)
-    residual = None if residual is None else alike(residual, x, "residual")
+    residual = residual_alike(residual, x)
     kernel = forward_kernel(x.dtype, activation, add=residual is not None)
     mean, low, var, scale, shift = _per_channel_results(5, x, groups)
     counts = []
@@ -214,7 +215,7 @@ def branch_of(
     return Branch(
         alike(grad, x, "grad"),
         None if y is None or by_input or code == IDENTITY else alike(y, x, "y"),
-        alike(residual, x, "residual") if residual is not None and by_input else None,
+        residual_alike(residual, x) if by_input else None,
         None,
         by_input,
     )

@@ -59,6 +59,17 @@ def backward_kernel(
     )
 
 
+def gradient_options(activation: str | None, *, adds: bool) -> dict[str, bool]:
+    """Which kernel a backward is, whose forward left signs where they serve."""
+    code = CODES[activation]
+    by_input = code in FROM_INPUT
+    return {
+        "signed": code in GATES and adds,
+        "rebuilt": by_input or (code in BY_EITHER and not adds),
+        "add": by_input and adds,
+    }
+
+
 def warmup(
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     activations: Sequence[str | None] = (None, "relu"),
@@ -72,19 +83,11 @@ def warmup(
     for dtype in dtypes:
         for activation in activations:
             name = f"{activation or 'identity'} {name_of(dtype)}"
-            code = CODES[activation]
             for add in (False, True):
                 end = f"{name} with residual" if add else name
                 done[f"forward {end}"] = forward_kernel(dtype, activation, add=add)
                 if activation is None and add:
                     continue  # the residual's gradient is the gradient itself
-                by_input = code in FROM_INPUT
-                done[f"backward {end}"] = backward_kernel(
-                    dtype,
-                    activation,
-                    signed=code in GATES and add,
-                    rebuilt=by_input or (code in BY_EITHER and not add),
-                    add=add and by_input,
-                    want=add,
-                )
+                how = gradient_options(activation, adds=add)
+                done[f"backward {end}"] = backward_kernel(dtype, activation, want=add, **how)
     return done

@@ -63,6 +63,11 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
     return empty_like(x).copy_(t)
 
 
+def residual_alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    """The residual laid out as x is, if there is one."""
+    return None if residual is None else alike(residual, x, "residual")
+
+
 def real_type(x: Tensor) -> torch.dtype:
     """The type of what is computed per channel."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -106,14 +106,24 @@ def normalize(
     """`activation(γ·x̂ + β + residual)` by the statistics that `call` settles on."""
     if needs_plain_operations():
         return _traceable(x, weight, bias, residual, mask, call)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
-    ):
+    if needs_gradient(x, weight, bias, residual):
         y: Tensor = Normalize.apply(  # type: ignore[no-untyped-call]
             x, weight, bias, residual, mask, call
         )
         return y
     return _forward(x, weight, bias, residual, mask, call)[0]
+
+
+def needs_gradient(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> bool:
+    """Whether a backward may come. (Written out: a generator costs a small call 0.5 µs.)"""
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
 
 
 def normalize_by_running(

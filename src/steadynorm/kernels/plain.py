@@ -22,10 +22,13 @@ from torch import Tensor
 
 from steadynorm.kernels import cpu, cpu_slabs, operators
 from steadynorm.kernels import cpu_loops as at
-from steadynorm.kernels.cpu_activations import BY_EITHER, CODES, FROM_INPUT
-from steadynorm.kernels.cpu_kernels import SCALARS, backward_kernel, forward_kernel
+from steadynorm.kernels.cpu_kernels import (
+    SCALARS,
+    backward_kernel,
+    forward_kernel,
+    gradient_options,
+)
 from steadynorm.kernels.cpu_runtime import Arguments
-from steadynorm.kernels.cpu_signs import GATES
 from steadynorm.kernels.memory import empty_like
 from steadynorm.statistics import Moments, Normalizer, coefficients
 
@@ -51,19 +54,16 @@ class Prepared:
         slab = cpu_slabs.Slab(shape, dtype.itemsize)
         slab.numbers((at.COUNT,), (slab.count,))
         mapping = cpu_slabs.Slab(shape, dtype.itemsize, only_maps=True)
-        code = CODES[activation]
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
         self.dtype, self.channels, self.activation = dtype, shape.channels, activation
         self.step = shape.channels * self.real.itemsize
         self.threads = slab.plan.threads
         self.sums = 0 if slab.plan.visit else slab.sums
-        self.signed = adds and code in GATES
+        how = gradient_options(activation, adds=adds)
+        self.signed, self.needs_residual = how["signed"], how["add"]
+        self.needs_output = not (activation is None or how["rebuilt"] or self.signed)
         self.rows = KEPT * self.step // 2
         self.kept = self.rows + (slab.words if self.signed else 0)
-        rebuilt = code in FROM_INPUT or (code in BY_EITHER and not adds)
-        self.needs_output = activation is not None and not rebuilt and not self.signed
-        self.needs_residual = adds and code in FROM_INPUT
-        how = {"signed": self.signed, "rebuilt": rebuilt, "add": self.needs_residual}
         self._backward = tuple(
             partial(backward_kernel, dtype, activation, want=wants, **how)
             for wants in (False, True)
@@ -105,7 +105,7 @@ class Prepared:
             batches.add_(1)
             batches = None
         buffers = (running_mean, running_var, batches, momentum, eps)
-        if _needs_gradient(x, weight, bias, residual):
+        if operators.needs_gradient(x, weight, bias, residual):
             y: Tensor = _apply(  # type: ignore[no-untyped-call]
                 x, weight, bias, residual, self, buffers
             )
@@ -125,7 +125,7 @@ class Prepared:
     ) -> Tensor:
         """Inference; nothing moves."""
         around = (running_mean, running_var, eps, residual)
-        if _needs_gradient(x, weight, bias, residual):
+        if operators.needs_gradient(x, weight, bias, residual):
             return operators.normalize_by_running(x, weight, bias, *around, self.activation)
         return self.normalize_by_running(x, weight, bias, *around)
 
@@ -143,7 +143,7 @@ class Prepared:
     ) -> tuple[Tensor, Tensor]:
         """Normalize by the batch, move the buffers; returns y and what a backward needs."""
         cpu.calls["train"] += 1
-        residual = _alike(residual, x)
+        residual = cpu_slabs.residual_alike(residual, x)
         y = empty_like(x)
         kept = torch.empty(self.kept, dtype=torch.int16)
         sums = torch.empty(self.sums, dtype=torch.float64) if self.sums else None
@@ -169,7 +169,7 @@ class Prepared:
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """dx, dresidual, dweight, dbias."""
         cpu.calls["train_grad"] += 1
-        residual = _alike(residual, x)
+        residual = cpu_slabs.residual_alike(residual, x)
         grad = cpu_slabs.alike(grad, x, "grad")
         wants = want_residual and self.activation is not None
         dx = empty_like(x)
@@ -202,7 +202,7 @@ class Prepared:
     ) -> Tensor:
         """Normalize by the running statistics; nothing moves."""
         cpu.calls["infer"] += 1
-        residual = _alike(residual, x)
+        residual = cpu_slabs.residual_alike(residual, x)
         y = empty_like(x)
         between = torch.empty((2, self.channels), dtype=self.real)
         arguments = Arguments.from_buffer_copy(self._arguments[2])
@@ -219,10 +219,6 @@ class Prepared:
 
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if residual is None else cpu_slabs.alike(residual, x, "residual")
 
 
 def _template(slab: cpu_slabs.Slab, *passes: int) -> bytes:
@@ -256,17 +252,6 @@ def prepare(
     threads = torch.get_num_threads()
     found = prepared(x.shape, x.stride(), x.dtype, activation, residual is not None, threads)
     return found if found is not None and found.takes(*per_channel) else None
-
-
-def _needs_gradient(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    )
 
 
 class _Plain(torch.autograd.Function):
