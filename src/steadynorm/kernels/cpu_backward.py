@@ -36,6 +36,7 @@ from .cpu_loops import (
     SIGNS,
     SLOPE,
     SLOPE_FACTOR,
+    STREAM,
     SUM_GRAD,
     SUM_GRAD_X,
     SUMMED,
@@ -51,13 +52,14 @@ from .cpu_loops import (
     minus,
     parts_in,
     put_aside,
+    send,
     signs_of,
     spread,
     spread_mask,
     start_of,
     wait_for,
 )  # fmt: skip
-from .cpu_memory import LANES, WIDTH, bring, like, narrow, pointer, scratch, take, widen
+from .cpu_memory import LANES, STAGE, WIDTH, bring, like, narrow, pointer, scratch, take, widen
 from .cpu_signs import through_gates
 
 
@@ -96,7 +98,7 @@ def sums_of_planes(ACT: int) -> Any:
         m: Any, s: Any, t: Any, code: Any,
     ) -> Any:  # fmt: skip
         total_1, total_2 = 0.0, 0.0
-        piece = PIECE if open_ is None else WIDTH
+        piece = PIECE if open_ is None else STAGE
         for row in range(chunk.top, chunk.bottom):
             for begin in range(0, chunk.length, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
@@ -132,20 +134,24 @@ def sums_of_strips(ACT: int) -> Any:
         clear(wide_1, chunk.copies * columns)
         clear(wide_2, chunk.copies * columns)
         held = 0
+        piece = WIDTH if open_ is None else STAGE
         for row in range(chunk.top, chunk.bottom, chunk.together):
-            start = start_of(chunk, row)
-            several = min(chunk.together, chunk.bottom - row) * columns
-            source, at = grad, start
-            if open_ is not None:
-                through_gates(grad, start, several, open_, signs_of(chunk, row), gated, 0)
-                source, at = gated, 0
-            for i in range(several):
-                d = widen(x[start + i]) - m[i]
-                g = gradient_at(
-                    widen(source[at + i]), d, s[i], t[i], y, residual, start + i, ACT
-                )  # fmt: skip
-                wide_1[i] += g
-                wide_2[i] += g * d
+            width = min(chunk.together, chunk.bottom - row) * columns
+            for begin in range(0, width, piece):
+                start, several = start_of(chunk, row) + begin, min(piece, width - begin)
+                source, at = grad, start
+                if open_ is not None:
+                    words = signs_of(chunk, row) + begin // LANES
+                    through_gates(grad, start, several, open_, words, gated, 0)
+                    source, at = gated, 0
+                for i in range(several):
+                    k = begin + i
+                    d = widen(x[start + i]) - m[k]
+                    g = gradient_at(
+                        widen(source[at + i]), d, s[k], t[k], y, residual, start + i, ACT
+                    )  # fmt: skip
+                    wide_1[k] += g
+                    wide_2[k] += g * d
             held += 1
             if held >= FLUSH:
                 fold(wide_1, chunk, sums_1)
@@ -157,37 +163,49 @@ def sums_of_strips(ACT: int) -> Any:
     return reduce
 
 
+@compiled  # type: ignore[untyped-decorator]
+def place_of_g(streams: Any, gated: Any, wanted: Any, start: Any) -> Any:
+    """Where a map writes g first: to its place, or staged if it goes past the caches."""
+    if wanted is None:
+        return gated, 0
+    return (gated, 0) if streams else (wanted, start)
+
+
 @by_activation(**COMPILED)
 def map_planes(ACT: int) -> Any:
     """dx of the chunk's one channel, and g to `wanted`, unless None."""
 
     def write(
-        grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, mask: Any, dx: Any,
-        wanted: Any, chunk: Any, m: Any, s: Any, t: Any, slope: Any, constant: Any, code: Any,
+        args: Any, grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, staged: Any,
+        mask: Any, dx: Any, wanted: Any, chunk: Any, m: Any, s: Any, t: Any, slope: Any,
+        constant: Any, code: Any,
     ) -> None:  # fmt: skip
-        piece = chunk.length if open_ is None else WIDTH
+        streams = args[STREAM] != 0
+        piece = STAGE if streams else chunk.length if open_ is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
             for begin in range(0, chunk.length, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
                 from_mask = row * chunk.length + begin
+                words = signs_of(chunk, row) + begin // LANES
+                g_at, g_from = place_of_g(streams, gated, wanted, start)
                 source, at = grad, start
                 if open_ is not None:
-                    words = signs_of(chunk, row) + begin // LANES
-                    if wanted is not None:
-                        through_gates(grad, start, several, open_, words, wanted, start)
-                        source = wanted
-                    else:
-                        through_gates(grad, start, several, open_, words, gated, 0)
-                        source, at = gated, 0
+                    through_gates(grad, start, several, open_, words, g_at, g_from)
+                    source, at = g_at, g_from
+                target, to = (staged, 0) if streams else (dx, start)
                 for i in range(several):
                     d = widen(x[start + i]) - m
                     g = gradient_at(widen(source[at + i]), d, s, t, y, residual, start + i, ACT)
                     if wanted is not None and open_ is None:
-                        wanted[start + i] = narrow(g, wanted)
+                        g_at[g_from + i] = narrow(g, wanted)
                     through = slope * d + constant
                     if mask is not None:
                         through = through if mask[from_mask + i] != 0 else like(0.0, through)
-                    dx[start + i] = narrow(s * g + through, dx)
+                    target[to + i] = narrow(s * g + through, dx)
+                if streams:
+                    send(staged, dx, start, several)
+                    if wanted is not None:
+                        send(gated, wanted, start, several)
 
     return write
 
@@ -197,34 +215,42 @@ def map_strips(ACT: int) -> Any:
     """dx of every channel of the chunk, and g to `wanted`, unless None."""
 
     def write(
-        grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, mask: Any, valid: Any,
-        dx: Any, wanted: Any, chunk: Any, m: Any, s: Any, t: Any, slope: Any, constant: Any,
-        code: Any,
+        args: Any, grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, staged: Any,
+        mask: Any, valid: Any, dx: Any, wanted: Any, chunk: Any, m: Any, s: Any, t: Any,
+        slope: Any, constant: Any, code: Any,
     ) -> None:  # fmt: skip
+        streams = args[STREAM] != 0
+        piece = STAGE if streams else WIDTH
         for row in range(chunk.top, chunk.bottom, chunk.together):
             rows = min(chunk.together, chunk.bottom - row)
-            start, several = start_of(chunk, row), rows * chunk.here * chunk.length
+            width = rows * chunk.here * chunk.length
             if mask is not None:
                 spread_mask(mask, chunk, row, rows, valid)
-            source, at = grad, start
-            if open_ is not None:
-                if wanted is not None:
-                    through_gates(grad, start, several, open_, signs_of(chunk, row), wanted, start)
-                    source = wanted
-                else:
-                    through_gates(grad, start, several, open_, signs_of(chunk, row), gated, 0)
-                    source, at = gated, 0
-            for i in range(several):
-                d = widen(x[start + i]) - m[i]
-                g = gradient_at(
-                    widen(source[at + i]), d, s[i], t[i], y, residual, start + i, ACT
-                )  # fmt: skip
-                if wanted is not None and open_ is None:
-                    wanted[start + i] = narrow(g, wanted)
-                through = slope[i] * d + constant[i]
-                if mask is not None:
-                    through = through if valid[i] != 0 else like(0.0, through)
-                dx[start + i] = narrow(s[i] * g + through, dx)
+            for begin in range(0, width, piece):
+                start, several = start_of(chunk, row) + begin, min(piece, width - begin)
+                words = signs_of(chunk, row) + begin // LANES
+                g_at, g_from = place_of_g(streams, gated, wanted, start)
+                source, at = grad, start
+                if open_ is not None:
+                    through_gates(grad, start, several, open_, words, g_at, g_from)
+                    source, at = g_at, g_from
+                target, to = (staged, 0) if streams else (dx, start)
+                for i in range(several):
+                    k = begin + i
+                    d = widen(x[start + i]) - m[k]
+                    g = gradient_at(
+                        widen(source[at + i]), d, s[k], t[k], y, residual, start + i, ACT
+                    )  # fmt: skip
+                    if wanted is not None and open_ is None:
+                        g_at[g_from + i] = narrow(g, wanted)
+                    through = slope[k] * d + constant[k]
+                    if mask is not None:
+                        through = through if valid[k] != 0 else like(0.0, through)
+                    target[to + i] = narrow(s[k] * g + through, dx)
+                if streams:
+                    send(staged, dx, start, several)
+                    if wanted is not None:
+                        send(gated, wanted, start, several)
 
     return write
 
@@ -249,7 +275,7 @@ def backward(
         residual = pointer(args[RESIDUAL], SCALAR) if ADD else None
         wanted = pointer(args[DRESIDUAL], SCALAR) if WANT else None
         open_ = pointer(args[SIGNS], np.uint16) if SIGNED else None
-        gated = scratch(SCALAR)
+        gated, staged = scratch(SCALAR), scratch(SCALAR)
         mask = pointer(args[MASK], np.uint8) if MASKED else None
         center, scale, shift = (
             pointer(args[CENTER], REAL), pointer(args[SCALE], REAL), pointer(args[SHIFT], REAL),
@@ -296,14 +322,14 @@ def backward(
                 if mode & MAP and chunk.planes:
                     u, v = slope[chunk.first], constant[chunk.first]
                     map_planes(
-                        grad, x, y, residual, open_, gated, mask, dx, wanted, chunk, m, s, t, u, v,
-                        GRADIENT,
+                        args, grad, x, y, residual, open_, gated, staged, mask, dx, wanted, chunk,
+                        m, s, t, u, v, GRADIENT,
                     )  # fmt: skip
                 elif mode & MAP:
                     spread(slope, chunk.first, chunk, wide_1)
                     spread(constant, chunk.first, chunk, wide_2)
                     map_strips(
-                        grad, x, y, residual, open_, gated, mask, valid, dx, wanted, chunk,
+                        args, grad, x, y, residual, open_, gated, staged, mask, valid, dx, wanted, chunk,
                         wide_m, wide_s, wide_t, wide_1, wide_2, GRADIENT,
                     )  # fmt: skip
                 take(args, DONE + step)

@@ -39,6 +39,7 @@ from .cpu_loops import (
     SHIFT,
     SIGNS,
     SLOPE_FACTOR,
+    STREAM,
     SUMS,
     TAKEN,
     VAR,
@@ -54,13 +55,14 @@ from .cpu_loops import (
     pivot_at,
     put_aside,
     sample,
+    send,
     settle,
     signs_of,
     spread,
     start_of,
     wait_for,
 )  # fmt: skip
-from .cpu_memory import LANES, WIDTH, as_float, bring, like, narrow, pointer, scratch, take, widen
+from .cpu_memory import LANES, STAGE, WIDTH, as_float, bring, like, narrow, pointer, scratch, take, widen
 from .cpu_signs import GATES, write_signs
 
 
@@ -111,16 +113,33 @@ def reduce(
 
 
 @by_activation(**COMPILED)
-def map_chunk(ACT: int) -> Any:
-    """`activation((x - mean)·scale + shift + residual)`; its signs to `open_`, if there is room."""
-    signed = ACT in GATES
+def finish(ACT: int) -> Any:
+    """Write the signs of `count` outputs, if there is room, and send what is staged to y."""
 
     def write(
-        args: Any, x: Any, residual: Any, y: Any, open_: Any, chunk: Any, mean: Any, scale: Any,
-        shift: Any, wide_1: Any, wide_2: Any, wide_3: Any, code: Any,
+        args: Any, staged: Any, y: Any, open_: Any, words: Any, start: Any, count: Any, code: Any
+    ) -> None:
+        target, to = (staged, 0) if args[STREAM] != 0 else (y, start)
+        if open_ is not None and args[SIGNS] != 0:
+            write_signs(target, to, count, open_, words, ACT)
+        if args[STREAM] != 0:
+            send(staged, y, start, count)
+
+    return write
+
+
+@by_activation(**COMPILED)
+def map_chunk(ACT: int) -> Any:
+    """`activation((x - mean)·scale + shift + residual)`; its signs to `open_`, if there is room."""
+
+    def write(
+        args: Any, x: Any, residual: Any, y: Any, open_: Any, staged: Any, chunk: Any, mean: Any,
+        scale: Any, shift: Any, wide_1: Any, wide_2: Any, wide_3: Any, code: Any,
     ) -> None:  # fmt: skip
+        streams = args[STREAM] != 0
         if chunk.planes:
-            piece = WIDTH if signed and args[SIGNS] != 0 else chunk.length
+            signs = open_ is not None and args[SIGNS] != 0
+            piece = STAGE if streams else WIDTH if signs else chunk.length
             for row in range(chunk.top, chunk.bottom):
                 for c in range(chunk.here):
                     k = chunk.first + c
@@ -128,28 +147,32 @@ def map_chunk(ACT: int) -> Any:
                     for begin in range(0, chunk.length, piece):
                         start = start_of(chunk, row) + c * chunk.length + begin
                         several = min(piece, chunk.length - begin)
-                        for i in range(start, start + several):
-                            z = (widen(x[i]) - m) * s + t
+                        target, to = (staged, 0) if streams else (y, start)
+                        for i in range(several):
+                            z = (widen(x[start + i]) - m) * s + t
                             if residual is not None:
-                                z += widen(residual[i])
-                            y[i] = narrow(activate(z, ACT), y)
-                        if open_ is not None and args[SIGNS] != 0:
-                            words = signs_of(chunk, row) + begin // LANES
-                            write_signs(y, start, several, open_, words, ACT)
+                                z += widen(residual[start + i])
+                            target[to + i] = narrow(activate(z, ACT), y)
+                        words = signs_of(chunk, row) + begin // LANES
+                        finish(args, staged, y, open_, words, start, several, ACT)
         else:
             spread(mean, chunk.first, chunk, wide_1)
             spread(scale, chunk.first, chunk, wide_2)
             spread(shift, chunk.first, chunk, wide_3)
+            piece = STAGE if streams else WIDTH
             for row in range(chunk.top, chunk.bottom, chunk.together):
-                start = start_of(chunk, row)
-                several = min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length
-                for i in range(several):
-                    z = (widen(x[start + i]) - wide_1[i]) * wide_2[i] + wide_3[i]
-                    if residual is not None:
-                        z += widen(residual[start + i])
-                    y[start + i] = narrow(activate(z, ACT), y)
-                if open_ is not None and args[SIGNS] != 0:
-                    write_signs(y, start, several, open_, signs_of(chunk, row), ACT)
+                width = min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length
+                for begin in range(0, width, piece):
+                    start, several = start_of(chunk, row) + begin, min(piece, width - begin)
+                    target, to = (staged, 0) if streams else (y, start)
+                    for i in range(several):
+                        k = begin + i
+                        z = (widen(x[start + i]) - wide_1[k]) * wide_2[k] + wide_3[k]
+                        if residual is not None:
+                            z += widen(residual[start + i])
+                        target[to + i] = narrow(activate(z, ACT), y)
+                    words = signs_of(chunk, row) + begin // LANES
+                    finish(args, staged, y, open_, words, start, several, ACT)
 
     return write
 
@@ -170,7 +193,7 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
         valid = scratch(np.uint8)
         pivots, wide_1, wide_2, wide_3 = scratch(REAL), scratch(REAL), scratch(REAL), scratch(REAL)
         sums_1, sums_2 = scratch(np.float64), scratch(np.float64)
-        count = as_float(args[COUNT])
+        count, staged = as_float(args[COUNT]), scratch(SCALAR)
         open_ = pointer(args[SIGNS], np.uint16) if SIGNED else None
 
         for step in range(PASSES):
@@ -209,7 +232,7 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
                     record(args, chunk, mean, var, scale)
                 if mode & MAP:
                     map_chunk(
-                        args, x, residual, y, open_, chunk, mean, scale, shift,
+                        args, x, residual, y, open_, staged, chunk, mean, scale, shift,
                         wide_1, wide_2, wide_3, ACT,
                     )  # fmt: skip
                 take(args, DONE + step)

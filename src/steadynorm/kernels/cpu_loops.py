@@ -27,7 +27,7 @@ from typing import Any
 
 from numba import njit
 
-from .cpu_memory import LANES, like, look, pause, rest, widen
+from .cpu_memory import LANES, like, look, pause, rest, stream, to_boundary, widen
 
 PIECE = 4096  # elements of a plane whose float32 sum goes to float64
 FLUSH = 64  # strips, likewise
@@ -37,13 +37,13 @@ REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, SETTLE, RECORD = 1, 2, 4, 8, 16, 32, 64 
 PASSES = 6  # the most passes of a call
 
 (
-    ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, PLANES, AGAIN, YIELD, COUNT, MASK,
+    ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, PLANES, STREAM, AGAIN, YIELD, COUNT, MASK,
     BATCHES,
     X, RESIDUAL, Y, SIGNS, SUMS, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, EPS, MOMENTUM,
     CENTER, LOW, VAR, SCALE, SHIFT, RHO, SLOPE_FACTOR, CONSTANT_FACTOR,
     SUM_GRAD_X, SLOPE, CONSTANT,
     MEAN_LOW, MEAN_GAP, GRAD, DX, DRESIDUAL, SUM_GRAD, GRAD_WEIGHT, PASS,
-) = range(43)  # fmt: skip
+) = range(44)  # fmt: skip
 # For each pass: its bits (0 ends the list), how many chunks are taken, and how many are done.
 TAKEN, DONE, SIZE = PASS + PASSES, PASS + 2 * PASSES, PASS + 3 * PASSES
 
@@ -154,6 +154,24 @@ def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> No
             for i in range(chunk.length):
                 valid[at + i] = mask[r * chunk.length + i]
             at += chunk.length
+
+
+@compiled  # type: ignore[untyped-decorator]
+def send(source: Any, target: Any, start: Any, count: Any) -> None:
+    """Copy `count` values to `target` from `start` on, past the caches.
+
+    What is written there is not read before it is written, as a cache would have it. Of no use for
+    tensors that stay in the cache. Others may read them after the next `take`, which drains what is
+    on its way. What does not fill a cache line goes through the cache.
+    """
+    ahead = min(count, to_boundary(target, start))
+    words = (count - ahead) // LANES
+    for i in range(ahead):
+        target[start + i] = source[i]
+    for k in range(words):
+        stream(source, ahead + k * LANES, target, start + ahead + k * LANES)
+    for i in range(ahead + words * LANES, count):
+        target[start + i] = source[i]
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -10,6 +10,7 @@ import platform
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.ir.instructions import Instruction
 from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
@@ -17,8 +18,14 @@ WIDTH = 1024
 """Columns of a strip: the most elements an inner loop runs over. Six float32 arrays of this width
 (24 KiB) stay in a first-level cache of 32 KiB."""
 
+STAGE = 256
+"""Values that are made ready in the cache and then sent past it: of more, reading would rest."""
+
 LANES = 16
 """Values whose signs make one word."""
+
+LINE = 64
+"""Bytes of a cache line."""
 
 APART = 32
 """Elements between one scratch and the next: at distances of 4096 bytes they would collide."""
@@ -54,10 +61,40 @@ def scratch(typing: Any, scalar: Any) -> Any:
         room = ir.ArrayType(context.get_data_type(scalar.dtype), WIDTH + APART)
         with builder.goto_entry_block():
             place = builder.alloca(room)
-        place.align = 64
+        place.align = LINE
         return builder.bitcast(place, context.get_value_type(kind))
 
     return kind(scalar), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def to_boundary(typing: Any, values: Any, place: Any) -> Any:
+    """How many values there are from `place` on before one that begins a cache line."""
+    itemsize = values.dtype.bitwidth // 8
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        address = builder.ptrtoint(builder.gep(arguments[0], [arguments[1]]), word)
+        return builder.udiv(builder.and_(builder.neg(address), word(LINE - 1)), word(itemsize))
+
+    return types.int64(values, place), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def stream(typing: Any, source: Any, place: Any, target: Any, to: Any) -> Any:
+    """Copy LANES values past the caches, to where a cache line or a word of LANES begins."""
+    width = source.dtype.bitwidth
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, place, target, to = arguments
+        kind = ir.VectorType(ir.IntType(width), LANES).as_pointer()
+        v = builder.load(builder.bitcast(builder.gep(source, [place]), kind), align=width // 8)
+        where = builder.bitcast(builder.gep(target, [to]), kind)
+        sent = builder.store(v, where, align=min(width // 8 * LANES, LINE))
+        sent.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(source, place, target, to), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -122,19 +159,29 @@ def like(typing: Any, value: Any, model: Any) -> Any:
     return model(value, model), generate
 
 
+def whole(builder: Any, loaded: Any) -> Any:
+    """What was loaded, all of it, though a condition may then choose among its values.
+
+    The compiler would put that condition on the load. A load of some values only does not set the
+    prefetcher going on some processors (AMD Zen 5), and from memory takes three times as long.
+    """
+    kept = Instruction(builder.block, loaded.type, "freeze", [loaded])
+    builder._insert(kept)
+    return kept
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def widen(typing: Any, value: Any) -> Any:
-    """The stored value as one to compute with: bfloat16, held as uint16, becomes float32."""
-    if value != types.uint16:
-        return value(value), lambda context, builder, signature, arguments: arguments[0]
+    """What was loaded as a value to compute with: bfloat16, held as uint16, becomes float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.shl(
-            builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16)
-        )
+        v = whole(builder, arguments[0])
+        if value != types.uint16:
+            return v
+        bits = builder.shl(builder.zext(v, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(bits, ir.FloatType())
 
-    return types.float32(value), generate
+    return (types.float32 if value == types.uint16 else value)(value), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

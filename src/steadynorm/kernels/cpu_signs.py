@@ -18,7 +18,7 @@ from numba.core.extending import intrinsic
 from torch import Tensor
 
 from .cpu_activations import CODES, RELU, RELU6, by_activation
-from .cpu_memory import LANES, like, widen
+from .cpu_memory import LANES, like, whole, widen
 from .cpu_slabs import Groups, slabs
 
 GATES = frozenset({RELU, RELU6})
@@ -106,7 +106,7 @@ def _load(builder: Any, values: Any, place: Any, kind: Any) -> Any:
     """LANES values, wherever they begin."""
     where = builder.bitcast(builder.gep(values, [place]), kind.as_pointer())
     size = 8 if kind.element == ir.DoubleType() else getattr(kind.element, "width", 32) // 8
-    return builder.load(where, align=size)
+    return whole(builder, builder.load(where, align=size))
 
 
 @by_activation(forceinline=True, error_model="numpy")
