@@ -146,6 +146,7 @@ def test_autograd_adds_up_gradients_in_place():
 
 FORK = """
 import os, torch
+torch.set_num_threads(1)  # of its OpenMP threads a forked child has none
 from steadynorm.kernels.memory import POOLED_FROM, empty_like
 x = empty_like(torch.zeros(POOLED_FROM // 4)).fill_(1.0)
 child = os.fork()

@@ -44,6 +44,7 @@ from .cpu_loops import (
     TAKEN,
     X,
     Y,
+    called,
     chunk_at,
     clear,
     compiled,
@@ -59,16 +60,30 @@ from .cpu_loops import (
     start_of,
     wait_for,
 )  # fmt: skip
-from .cpu_memory import LANES, STAGE, WIDTH, bring, like, narrow, pointer, scratch, take, widen
+from .cpu_memory import (
+    LANES,
+    STAGE,
+    WIDTH,
+    apart,
+    beyond,
+    bring,
+    like,
+    narrow,
+    pointer,
+    scratch,
+    take,
+    widen,
+)
 from .cpu_signs import through_gates
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, constant: Any) -> None:
     """Write the sums, and what flows back through the statistics: `slope·(x - center) + constant`.
 
     The latter only if its factors are given; the weight's gradient only if it has a place.
     """
+    apart()
     total, moved = bring(args[SUM_GRAD], slope), bring(args[SUM_GRAD_X], slope)
     slope_factor, constant_factor = (
         bring(args[SLOPE_FACTOR], slope),
@@ -89,6 +104,18 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
                 weight[k] = like(rho[k] * exact, weight[k])
 
 
+@compiled  # type: ignore[untyped-decorator]
+def opened(
+    grad: Any, start: Any, count: Any, open_: Any, chunk: Any, row: Any, begin: Any, gated: Any
+) -> Any:
+    """Where to read `count` gradients: from `start` on; or gated, if the forward has left signs."""
+    if open_ is None:
+        return beyond(grad, start)
+    words = signs_of(chunk, row) + begin // LANES
+    through_gates(beyond(grad, start), count, beyond(open_, words), gated)
+    return gated
+
+
 @by_activation(**SUMMED)
 def sums_of_planes(ACT: int) -> Any:
     """Σg and Σg·(x - center) of the chunk's one channel."""
@@ -102,15 +129,11 @@ def sums_of_planes(ACT: int) -> Any:
         for row in range(chunk.top, chunk.bottom):
             for begin in range(0, chunk.length, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
-                source, at = grad, start
-                if open_ is not None:
-                    words = signs_of(chunk, row) + begin // LANES
-                    through_gates(grad, start, several, open_, words, gated, 0)
-                    source, at = gated, 0
+                source = opened(grad, start, several, open_, chunk, row, begin, gated)
                 part_1, part_2 = like(0.0, m), like(0.0, m)
                 for i in range(several):
                     d = minus(widen(x[start + i]), m)
-                    g = gradient_at(widen(source[at + i]), d, s, t, y, residual, start + i, ACT)
+                    g = gradient_at(widen(source[i]), d, s, t, y, residual, start + i, ACT)
                     part_1 += g
                     part_2 += g * d
                 total_1 += part_1
@@ -139,17 +162,11 @@ def sums_of_strips(ACT: int) -> Any:
             width = min(chunk.together, chunk.bottom - row) * columns
             for begin in range(0, width, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, width - begin)
-                source, at = grad, start
-                if open_ is not None:
-                    words = signs_of(chunk, row) + begin // LANES
-                    through_gates(grad, start, several, open_, words, gated, 0)
-                    source, at = gated, 0
+                source = opened(grad, start, several, open_, chunk, row, begin, gated)
                 for i in range(several):
                     k = begin + i
                     d = widen(x[start + i]) - m[k]
-                    g = gradient_at(
-                        widen(source[at + i]), d, s[k], t[k], y, residual, start + i, ACT
-                    )  # fmt: skip
+                    g = gradient_at(widen(source[i]), d, s[k], t[k], y, residual, start + i, ACT)
                     wide_1[k] += g
                     wide_2[k] += g * d
             held += 1
@@ -161,14 +178,6 @@ def sums_of_strips(ACT: int) -> Any:
         fold(wide_2, chunk, sums_2)
 
     return reduce
-
-
-@compiled  # type: ignore[untyped-decorator]
-def place_of_g(streams: Any, gated: Any, wanted: Any, start: Any) -> Any:
-    """Where a map writes g first: to its place, or staged if it goes past the caches."""
-    if wanted is None:
-        return gated, 0
-    return (gated, 0) if streams else (wanted, start)
 
 
 @by_activation(**COMPILED)
@@ -186,26 +195,22 @@ def map_planes(ACT: int) -> Any:
             for begin in range(0, chunk.length, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
                 from_mask = row * chunk.length + begin
-                words = signs_of(chunk, row) + begin // LANES
-                g_at, g_from = place_of_g(streams, gated, wanted, start)
-                source, at = grad, start
-                if open_ is not None:
-                    through_gates(grad, start, several, open_, words, g_at, g_from)
-                    source, at = g_at, g_from
-                target, to = (staged, 0) if streams else (dx, start)
+                g_to = gated if streams or wanted is None else beyond(wanted, start)
+                source = opened(grad, start, several, open_, chunk, row, begin, g_to)
+                target = staged if streams else beyond(dx, start)
                 for i in range(several):
                     d = widen(x[start + i]) - m
-                    g = gradient_at(widen(source[at + i]), d, s, t, y, residual, start + i, ACT)
+                    g = gradient_at(widen(source[i]), d, s, t, y, residual, start + i, ACT)
                     if wanted is not None and open_ is None:
-                        g_at[g_from + i] = narrow(g, wanted)
+                        g_to[i] = narrow(g, wanted)
                     through = slope * d + constant
                     if mask is not None:
                         through = through if mask[from_mask + i] != 0 else like(0.0, through)
-                    target[to + i] = narrow(s * g + through, dx)
+                    target[i] = narrow(s * g + through, dx)
                 if streams:
-                    send(staged, dx, start, several)
+                    send(staged, beyond(dx, start), several)
                     if wanted is not None:
-                        send(gated, wanted, start, several)
+                        send(gated, beyond(wanted, start), several)
 
     return write
 
@@ -228,29 +233,23 @@ def map_strips(ACT: int) -> Any:
                 spread_mask(mask, chunk, row, rows, valid)
             for begin in range(0, width, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, width - begin)
-                words = signs_of(chunk, row) + begin // LANES
-                g_at, g_from = place_of_g(streams, gated, wanted, start)
-                source, at = grad, start
-                if open_ is not None:
-                    through_gates(grad, start, several, open_, words, g_at, g_from)
-                    source, at = g_at, g_from
-                target, to = (staged, 0) if streams else (dx, start)
+                g_to = gated if streams or wanted is None else beyond(wanted, start)
+                source = opened(grad, start, several, open_, chunk, row, begin, g_to)
+                target = staged if streams else beyond(dx, start)
                 for i in range(several):
                     k = begin + i
                     d = widen(x[start + i]) - m[k]
-                    g = gradient_at(
-                        widen(source[at + i]), d, s[k], t[k], y, residual, start + i, ACT
-                    )  # fmt: skip
+                    g = gradient_at(widen(source[i]), d, s[k], t[k], y, residual, start + i, ACT)
                     if wanted is not None and open_ is None:
-                        g_at[g_from + i] = narrow(g, wanted)
+                        g_to[i] = narrow(g, wanted)
                     through = slope[k] * d + constant[k]
                     if mask is not None:
                         through = through if valid[k] != 0 else like(0.0, through)
-                    target[to + i] = narrow(s[k] * g + through, dx)
+                    target[i] = narrow(s[k] * g + through, dx)
                 if streams:
-                    send(staged, dx, start, several)
+                    send(staged, beyond(dx, start), several)
                     if wanted is not None:
-                        send(gated, wanted, start, several)
+                        send(gated, beyond(wanted, start), several)
 
     return write
 
@@ -299,9 +298,9 @@ def backward(
                 chunk = chunk_at(args, mode, index)
                 m, s, t = center[chunk.first], scale[chunk.first], shift[chunk.first]
                 if not chunk.planes and mode & (REDUCE | MAP):
-                    spread(center, chunk.first, chunk, wide_m)
-                    spread(scale, chunk.first, chunk, wide_s)
-                    spread(shift, chunk.first, chunk, wide_t)
+                    spread(beyond(center, chunk.first), chunk, wide_m)
+                    spread(beyond(scale, chunk.first), chunk, wide_s)
+                    spread(beyond(shift, chunk.first), chunk, wide_t)
 
                 if mode & REDUCE and chunk.planes:
                     sums_1[0], sums_2[0] = sums_of_planes(
@@ -326,11 +325,11 @@ def backward(
                         m, s, t, u, v, GRADIENT,
                     )  # fmt: skip
                 elif mode & MAP:
-                    spread(slope, chunk.first, chunk, wide_1)
-                    spread(constant, chunk.first, chunk, wide_2)
+                    spread(beyond(slope, chunk.first), chunk, wide_1)
+                    spread(beyond(constant, chunk.first), chunk, wide_2)
                     map_strips(
-                        args, grad, x, y, residual, open_, gated, staged, mask, valid, dx, wanted, chunk,
-                        wide_m, wide_s, wide_t, wide_1, wide_2, GRADIENT,
+                        args, grad, x, y, residual, open_, gated, staged, mask, valid, dx, wanted,
+                        chunk, wide_m, wide_s, wide_t, wide_1, wide_2, GRADIENT,
                     )  # fmt: skip
                 take(args, DONE + step)
             wait_for(args, DONE + step, chunks)

@@ -46,6 +46,7 @@ from .cpu_loops import (
     WEIGHT,
     X,
     Y,
+    called,
     chunk_at,
     compiled,
     gather,
@@ -62,13 +63,28 @@ from .cpu_loops import (
     start_of,
     wait_for,
 )  # fmt: skip
-from .cpu_memory import LANES, STAGE, WIDTH, as_float, bring, like, narrow, pointer, scratch, take, widen
+from .cpu_memory import (
+    LANES,
+    STAGE,
+    WIDTH,
+    apart,
+    as_float,
+    beyond,
+    bring,
+    like,
+    narrow,
+    pointer,
+    scratch,
+    take,
+    widen,
+)
 from .cpu_signs import GATES, write_signs
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def write_map(args: Any, chunk: Any, var: Any, scale: Any, shift: Any) -> None:
     """`(x - mean - low)·ρ·γ + β` as `(x - mean)·scale + shift`."""
+    apart()
     low, weight, bias = bring(args[LOW], var), bring(args[WEIGHT], var), bring(args[BIAS], var)
     eps = as_float(args[EPS])
     for c in range(chunk.first, chunk.first + chunk.here):
@@ -78,9 +94,10 @@ def write_map(args: Any, chunk: Any, var: Any, scale: Any, shift: Any) -> None:
         shift[c] = like(offset + bias[c] if args[BIAS] != 0 else offset, shift[c])
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def record(args: Any, chunk: Any, mean: Any, var: Any, scale: Any) -> None:
     """What a training step of policy `Batch` leaves: the backward's factors, running statistics."""
+    apart()
     rho, low = bring(args[RHO], var), bring(args[LOW], var)
     slope, constant = bring(args[SLOPE_FACTOR], var), bring(args[CONSTANT_FACTOR], var)
     eps, count, weight = as_float(args[EPS]), as_float(args[COUNT]), as_float(args[MOMENTUM])
@@ -108,24 +125,8 @@ def reduce(
     if chunk.planes:
         moments_of_planes(x, mask, chunk, pivots[0], sums_1, sums_2)
     else:
-        spread(pivots, 0, chunk, wide_1)
+        spread(pivots, chunk, wide_1)
         moments_of_strips(x, mask, valid, chunk, wide_1, wide_2, wide_3, sums_1, sums_2)
-
-
-@by_activation(**COMPILED)
-def finish(ACT: int) -> Any:
-    """Write the signs of `count` outputs, if there is room, and send what is staged to y."""
-
-    def write(
-        args: Any, staged: Any, y: Any, open_: Any, words: Any, start: Any, count: Any, code: Any
-    ) -> None:
-        target, to = (staged, 0) if args[STREAM] != 0 else (y, start)
-        if open_ is not None and args[SIGNS] != 0:
-            write_signs(target, to, count, open_, words, ACT)
-        if args[STREAM] != 0:
-            send(staged, y, start, count)
-
-    return write
 
 
 @by_activation(**COMPILED)
@@ -136,10 +137,9 @@ def map_chunk(ACT: int) -> Any:
         args: Any, x: Any, residual: Any, y: Any, open_: Any, staged: Any, chunk: Any, mean: Any,
         scale: Any, shift: Any, wide_1: Any, wide_2: Any, wide_3: Any, code: Any,
     ) -> None:  # fmt: skip
-        streams = args[STREAM] != 0
+        streams, signed = args[STREAM] != 0, open_ is not None and args[SIGNS] != 0
         if chunk.planes:
-            signs = open_ is not None and args[SIGNS] != 0
-            piece = STAGE if streams else WIDTH if signs else chunk.length
+            piece = STAGE if streams else WIDTH if signed else chunk.length
             for row in range(chunk.top, chunk.bottom):
                 for c in range(chunk.here):
                     k = chunk.first + c
@@ -147,32 +147,38 @@ def map_chunk(ACT: int) -> Any:
                     for begin in range(0, chunk.length, piece):
                         start = start_of(chunk, row) + c * chunk.length + begin
                         several = min(piece, chunk.length - begin)
-                        target, to = (staged, 0) if streams else (y, start)
+                        target = staged if streams else beyond(y, start)
                         for i in range(several):
                             z = (widen(x[start + i]) - m) * s + t
                             if residual is not None:
                                 z += widen(residual[start + i])
-                            target[to + i] = narrow(activate(z, ACT), y)
-                        words = signs_of(chunk, row) + begin // LANES
-                        finish(args, staged, y, open_, words, start, several, ACT)
+                            target[i] = narrow(activate(z, ACT), y)
+                        if open_ is not None and signed:
+                            words = signs_of(chunk, row) + begin // LANES
+                            write_signs(target, several, beyond(open_, words), ACT)
+                        if streams:
+                            send(staged, beyond(y, start), several)
         else:
-            spread(mean, chunk.first, chunk, wide_1)
-            spread(scale, chunk.first, chunk, wide_2)
-            spread(shift, chunk.first, chunk, wide_3)
+            spread(beyond(mean, chunk.first), chunk, wide_1)
+            spread(beyond(scale, chunk.first), chunk, wide_2)
+            spread(beyond(shift, chunk.first), chunk, wide_3)
             piece = STAGE if streams else WIDTH
             for row in range(chunk.top, chunk.bottom, chunk.together):
                 width = min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length
                 for begin in range(0, width, piece):
                     start, several = start_of(chunk, row) + begin, min(piece, width - begin)
-                    target, to = (staged, 0) if streams else (y, start)
+                    target = staged if streams else beyond(y, start)
                     for i in range(several):
                         k = begin + i
                         z = (widen(x[start + i]) - wide_1[k]) * wide_2[k] + wide_3[k]
                         if residual is not None:
                             z += widen(residual[start + i])
-                        target[to + i] = narrow(activate(z, ACT), y)
-                    words = signs_of(chunk, row) + begin // LANES
-                    finish(args, staged, y, open_, words, start, several, ACT)
+                        target[i] = narrow(activate(z, ACT), y)
+                    if open_ is not None and signed:
+                        words = signs_of(chunk, row) + begin // LANES
+                        write_signs(target, several, beyond(open_, words), ACT)
+                    if streams:
+                        send(staged, beyond(y, start), several)
 
     return write
 

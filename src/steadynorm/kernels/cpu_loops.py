@@ -27,7 +27,7 @@ from typing import Any
 
 from numba import njit
 
-from .cpu_memory import LANES, like, look, pause, rest, stream, to_boundary, widen
+from .cpu_memory import LANES, apart, like, look, pause, rest, stream, to_boundary, widen
 
 PIECE = 4096  # elements of a plane whose float32 sum goes to float64
 FLUSH = 64  # strips, likewise
@@ -37,8 +37,8 @@ REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, SETTLE, RECORD = 1, 2, 4, 8, 16, 32, 64 
 PASSES = 6  # the most passes of a call
 
 (
-    ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, PLANES, STREAM, AGAIN, YIELD, COUNT, MASK,
-    BATCHES,
+    ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, PLANES, STREAM, AGAIN, YIELD, COUNT,
+    MASK, BATCHES,
     X, RESIDUAL, Y, SIGNS, SUMS, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, EPS, MOMENTUM,
     CENTER, LOW, VAR, SCALE, SHIFT, RHO, SLOPE_FACTOR, CONSTANT_FACTOR,
     SUM_GRAD_X, SLOPE, CONSTANT,
@@ -55,8 +55,11 @@ Chunk = namedtuple(
 COMPILED = {"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}}
 compiled = njit(**COMPILED)
 """Set in full: Numba hands down to a function the leave for reordering that its caller has."""
+called = njit(forceinline=False, error_model="numpy", fastmath={"contract"})
+"""For what runs once a chunk or strip: not inlined, it is compiled once in a kernel."""
 SUMMED = {"forceinline": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
 summed = njit(**SUMMED)
+added = njit(forceinline=False, error_model="numpy", fastmath={"reassoc", "contract"})
 """For sums only: they may be reordered, and so vectorized. NaN and infinity keep their meaning."""
 
 
@@ -129,25 +132,27 @@ def minus(a: Any, b: Any) -> Any:
     return a - b
 
 
-@compiled  # type: ignore[untyped-decorator]
-def spread(values: Any, offset: Any, chunk: Any, wide: Any) -> None:
+@called  # type: ignore[untyped-decorator]
+def spread(values: Any, chunk: Any, wide: Any) -> None:
     """Write each channel's value wherever a strip holds that channel."""
+    apart()
     at = 0
     for _ in range(chunk.copies):
         if chunk.length == 1:
             for c in range(chunk.here):
-                wide[at + c] = values[offset + c]
+                wide[at + c] = values[c]
         else:
             for c in range(chunk.here):
-                v = values[offset + c]
+                v = values[c]
                 for i in range(chunk.length):
                     wide[at + c * chunk.length + i] = v
         at += chunk.here * chunk.length
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> None:
     """Which elements of a strip are valid: each row's mask, once per channel."""
+    apart()
     at = 0
     for r in range(row, row + several):
         for _ in range(chunk.here):
@@ -156,34 +161,37 @@ def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> No
             at += chunk.length
 
 
-@compiled  # type: ignore[untyped-decorator]
-def send(source: Any, target: Any, start: Any, count: Any) -> None:
-    """Copy `count` values to `target` from `start` on, past the caches.
+@called  # type: ignore[untyped-decorator]
+def send(source: Any, target: Any, count: Any) -> None:
+    """Copy `count` values past the caches.
 
-    What is written there is not read before it is written, as a cache would have it. Of no use for
-    tensors that stay in the cache. Others may read them after the next `take`, which drains what is
-    on its way. What does not fill a cache line goes through the cache.
+    A cache would read what is there before it is written. Of no use for tensors that stay in the
+    caches. Others may read them after the next `take`, which drains what is on its way. What does
+    not fill a cache line goes as usual.
     """
-    ahead = min(count, to_boundary(target, start))
-    words = (count - ahead) // LANES
+    apart()
+    ahead = min(count, to_boundary(target))
+    whole = (count - ahead) // LANES * LANES
     for i in range(ahead):
-        target[start + i] = source[i]
-    for k in range(words):
-        stream(source, ahead + k * LANES, target, start + ahead + k * LANES)
-    for i in range(ahead + words * LANES, count):
-        target[start + i] = source[i]
+        target[i] = source[i]
+    for i in range(ahead, ahead + whole, LANES):
+        stream(source, target, i)
+    for i in range(ahead + whole, count):
+        target[i] = source[i]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def clear(values: Any, count: Any) -> None:
     """Set the first `count` values to 0."""
+    apart()
     for i in range(count):
         values[i] = like(0.0, values[i])
 
 
-@summed  # type: ignore[untyped-decorator]
+@added  # type: ignore[untyped-decorator]
 def fold(wide: Any, chunk: Any, sums: Any) -> None:
     """Add the accumulators to their channels' sums and clear them. A plain sum: free to reorder."""
+    apart()
     at = 0
     for _ in range(chunk.copies):
         if chunk.length == 1:
@@ -199,12 +207,13 @@ def fold(wide: Any, chunk: Any, sums: Any) -> None:
     clear(wide, at)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
     """A pivot per channel: the mean of values evenly spread over all positions, of the valid ones.
 
     Evenly spread, since neighbours resemble one another: an image begins with its border.
     """
+    apart()
     total = chunk.rows * chunk.length
     few = min(total, SAMPLE)
     seen = 0
@@ -227,9 +236,10 @@ def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
         pivots[c] = pivot if math.isfinite(pivot) else like(0.0, pivot)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def pivot_at(mean: Any, chunk: Any, pivots: Any) -> None:
     """Move the pivots to the means."""
+    apart()
     for c in range(chunk.here):
         m = mean[chunk.first + c]
         pivots[c] = m if math.isfinite(m) else like(0.0, m)
@@ -287,18 +297,20 @@ def moments_of_strips(
     fold(wide_2, chunk, sums_2)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def put_aside(partial: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
     """Leave this part's sums for the merging to come."""
+    apart()
     place = 2 * chunk.part * chunk.channels + chunk.first
     for c in range(chunk.here):
         partial[place + c] = sums_1[c]
         partial[place + chunk.channels + c] = sums_2[c]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def gather(partial: Any, parts: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
     """Add up what the parts have put aside."""
+    apart()
     clear(sums_1, chunk.here)
     clear(sums_2, chunk.here)
     for part in range(parts):
@@ -308,7 +320,7 @@ def gather(partial: Any, parts: Any, chunk: Any, sums_1: Any, sums_2: Any) -> No
             sums_2[c] += partial[place + chunk.channels + c]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@called  # type: ignore[untyped-decorator]
 def settle(
     chunk: Any, sums_1: Any, sums_2: Any, pivots: Any, count: Any, mean: Any, low: Any, var: Any
 ) -> Any:
@@ -317,6 +329,7 @@ def settle(
     With the pivot within one standard deviation of the mean, the subtraction below loses at most
     one bit. Farther off, the caller moves the pivot to the mean and reduces again.
     """
+    apart()
     far = False
     for c in range(chunk.here):
         step = sums_1[c] / count

@@ -43,6 +43,16 @@ def pointer(typing: Any, address: Any, scalar: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def beyond(typing: Any, values: Any, count: Any) -> Any:
+    """The pointer to what lies `count` values beyond."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return values(values, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def bring(typing: Any, address: Any, model: Any) -> Any:
     """The address, an integer, as a pointer of the type of the pointer `model`."""
 
@@ -68,33 +78,44 @@ def scratch(typing: Any, scalar: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def to_boundary(typing: Any, values: Any, place: Any) -> Any:
-    """How many values there are from `place` on before one that begins a cache line."""
+def apart(typing: Any) -> Any:
+    """Called in a function: compile it once in a kernel, not wherever it is called."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def to_boundary(typing: Any, values: Any) -> Any:
+    """How many values there are before one that begins a cache line."""
     itemsize = values.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(64)
-        address = builder.ptrtoint(builder.gep(arguments[0], [arguments[1]]), word)
+        address = builder.ptrtoint(arguments[0], word)
         return builder.udiv(builder.and_(builder.neg(address), word(LINE - 1)), word(itemsize))
 
-    return types.int64(values, place), generate
+    return types.int64(values), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def stream(typing: Any, source: Any, place: Any, target: Any, to: Any) -> Any:
-    """Copy LANES values past the caches, to where a cache line or a word of LANES begins."""
+def stream(typing: Any, source: Any, target: Any, place: Any) -> Any:
+    """Copy LANES values from `place` on past the caches; a line or a word of them begins there."""
     width = source.dtype.bitwidth
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, place, target, to = arguments
+        source, target, place = arguments
         kind = ir.VectorType(ir.IntType(width), LANES).as_pointer()
         v = builder.load(builder.bitcast(builder.gep(source, [place]), kind), align=width // 8)
-        where = builder.bitcast(builder.gep(target, [to]), kind)
+        where = builder.bitcast(builder.gep(target, [place]), kind)
         sent = builder.store(v, where, align=min(width // 8 * LANES, LINE))
         sent.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()
 
-    return types.void(source, place, target, to), generate
+    return types.void(source, target, place), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit
 from numba.core import types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
 from .cpu_activations import CODES, RELU, RELU6, by_activation
-from .cpu_memory import LANES, like, whole, widen
+from .cpu_loops import called
+from .cpu_memory import LANES, apart, like, whole, widen
 from .cpu_slabs import Groups, slabs
 
 GATES = frozenset({RELU, RELU6})
@@ -80,26 +80,26 @@ def signs(typing: Any, values: Any, place: Any, below: Any) -> Any:
             open_ = builder.and_(open_, builder.fcmp_unordered("ult", v, bound[6.0]))
         return builder.bitcast(open_, ir.IntType(LANES))
 
-    return types.uint16(values, place, below), generate
+    return types.uint16(values, types.int64, below), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def gate(typing: Any, word: Any, source: Any, place: Any, target: Any, to: Any) -> Any:
-    """Copy LANES values, or 0 where the word's bit is 0."""
+def gate(typing: Any, word: Any, source: Any, target: Any, place: Any) -> Any:
+    """Copy LANES values from `place` on, or 0 where the word's bit is 0."""
     stored = source.dtype
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = ir.IntType({types.float32: 32, types.float64: 64, types.uint16: 16}[stored])
         kind = ir.VectorType(bits, LANES)
-        word, source, place, target, to = arguments
+        word, source, target, place = arguments
         v = _load(builder, source, place, kind)
-        opened = builder.bitcast(word, ir.VectorType(ir.IntType(1), LANES))
-        v = builder.select(opened, v, ir.Constant(kind, [0] * LANES))
-        where = builder.bitcast(builder.gep(target, [to]), kind.as_pointer())
+        flows = builder.bitcast(word, ir.VectorType(ir.IntType(1), LANES))
+        v = builder.select(flows, v, ir.Constant(kind, [0] * LANES))
+        where = builder.bitcast(builder.gep(target, [place]), kind.as_pointer())
         builder.store(v, where, align=bits.width // 8)
         return context.get_dummy_value()
 
-    return types.void(types.uint16, source, place, target, to), generate
+    return types.void(types.uint16, source, target, types.int64), generate
 
 
 def _load(builder: Any, values: Any, place: Any, kind: Any) -> Any:
@@ -111,34 +111,33 @@ def _load(builder: Any, values: Any, place: Any, kind: Any) -> Any:
 
 @by_activation(forceinline=True, error_model="numpy")
 def write_signs(ACT: int) -> Any:
-    """Write one bit for each of `count` outputs from `start` on: whether gradient flows there."""
+    """Write one bit for each of `count` outputs: whether gradient flows there."""
     below = ACT == RELU6
 
-    def write(y: Any, start: Any, count: Any, open_: Any, words: Any, code: Any) -> None:
-        whole = count // LANES
-        for k in range(whole):
-            open_[words + k] = signs(y, start + k * LANES, below)
+    def write(y: Any, count: Any, open_: Any, code: Any) -> None:
+        words = count // LANES
+        for k in range(words):
+            open_[k] = signs(y, k * LANES, below)
         word = 0
-        for i in range(count - whole * LANES):
-            v = widen(y[start + whole * LANES + i])
+        for i in range(words * LANES, count):
+            v = widen(y[i])
             closed = v <= like(0.0, v) or (below and v >= like(6.0, v))
-            word |= (0 if closed else 1) << i
-        if count > whole * LANES:
-            open_[words + whole] = word
+            word |= (0 if closed else 1) << (i - words * LANES)
+        if count > words * LANES:
+            open_[words] = word
 
     return write
 
 
-@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def through_gates(
-    grad: Any, start: Any, count: Any, open_: Any, words: Any, target: Any, to: Any
-) -> None:
-    """Copy `count` gradients from `start` on to `target`, 0 for those that do not flow."""
-    whole = count // LANES
-    for k in range(whole):
-        gate(open_[words + k], grad, start + k * LANES, target, to + k * LANES)
-    word = open_[words + whole] if count > whole * LANES else 0
-    for i in range(whole * LANES, count):
-        flows = (word >> (i - whole * LANES)) & 1
-        g = grad[start + i]
-        target[to + i] = g if flows else like(0, g)
+@called  # type: ignore[untyped-decorator]
+def through_gates(grad: Any, count: Any, open_: Any, target: Any) -> None:
+    """Copy `count` gradients, 0 for those that do not flow."""
+    apart()
+    words = count // LANES
+    for k in range(words):
+        gate(open_[k], grad, target, k * LANES)
+    word = open_[words] if count > words * LANES else 0
+    for i in range(words * LANES, count):
+        flows = (word >> (i - words * LANES)) & 1
+        g = grad[i]
+        target[i] = g if flows else like(0, g)
