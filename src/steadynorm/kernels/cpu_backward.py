@@ -125,7 +125,7 @@ def sums_of_planes(ACT: int) -> Any:
         m: Any, s: Any, t: Any, code: Any,
     ) -> Any:  # fmt: skip
         total_1, total_2 = 0.0, 0.0
-        piece = PIECE if open_ is None else STAGE
+        piece = PIECE if open_ is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
             for begin in range(0, chunk.length, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
@@ -157,18 +157,15 @@ def sums_of_strips(ACT: int) -> Any:
         clear(wide_1, chunk.copies * columns)
         clear(wide_2, chunk.copies * columns)
         held = 0
-        piece = WIDTH if open_ is None else STAGE
         for row in range(chunk.top, chunk.bottom, chunk.together):
-            width = min(chunk.together, chunk.bottom - row) * columns
-            for begin in range(0, width, piece):
-                start, several = start_of(chunk, row) + begin, min(piece, width - begin)
-                source = opened(grad, start, several, open_, chunk, row, begin, gated)
-                for i in range(several):
-                    k = begin + i
-                    d = widen(x[start + i]) - m[k]
-                    g = gradient_at(widen(source[i]), d, s[k], t[k], y, residual, start + i, ACT)
-                    wide_1[k] += g
-                    wide_2[k] += g * d
+            start = start_of(chunk, row)
+            several = min(chunk.together, chunk.bottom - row) * columns
+            source = opened(grad, start, several, open_, chunk, row, 0, gated)
+            for i in range(several):
+                d = widen(x[start + i]) - m[i]
+                g = gradient_at(widen(source[i]), d, s[i], t[i], y, residual, start + i, ACT)
+                wide_1[i] += g
+                wide_2[i] += g * d
             held += 1
             if held >= FLUSH:
                 fold(wide_1, chunk, sums_1)
