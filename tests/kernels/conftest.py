@@ -15,12 +15,14 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["visit", "parts"])
+@pytest.fixture(params=["visit", "parts", "visit past the caches", "parts past the caches"])
 def way(request, monkeypatch):
-    """Both ways through a direction, and two threads however small the input."""
+    """All ways through a direction, and two threads, however small the input."""
     monkeypatch.setattr(cpu_slabs, "PARALLEL_FROM", 0)
-    if request.param == "parts":
+    if "parts" in request.param:
         monkeypatch.setattr(cpu_slabs, "VISIT_UP_TO", 0)
+    if "past the caches" in request.param:
+        monkeypatch.setattr(cpu_slabs, "STREAM_FROM", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     cpu_slabs.plan.cache_clear()

@@ -87,6 +87,22 @@ def test_forward_of_types_and_ghosts(groups, dtype, way):
             check_forward(Case(shape, layout, dtype, groups=groups))
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_results_wherever_in_a_cache_line_they_begin(dtype, way):
+    """What goes past the caches goes by lines: what is before and after must stay as it was."""
+    for shape in ((3, 3, 40, 40), (6, 50, 9, 11), (3, 5)):
+        for offset in (0, 1, 3, 8, 31, 33):
+            case = Case(shape, dtype=dtype)
+            room = torch.full((offset + case.x.numel() + 40,), 7.0, dtype=dtype)
+            out = room[offset : offset + case.x.numel()].view(shape)
+            kept = torch.ones(shape[1], dtype=case.weight.dtype)
+            right = cpu.apply(case.x, kept, kept, kept, activation="relu")
+            cpu.apply(case.x, kept, kept, kept, activation="relu", out=out)
+            assert torch.equal(out, right)
+            assert bool((room[:offset] == 7).all())
+            assert bool((room[offset + case.x.numel() :] == 7).all())
+
+
 @pytest.mark.parametrize("mean", [1e4, 1e6, -1e6])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_forward_keeps_to_the_bar_at_any_mean(mean, layout, way):

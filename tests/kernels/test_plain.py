@@ -26,15 +26,17 @@ def only_compiled(monkeypatch):
     cpu.calls.clear()
 
 
-@pytest.fixture(params=[True, False], ids=["one visit", "two passes"])
+@pytest.fixture(params=["one visit", "two passes", "two passes past the caches"])
 def visits(request, monkeypatch):
-    """Both ways to cut the work, whatever the size."""
+    """The ways to cut the work, whatever the size."""
     plan = cpu_slabs.plan.__wrapped__
 
     def cut(*arguments):
-        return plan(*arguments)._replace(visit=request.param)
+        return plan(*arguments)._replace(visit=request.param == "one visit")
 
     monkeypatch.setattr(cpu_slabs, "plan", cut)
+    if "past the caches" in request.param:
+        monkeypatch.setattr(cpu_slabs, "STREAM_FROM", 0)
     plain.prepared.cache_clear()
     yield request.param
     plain.prepared.cache_clear()
@@ -116,7 +118,7 @@ def test_running_statistics_move_once_when_the_pivot_has_to(layout, visits):
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (2, 700, 6, 6)], ids=str)
-def test_inference_is_the_truths(shape, layout, dtype):
+def test_inference_is_the_truths(shape, layout, dtype, visits):
     x = make(shape, layout, 1.0, dtype=dtype)
     residual = make(shape, layout, 0.0, 1, dtype=dtype)
     layer = layer_for(

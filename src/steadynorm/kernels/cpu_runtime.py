@@ -95,17 +95,20 @@ def compile_kernel(function: Callable[[Any], None], name: str) -> Kernel:
     signature = types.void(types.CPointer(types.int64))
     options = {"error_model": "numpy", "fastmath": {"contract"}, "nopython": True}
     with _Process.compiling:
-        folder, before = cache_folder() / name, config.CACHE_DIR
-        if _can_be_written(folder):
-            try:
+        folder, before = cache_folder() / name, (config.CACHE_DIR, config.OPT)
+        try:
+            # The third level takes a sixth more time, and makes these kernels no faster.
+            config.OPT = type(config.OPT)(min(config.OPT, 2))
+            if _can_be_written(folder):
                 config.CACHE_DIR = str(folder)
-                return Kernel(cfunc(signature, cache=True, **options)(function))
-            except Exception:  # noqa: BLE001
-                # A damaged file may raise anything; an error of the compiler comes again below.
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                config.CACHE_DIR = before
-        return Kernel(cfunc(signature, **options)(function))
+                try:
+                    return Kernel(cfunc(signature, cache=True, **options)(function))
+                except Exception:  # noqa: BLE001
+                    # A damaged file may raise anything; an error of the compiler comes again below.
+                    shutil.rmtree(folder, ignore_errors=True)
+            return Kernel(cfunc(signature, **options)(function))
+        finally:
+            config.CACHE_DIR, config.OPT = before
 
 
 def _can_be_written(folder: Path) -> bool:
