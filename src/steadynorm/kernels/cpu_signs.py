@@ -93,8 +93,15 @@ def gate(typing: Any, word: Any, source: Any, target: Any, place: Any) -> Any:
         kind = ir.VectorType(bits, LANES)
         word, source, target, place = arguments
         v = _load(builder, source, place, kind)
-        flows = builder.bitcast(word, ir.VectorType(ir.IntType(1), LANES))
-        v = builder.select(flows, v, ir.Constant(kind, [0] * LANES))
+        # By shifts: of a selection the compiler would make a load of some values (see `whole`).
+        word = word if bits.width == LANES else builder.zext(word, bits)
+        none = ir.Constant(kind, ir.Undefined)
+        first = builder.insert_element(none, word, ir.IntType(32)(0))
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        words = builder.shuffle_vector(first, none, everywhere)
+        up = ir.Constant(kind, [bits.width - 1 - k for k in range(LANES)])
+        down = ir.Constant(kind, [bits.width - 1] * LANES)
+        v = builder.and_(v, builder.ashr(builder.shl(words, up), down))
         where = builder.bitcast(builder.gep(target, [place]), kind.as_pointer())
         builder.store(v, where, align=bits.width // 8)
         return context.get_dummy_value()

@@ -26,7 +26,8 @@ PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
 VISIT_UP_TO = 4 << 20  # bytes of x in a block: what a visit reads twice is to stay in the cache
 SHORTEST_PLANE = 32  # values; in a map alone, shorter ones are taken in strips
 PIECE = 1 << 14  # values of a row that a map alone takes at a time
-STREAM_FROM = 8 << 20  # bytes of x; results of larger ones go past the caches
+STREAM_FROM = 3 << 20  # bytes of x; larger ones' results go past the caches
+STREAM_MAPS_FROM = 8 << 20  # likewise in a map alone, which leaves more of the cache to its result
 PARTS = 4  # for each thread, so that a late one does not hold up the others
 
 
@@ -183,7 +184,8 @@ class Slab:
         a[at.BLOCK], a[at.BLOCKS] = self.plan.block, self.plan.blocks
         a[at.TOGETHER], a[at.PARTS] = self.plan.together, self.plan.parts
         a[at.PLANES] = self.plan.planes
-        a[at.STREAM] = math.prod(shape) * itemsize >= STREAM_FROM
+        stream_from = STREAM_MAPS_FROM if only_maps else STREAM_FROM
+        a[at.STREAM] = math.prod(shape) * itemsize >= stream_from
         a[at.X] = address + self._skip
 
     def values(self, slot: int, t: Tensor | None) -> None:

@@ -1,0 +1,136 @@
+"""What two ways to touch memory cost: loads under a condition, and results past the caches.
+
+    python benchmarks/memory_traffic.py [--rounds 25]
+
+First a sum of the values of one tensor where those of another are above 0, as in a ReLU's gradient:
+the compiler puts the condition on the load, unless `kernels.cpu_memory.widen` loads the whole. Then
+the layer with a residual and a ReLU, with its results written through the caches and past them.
+All as multiples of `y.copy_(x)` in the same round, median over the rounds, one round in each order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from numba import njit
+from torch import Tensor
+
+from steadynorm.bench.measure import machine
+from steadynorm.kernels import cpu_slabs
+from steadynorm.kernels.cpu_memory import like, widen
+from steadynorm.kernels.plain import Prepared
+
+SHAPES = [(32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 512, 14, 14)]
+SUM = {"error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+
+
+@njit(**SUM)
+def under_a_condition(values, signs):
+    total = like(0.0, values[0])
+    for i in range(len(values)):
+        total += values[i] if signs[i] > like(0.0, signs[i]) else like(0.0, values[i])
+    return total
+
+
+@njit(**SUM)
+def whole(values, signs):
+    total = like(0.0, values[0])
+    for i in range(len(values)):
+        v = widen(values[i])
+        total += v if signs[i] > like(0.0, signs[i]) else like(0.0, v)
+    return total
+
+
+def medians(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each step's second call in a round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds):
+        for name in list(steps) if round_ % 2 else reversed(list(steps)):
+            steps[name]()
+            start = time.perf_counter()
+            steps[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def loads(rounds: int) -> None:
+    x, g, y = torch.randn(3, 32 * 256 * 56 * 56)
+    values, signs = g.numpy(), x.numpy()
+    found = medians(
+        {
+            "copy": lambda: y.copy_(x),
+            "under a condition": lambda: under_a_condition(values, signs),
+            "whole": lambda: whole(values, signs),
+        },
+        rounds,
+    )
+    print("Sum of 103 MB where another 103 MB are above 0, one thread against a copy on all:")
+    for name in ("under a condition", "whole"):
+        print(f"  {name:20} {found[name] / found['copy']:5.2f} copies")
+
+
+def steps(
+    x: Tensor, residual: Tensor, grad: Tensor, stream_from: int
+) -> dict[str, Callable[[], object]]:
+    """The layer's forward, its backward, and its inference, with results past the caches or not."""
+    cpu_slabs.STREAM_FROM = cpu_slabs.STREAM_MAPS_FROM = stream_from
+    shape = cpu_slabs.shape_of(x)
+    assert shape is not None
+    call = Prepared(shape, x.dtype, "relu", adds=True)
+    channels = x.shape[1]
+    weight, bias = torch.ones(channels), torch.zeros(channels)
+    mean, var = torch.zeros(channels), torch.ones(channels)
+    forward = (x, weight, bias, residual, mean, var, None, 0.1, 1e-5)
+    _, kept = call.normalize(*forward)
+    return {
+        "forward": lambda: call.normalize(*forward),
+        "backward": lambda: call.gradients(grad, x, kept, None, None, want_residual=True),
+        "inference": lambda: call.normalize_by_running(x, weight, bias, mean, var, 1e-5, residual),
+    }
+
+
+def results(rounds: int) -> None:
+    print("Layer with residual and ReLU, in copies: through the caches, past them")
+    print(f"{'input':>18} {'layout':>7} {'forward':>15} {'backward':>15} {'inference':>15}")
+    for shape in SHAPES:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x, residual, grad, y = (
+                torch.randn(shape).contiguous(memory_format=layout) for _ in range(4)
+            )
+            ways = {
+                "through": steps(x, residual, grad, 1 << 60),
+                "past": steps(x, residual, grad, 0),
+            }
+            found = medians(
+                {"copy": lambda x=x, y=y: y.copy_(x)}
+                | {
+                    f"{name} {stage}": run[stage]
+                    for stage in ("forward", "backward", "inference")
+                    for name, run in ways.items()
+                },
+                rounds,
+            )
+            shown = " ".join(
+                f"{found[f'through {stage}'] / found['copy']:8.2f}"
+                f"{found[f'past {stage}'] / found['copy']:7.2f}"
+                for stage in ("forward", "backward", "inference")
+            )
+            kind = "nhwc" if layout is torch.channels_last else "nchw"
+            print(f"{'x'.join(map(str, shape)):>18} {kind:>7} {shown}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=25)
+    rounds = parser.parse_args().rounds
+    loads(rounds)
+    results(rounds)
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+
+
+if __name__ == "__main__":
+    main()
