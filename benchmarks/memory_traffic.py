@@ -77,7 +77,7 @@ def steps(
     x: Tensor, residual: Tensor, grad: Tensor, stream_from: int
 ) -> dict[str, Callable[[], object]]:
     """The layer's forward, its backward, and its inference, with results past the caches or not."""
-    cpu_slabs.STREAM_FROM = cpu_slabs.STREAM_MAPS_FROM = stream_from
+    cpu_slabs.STREAM_FROM = cpu_slabs.STREAM_VISITS_FROM = stream_from
     shape = cpu_slabs.shape_of(x)
     assert shape is not None
     call = Prepared(shape, x.dtype, "relu", adds=True)

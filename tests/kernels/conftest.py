@@ -23,7 +23,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(cpu_slabs, "VISIT_UP_TO", 0)
     if "past the caches" in request.param:
         monkeypatch.setattr(cpu_slabs, "STREAM_FROM", 0)
-        monkeypatch.setattr(cpu_slabs, "STREAM_MAPS_FROM", 0)
+        monkeypatch.setattr(cpu_slabs, "STREAM_VISITS_FROM", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     cpu_slabs.plan.cache_clear()

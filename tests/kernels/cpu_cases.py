@@ -15,7 +15,8 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 # Strips, planes and rows together; odd, prime, single samples, channels and positions.
 SHAPES = [
     (2, 16, 4, 4), (5, 7, 3), (3, 3, 40, 40), (1, 3, 5, 5), (7, 1, 11, 13), (4, 130, 9, 11),
-    (64, 1030), (301, 6), (2, 3, 5, 7, 11), (9, 4, 1), (33, 40, 7, 7), (2, 2, 71, 73), (1, 5, 2),
+    (64, 1030), (20, 2500), (301, 6), (2, 3, 5, 7, 11), (9, 4, 1), (33, 40, 7, 7), (2, 2, 71, 73),
+    (1, 5, 2),
 ]  # fmt: skip
 EDGES = [(3, 3, 40, 40), (4, 50, 9, 11)]  # planes, strips
 LAYOUTS = ["first", "last"]

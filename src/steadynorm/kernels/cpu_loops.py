@@ -6,8 +6,9 @@ times a range of rows. There are two ways through a chunk:
 
     planes    length > WIDTH / 2: a block is one channel, the loops run along its planes; in a map
               alone also shorter ones, and a block is what lies together in a row
-    strips    shorter: one row's planes of a block of channels, at most WIDTH elements, are one
-              strip; where a row has less than half of that, `together` rows are one strip
+    strips    shorter: one row's planes of a block of channels, at most WIDTH elements (in channels-
+              last rows ROOM), are one strip; where a row has less than half of that, `together`
+              rows are one
 
 A call is a list of passes over all chunks, such as: reduce, merge, map. Threads take chunks one by
 one, and wait for one another between passes.

@@ -15,8 +15,11 @@ from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
 WIDTH = 1024
-"""Columns of a strip: the most elements an inner loop runs over. Six float32 arrays of this width
+"""Columns of a strip: how many elements an inner loop runs over. Six float32 arrays of this width
 (24 KiB) stay in a first-level cache of 32 KiB."""
+
+ROOM = 2 * WIDTH
+"""The most of them: a channels-last row up to this is one strip, rather than two with gaps."""
 
 STAGE = 256
 """Values that are made ready in the cache and then sent past it: of more, reading would rest."""
@@ -64,11 +67,11 @@ def bring(typing: Any, address: Any, model: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def scratch(typing: Any, scalar: Any) -> Any:
-    """Room for WIDTH elements of `scalar` on the stack, aligned to a cache line, uninitialized."""
+    """Room for ROOM elements of `scalar` on the stack, aligned to a cache line, uninitialized."""
     kind = types.CPointer(scalar.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        room = ir.ArrayType(context.get_data_type(scalar.dtype), WIDTH + APART)
+        room = ir.ArrayType(context.get_data_type(scalar.dtype), ROOM + APART)
         with builder.goto_entry_block():
             place = builder.alloca(room)
         place.align = LINE

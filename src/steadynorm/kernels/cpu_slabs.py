@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_loops as at
-from .cpu_memory import LANES, WIDTH
+from .cpu_memory import LANES, ROOM, WIDTH
 from .cpu_runtime import Arguments, Kernel
 from .memory import empty_like
 
@@ -26,8 +26,8 @@ PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
 VISIT_UP_TO = 4 << 20  # bytes of x in a block: what a visit reads twice is to stay in the cache
 SHORTEST_PLANE = 32  # values; in a map alone, shorter ones are taken in strips
 PIECE = 1 << 14  # values of a row that a map alone takes at a time
-STREAM_FROM = 3 << 20  # bytes of x; larger ones' results go past the caches
-STREAM_MAPS_FROM = 8 << 20  # likewise in a map alone, which leaves more of the cache to its result
+STREAM_FROM = 6 << 20  # bytes of x; larger ones' results go past the caches
+STREAM_VISITS_FROM = 3 << 20  # likewise in visits, whose block they would push out
 PARTS = 4  # for each thread, so that a late one does not hold up the others
 
 
@@ -134,9 +134,11 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
     if 2 * row <= WIDTH:
         block, together = channels, min(rows, WIDTH // row)
     elif 2 * length <= WIDTH:
-        block = min(channels, WIDTH // length)
-        aligned = 16 // math.gcd(16, length)  # strips then start where cache lines do
-        block = block // aligned * aligned or block
+        widest = ROOM if length == 1 and channels <= ROOM else WIDTH
+        block = min(channels, widest // length)
+        if block < channels:
+            aligned = LANES // math.gcd(LANES, length)  # strips then start where cache lines do
+            block = block // aligned * aligned or block
     blocks = -(-channels // block)
     if rows * row < PARALLEL_FROM:
         threads = 1
@@ -184,7 +186,8 @@ class Slab:
         a[at.BLOCK], a[at.BLOCKS] = self.plan.block, self.plan.blocks
         a[at.TOGETHER], a[at.PARTS] = self.plan.together, self.plan.parts
         a[at.PLANES] = self.plan.planes
-        stream_from = STREAM_MAPS_FROM if only_maps else STREAM_FROM
+        visits = self.plan.visit and not only_maps
+        stream_from = STREAM_VISITS_FROM if visits else STREAM_FROM
         a[at.STREAM] = math.prod(shape) * itemsize >= stream_from
         a[at.X] = address + self._skip
 
