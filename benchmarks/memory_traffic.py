@@ -2,8 +2,8 @@
 
     python benchmarks/memory_traffic.py [--rounds 25]
 
-First a sum of the values of one tensor where those of another are above 0, as in a ReLU's gradient:
-the compiler puts the condition on the load, unless `kernels.cpu_memory.widen` loads the whole. Then
+First a sum of some values of a tensor, chosen one by one, as by a ReLU in its gradient: the compiler
+puts the condition on the load, unless `kernels.cpu_memory.widen` loads all. Then
 the layer with a residual and a ReLU, with its results written through the caches and past them.
 All as multiples of `y.copy_(x)` in the same round, median over the rounds, one round in each order.
 """
@@ -29,19 +29,19 @@ SUM = {"error_model": "numpy", "fastmath": {"reassoc", "contract"}}
 
 
 @njit(**SUM)
-def under_a_condition(values, signs):
+def under_a_condition(values, chosen):
     total = like(0.0, values[0])
     for i in range(len(values)):
-        total += values[i] if signs[i] > like(0.0, signs[i]) else like(0.0, values[i])
+        total += values[i] if chosen[i] else like(0.0, values[i])
     return total
 
 
 @njit(**SUM)
-def whole(values, signs):
+def whole(values, chosen):
     total = like(0.0, values[0])
     for i in range(len(values)):
         v = widen(values[i])
-        total += v if signs[i] > like(0.0, signs[i]) else like(0.0, v)
+        total += v if chosen[i] else like(0.0, v)
     return total
 
 
@@ -58,17 +58,17 @@ def medians(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 def loads(rounds: int) -> None:
-    x, g, y = torch.randn(3, 32 * 256 * 56 * 56)
-    values, signs = g.numpy(), x.numpy()
+    x, y = torch.randn(2, 32 * 256 * 56 * 56)
+    values, chosen = x.numpy(), (torch.rand(len(x)) > 0.5).numpy()
     found = medians(
         {
             "copy": lambda: y.copy_(x),
-            "under a condition": lambda: under_a_condition(values, signs),
-            "whole": lambda: whole(values, signs),
+            "under a condition": lambda: under_a_condition(values, chosen),
+            "whole": lambda: whole(values, chosen),
         },
         rounds,
     )
-    print("Sum of 103 MB where another 103 MB are above 0, one thread against a copy on all:")
+    print("Sum of those of 103 MB that are chosen, one thread against a copy on all:")
     for name in ("under a condition", "whole"):
         print(f"  {name:20} {found[name] / found['copy']:5.2f} copies")
 
@@ -77,7 +77,8 @@ def steps(
     x: Tensor, residual: Tensor, grad: Tensor, stream_from: int
 ) -> dict[str, Callable[[], object]]:
     """The layer's forward, its backward, and its inference, with results past the caches or not."""
-    cpu_slabs.STREAM_FROM = cpu_slabs.STREAM_VISITS_FROM = stream_from
+    for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
+        setattr(cpu_slabs, name, stream_from)
     shape = cpu_slabs.shape_of(x)
     assert shape is not None
     call = Prepared(shape, x.dtype, "relu", adds=True)

@@ -22,8 +22,8 @@ def way(request, monkeypatch):
     if "parts" in request.param:
         monkeypatch.setattr(cpu_slabs, "VISIT_UP_TO", 0)
     if "past the caches" in request.param:
-        monkeypatch.setattr(cpu_slabs, "STREAM_FROM", 0)
-        monkeypatch.setattr(cpu_slabs, "STREAM_VISITS_FROM", 0)
+        for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
+            monkeypatch.setattr(cpu_slabs, name, 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     cpu_slabs.plan.cache_clear()

@@ -36,8 +36,8 @@ def visits(request, monkeypatch):
 
     monkeypatch.setattr(cpu_slabs, "plan", cut)
     if "past the caches" in request.param:
-        monkeypatch.setattr(cpu_slabs, "STREAM_FROM", 0)
-        monkeypatch.setattr(cpu_slabs, "STREAM_VISITS_FROM", 0)
+        for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
+            monkeypatch.setattr(cpu_slabs, name, 0)
     plain.prepared.cache_clear()
     yield request.param
     plain.prepared.cache_clear()

@@ -28,6 +28,7 @@ SHORTEST_PLANE = 32  # values; in a map alone, shorter ones are taken in strips
 PIECE = 1 << 14  # values of a row that a map alone takes at a time
 STREAM_FROM = 6 << 20  # bytes of x; larger ones' results go past the caches
 STREAM_VISITS_FROM = 3 << 20  # likewise in visits, whose block they would push out
+STREAM_MAPS_FROM = 32 << 20  # likewise of a map alone, as in inference: what comes next reads them
 PARTS = 4  # for each thread, so that a late one does not hold up the others
 
 
@@ -186,8 +187,8 @@ class Slab:
         a[at.BLOCK], a[at.BLOCKS] = self.plan.block, self.plan.blocks
         a[at.TOGETHER], a[at.PARTS] = self.plan.together, self.plan.parts
         a[at.PLANES] = self.plan.planes
-        visits = self.plan.visit and not only_maps
-        stream_from = STREAM_VISITS_FROM if visits else STREAM_FROM
+        stream_from = STREAM_VISITS_FROM if self.plan.visit else STREAM_FROM
+        stream_from = STREAM_MAPS_FROM if only_maps else stream_from
         a[at.STREAM] = math.prod(shape) * itemsize >= stream_from
         a[at.X] = address + self._skip
 
