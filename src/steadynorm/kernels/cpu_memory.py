@@ -183,23 +183,18 @@ def like(typing: Any, value: Any, model: Any) -> Any:
     return model(value, model), generate
 
 
-def whole(builder: Any, loaded: Any) -> Any:
-    """What was loaded, all of it, though a condition may then choose among its values.
-
-    The compiler would put that condition on the load. A load of some values only does not set the
-    prefetcher going on some processors (AMD Zen 5), and from memory takes three times as long.
-    """
-    kept = Instruction(builder.block, loaded.type, "freeze", [loaded])
-    builder._insert(kept)
-    return kept
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def widen(typing: Any, value: Any) -> Any:
-    """What was loaded as a value to compute with: bfloat16, held as uint16, becomes float32."""
+    """What was loaded as a value to compute with: bfloat16, held as uint16, becomes float32.
+
+    All of it is loaded, though a condition may then choose among the values. The compiler would put
+    that condition on the load, and a load of some values only does not set the prefetcher going on
+    some processors, AMD's Zen 5 for one (benchmarks/memory_traffic.py). To freeze hinders that.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = whole(builder, arguments[0])
+        v = Instruction(builder.block, arguments[0].type, "freeze", [arguments[0]])
+        builder._insert(v)
         if value != types.uint16:
             return v
         bits = builder.shl(builder.zext(v, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cpu_activations import CODES, RELU, RELU6, by_activation
 from .cpu_loops import called
-from .cpu_memory import LANES, apart, like, whole, widen
+from .cpu_memory import LANES, apart, like, widen
 from .cpu_slabs import Groups, slabs
 
 GATES = frozenset({RELU, RELU6})
@@ -93,7 +93,7 @@ def gate(typing: Any, word: Any, source: Any, target: Any, place: Any) -> Any:
         kind = ir.VectorType(bits, LANES)
         word, source, target, place = arguments
         v = _load(builder, source, place, kind)
-        # By shifts: of a selection the compiler would make a load of some values (see `whole`).
+        # By shifts: of a selection the compiler would make a load of some values (see `widen`).
         word = word if bits.width == LANES else builder.zext(word, bits)
         none = ir.Constant(kind, ir.Undefined)
         first = builder.insert_element(none, word, ir.IntType(32)(0))
@@ -113,7 +113,7 @@ def _load(builder: Any, values: Any, place: Any, kind: Any) -> Any:
     """LANES values, wherever they begin."""
     where = builder.bitcast(builder.gep(values, [place]), kind.as_pointer())
     size = 8 if kind.element == ir.DoubleType() else getattr(kind.element, "width", 32) // 8
-    return whole(builder, builder.load(where, align=size))
+    return builder.load(where, align=size)
 
 
 @by_activation(forceinline=True, error_model="numpy")
