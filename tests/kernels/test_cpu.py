@@ -42,7 +42,7 @@ def test_moments(shape, layout, way):
 @pytest.mark.parametrize("groups", [(2, 1, 3), (6,), (1,) * 6], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_moments_of_ghosts(groups, layout, way):
-    for shape in ((6, 50, 9, 11), (6, 3, 30, 30)):
+    for shape in ((6, 50, 9, 11), (6, 3, 30, 30), (6, 20, 24, 24)):
         case = Case(shape, layout, groups=groups)
         check_moments(case, cpu.moments(case.x, groups=groups))
 
@@ -51,7 +51,7 @@ def test_moments_of_ghosts(groups, layout, way):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_masked_moments(layout, groups, dtype, way):
-    for shape in ((6, 50, 9, 11), (6, 3, 30, 30), (6, 5)):
+    for shape in ((6, 50, 9, 11), (6, 3, 30, 30), (6, 20, 24, 24), (6, 5)):
         case = Case(shape, layout, dtype, groups=groups)
         mask = torch.rand(shape[:1] + shape[2:], generator=torch.Generator().manual_seed(1)) > 0.4
         mask[2] = False  # one ghost without a valid position
@@ -83,7 +83,7 @@ def test_forward_of_every_activation(activation, layout, way):
 @pytest.mark.parametrize("groups", [None, (1, 2, 1)], ids=str)
 def test_forward_of_types_and_ghosts(groups, dtype, way):
     for layout in LAYOUTS:
-        for shape in ((4, 3, 40, 40), (4, 50, 9, 11)):
+        for shape in ((4, 3, 40, 40), (4, 20, 24, 24), (4, 50, 9, 11)):
             check_forward(Case(shape, layout, dtype, groups=groups))
 
 

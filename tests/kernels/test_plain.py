@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 SHAPES = {
     "visit": (8, 6, 9, 7),
     "planes": (3, 4, 30, 40),
+    "planes together": (3, 36, 24, 24),
     "parts": (64, 3, 5, 7),
     "wide": (5, 1500, 2, 1),
 }

@@ -106,39 +106,46 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
 
 @compiled  # type: ignore[untyped-decorator]
 def opened(
-    grad: Any, start: Any, count: Any, open_: Any, chunk: Any, row: Any, begin: Any, gated: Any
+    grad: Any, start: Any, count: Any, open_: Any, chunk: Any, row: Any, offset: Any, gated: Any
 ) -> Any:
     """Where to read `count` gradients: from `start` on; or gated, if the forward has left signs."""
     if open_ is None:
         return beyond(grad, start)
-    words = signs_of(chunk, row) + begin // LANES
+    words = signs_of(chunk, row) + offset // LANES
     through_gates(beyond(grad, start), count, beyond(open_, words), gated)
     return gated
 
 
 @by_activation(**SUMMED)
 def sums_of_planes(ACT: int) -> Any:
-    """Σg and Σg·(x - center) of the chunk's one channel."""
+    """Σg and Σg·(x - center) of every channel of the chunk."""
 
     def reduce(
         grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, chunk: Any,
-        m: Any, s: Any, t: Any, code: Any,
-    ) -> Any:  # fmt: skip
-        total_1, total_2 = 0.0, 0.0
+        center: Any, scale: Any, shift: Any, sums_1: Any, sums_2: Any, code: Any,
+    ) -> None:  # fmt: skip
+        clear(sums_1, chunk.here)
+        clear(sums_2, chunk.here)
         piece = PIECE if open_ is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
-            for begin in range(0, chunk.length, piece):
-                start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
-                source = opened(grad, start, several, open_, chunk, row, begin, gated)
-                part_1, part_2 = like(0.0, m), like(0.0, m)
-                for i in range(several):
-                    d = minus(widen(x[start + i]), m)
-                    g = gradient_at(widen(source[i]), d, s, t, y, residual, start + i, ACT)
-                    part_1 += g
-                    part_2 += g * d
-                total_1 += part_1
-                total_2 += part_2
-        return total_1, total_2
+            for c in range(chunk.here):
+                k = chunk.first + c
+                m, s, t = center[k], scale[k], shift[k]
+                total_1, total_2 = 0.0, 0.0
+                for begin in range(0, chunk.length, piece):
+                    offset, several = c * chunk.length + begin, min(piece, chunk.length - begin)
+                    start = start_of(chunk, row) + offset
+                    source = opened(grad, start, several, open_, chunk, row, offset, gated)
+                    part_1, part_2 = like(0.0, m), like(0.0, m)
+                    for i in range(several):
+                        d = minus(widen(x[start + i]), m)
+                        g = gradient_at(widen(source[i]), d, s, t, y, residual, start + i, ACT)
+                        part_1 += g
+                        part_2 += g * d
+                    total_1 += part_1
+                    total_2 += part_2
+                sums_1[c] += total_1
+                sums_2[c] += total_2
 
     return reduce
 
@@ -179,35 +186,38 @@ def sums_of_strips(ACT: int) -> Any:
 
 @by_activation(**COMPILED)
 def map_planes(ACT: int) -> Any:
-    """dx of the chunk's one channel, and g to `wanted`, unless None."""
+    """dx of every channel of the chunk, and g to `wanted`, unless None."""
 
     def write(
         args: Any, grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, staged: Any,
-        mask: Any, dx: Any, wanted: Any, chunk: Any, m: Any, s: Any, t: Any, slope: Any,
-        constant: Any, code: Any,
+        mask: Any, dx: Any, wanted: Any, chunk: Any, center: Any, scale: Any, shift: Any,
+        slopes: Any, constants: Any, code: Any,
     ) -> None:  # fmt: skip
         streams = args[STREAM] != 0
         piece = STAGE if streams else chunk.length if open_ is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
-            for begin in range(0, chunk.length, piece):
-                start, several = start_of(chunk, row) + begin, min(piece, chunk.length - begin)
-                from_mask = row * chunk.length + begin
-                g_to = gated if streams or wanted is None else beyond(wanted, start)
-                source = opened(grad, start, several, open_, chunk, row, begin, g_to)
-                target = staged if streams else beyond(dx, start)
-                for i in range(several):
-                    d = widen(x[start + i]) - m
-                    g = gradient_at(widen(source[i]), d, s, t, y, residual, start + i, ACT)
-                    if wanted is not None and open_ is None:
-                        g_to[i] = narrow(g, wanted)
-                    through = slope * d + constant
-                    if mask is not None:
-                        through = through if mask[from_mask + i] != 0 else like(0.0, through)
-                    target[i] = narrow(s * g + through, dx)
-                if streams:
-                    send(staged, beyond(dx, start), several)
-                    if wanted is not None:
-                        send(gated, beyond(wanted, start), several)
+            for c in range(chunk.here):
+                k = chunk.first + c
+                m, s, t, slope, constant = center[k], scale[k], shift[k], slopes[k], constants[k]
+                for begin in range(0, chunk.length, piece):
+                    offset, several = c * chunk.length + begin, min(piece, chunk.length - begin)
+                    start, from_mask = start_of(chunk, row) + offset, row * chunk.length + begin
+                    g_to = gated if streams or wanted is None else beyond(wanted, start)
+                    source = opened(grad, start, several, open_, chunk, row, offset, g_to)
+                    target = staged if streams else beyond(dx, start)
+                    for i in range(several):
+                        d = widen(x[start + i]) - m
+                        g = gradient_at(widen(source[i]), d, s, t, y, residual, start + i, ACT)
+                        if wanted is not None and open_ is None:
+                            g_to[i] = narrow(g, wanted)
+                        through = slope * d + constant
+                        if mask is not None:
+                            through = through if mask[from_mask + i] != 0 else like(0.0, through)
+                        target[i] = narrow(s * g + through, dx)
+                    if streams:
+                        send(staged, beyond(dx, start), several)
+                        if wanted is not None:
+                            send(gated, beyond(wanted, start), several)
 
     return write
 
@@ -293,16 +303,16 @@ def backward(
                 if index >= chunks:
                     break
                 chunk = chunk_at(args, mode, index)
-                m, s, t = center[chunk.first], scale[chunk.first], shift[chunk.first]
                 if not chunk.planes and mode & (REDUCE | MAP):
                     spread(beyond(center, chunk.first), chunk, wide_m)
                     spread(beyond(scale, chunk.first), chunk, wide_s)
                     spread(beyond(shift, chunk.first), chunk, wide_t)
 
                 if mode & REDUCE and chunk.planes:
-                    sums_1[0], sums_2[0] = sums_of_planes(
-                        grad, x, y, residual, open_, gated, chunk, m, s, t, GRADIENT
-                    )
+                    sums_of_planes(
+                        grad, x, y, residual, open_, gated, chunk, center, scale, shift,
+                        sums_1, sums_2, GRADIENT,
+                    )  # fmt: skip
                 elif mode & REDUCE:
                     sums_of_strips(
                         grad, x, y, residual, open_, gated, chunk, wide_m, wide_s, wide_t,
@@ -316,10 +326,9 @@ def backward(
                     write_sums(args, chunk, sums_1, sums_2, slope, constant)
 
                 if mode & MAP and chunk.planes:
-                    u, v = slope[chunk.first], constant[chunk.first]
                     map_planes(
                         args, grad, x, y, residual, open_, gated, staged, mask, dx, wanted, chunk,
-                        m, s, t, u, v, GRADIENT,
+                        center, scale, shift, slope, constant, GRADIENT,
                     )  # fmt: skip
                 elif mode & MAP:
                     spread(beyond(slope, chunk.first), chunk, wide_1)

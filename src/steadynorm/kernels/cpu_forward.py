@@ -123,7 +123,7 @@ def reduce(
 ) -> None:  # fmt: skip
     """Σ(x - pivot) and Σ(x - pivot)² of every channel of the chunk."""
     if chunk.planes:
-        moments_of_planes(x, mask, chunk, pivots[0], sums_1, sums_2)
+        moments_of_planes(x, mask, chunk, pivots, sums_1, sums_2)
     else:
         spread(pivots, chunk, wide_1)
         moments_of_strips(x, mask, valid, chunk, wide_1, wide_2, wide_3, sums_1, sums_2)
@@ -145,7 +145,8 @@ def map_chunk(ACT: int) -> Any:
                     k = chunk.first + c
                     m, s, t = mean[k], scale[k], shift[k]
                     for begin in range(0, chunk.length, piece):
-                        start = start_of(chunk, row) + c * chunk.length + begin
+                        offset = c * chunk.length + begin
+                        start = start_of(chunk, row) + offset
                         several = min(piece, chunk.length - begin)
                         target = staged if streams else beyond(y, start)
                         for i in range(several):
@@ -154,7 +155,7 @@ def map_chunk(ACT: int) -> Any:
                                 z += widen(residual[start + i])
                             target[i] = narrow(activate(z, ACT), y)
                         if open_ is not None and signed:
-                            words = signs_of(chunk, row) + begin // LANES
+                            words = signs_of(chunk, row) + offset // LANES
                             write_signs(target, several, beyond(open_, words), ACT)
                         if streams:
                             send(staged, beyond(y, start), several)

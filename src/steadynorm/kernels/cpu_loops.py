@@ -4,8 +4,8 @@ x is seen as `rows` x `channels` x `length`, contiguous: N x C x L for channels-
 (N·L) x C x 1 for channels-last, N x C x 1 for (N, C). Work is cut into chunks: a block of channels
 times a range of rows. There are two ways through a chunk:
 
-    planes    length > WIDTH / 2: a block is one channel, the loops run along its planes; in a map
-              alone also shorter ones, and a block is what lies together in a row
+    planes    length > WIDTH / 2: the loops run along planes, of several channels one after the
+              other, since long stretches are read faster; in a map alone also shorter planes
     strips    shorter: one row's planes of a block of channels, at most WIDTH elements (in channels-
               last rows ROOM), are one strip; where a row has less than half of that, `together`
               rows are one
@@ -247,23 +247,27 @@ def pivot_at(mean: Any, chunk: Any, pivots: Any) -> None:
 
 
 @summed  # type: ignore[untyped-decorator]
-def moments_of_planes(x: Any, mask: Any, chunk: Any, pivot: Any, sums_1: Any, sums_2: Any) -> None:
-    """Σ(x - pivot) and Σ(x - pivot)² of the chunk's one channel, over valid positions."""
-    total_1, total_2 = 0.0, 0.0
+def moments_of_planes(x: Any, mask: Any, chunk: Any, pivots: Any, sums_1: Any, sums_2: Any) -> None:
+    """Σ(x - pivot) and Σ(x - pivot)² of every channel of the chunk, over valid positions."""
+    clear(sums_1, chunk.here)
+    clear(sums_2, chunk.here)
     for row in range(chunk.top, chunk.bottom):
-        for begin in range(0, chunk.length, PIECE):
-            start = start_of(chunk, row) + begin
-            part_1, part_2 = like(0.0, pivot), like(0.0, pivot)
-            for i in range(min(PIECE, chunk.length - begin)):
-                d = minus(widen(x[start + i]), pivot)
-                if mask is not None:
-                    d = d if mask[row * chunk.length + begin + i] != 0 else like(0.0, d)
-                part_1 += d
-                part_2 += d * d
-            total_1 += part_1
-            total_2 += part_2
-    sums_1[0] = total_1
-    sums_2[0] = total_2
+        for c in range(chunk.here):
+            pivot = pivots[c]
+            total_1, total_2 = 0.0, 0.0
+            for begin in range(0, chunk.length, PIECE):
+                start = start_of(chunk, row) + c * chunk.length + begin
+                part_1, part_2 = like(0.0, pivot), like(0.0, pivot)
+                for i in range(min(PIECE, chunk.length - begin)):
+                    d = minus(widen(x[start + i]), pivot)
+                    if mask is not None:
+                        d = d if mask[row * chunk.length + begin + i] != 0 else like(0.0, d)
+                    part_1 += d
+                    part_2 += d * d
+                total_1 += part_1
+                total_2 += part_2
+            sums_1[c] += total_1
+            sums_2[c] += total_2
 
 
 @compiled  # type: ignore[untyped-decorator]

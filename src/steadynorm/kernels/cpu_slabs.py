@@ -25,6 +25,7 @@ MOMENTS = (at.REDUCE, at.MERGE, at.REDUCE | at.PIVOTED, at.MERGE | at.PIVOTED)
 PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
 VISIT_UP_TO = 4 << 20  # bytes of x in a block: what a visit reads twice is to stay in the cache
 SHORTEST_PLANE = 32  # values; in a map alone, shorter ones are taken in strips
+STRETCH = 1 << 14  # values of adjacent planes that a reduction takes at a time
 PIECE = 1 << 16  # values of a row that a map alone takes at a time
 STREAM_FROM = 6 << 20  # bytes of x; larger ones' results go past the caches
 STREAM_VISITS_FROM = 3 << 20  # likewise in visits, whose block they would push out
@@ -140,6 +141,8 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
         if block < channels:
             aligned = LANES // math.gcd(LANES, length)  # strips then start where cache lines do
             block = block // aligned * aligned or block
+    elif length % LANES == 0:  # signs of a plane begin with a word
+        block = max(1, min(STRETCH // length, channels // (PARTS * threads)))
     blocks = -(-channels // block)
     if rows * row < PARALLEL_FROM:
         threads = 1
