@@ -101,6 +101,13 @@ def test_a_training_step_is_the_truths(name, layout, case, visits):
         close(residual.grad, wanted.dresidual, 5e-6, "dresidual")
 
 
+@pytest.mark.parametrize(("rows", "together"), [(32, 5), (64, 5), (128, 2), (256, 1)])
+def test_planes_are_together_as_long_as_one_visit_serves(rows, together):
+    plan = cpu_slabs.plan(rows, 256, 56 * 56, 4, 2)
+    assert plan.visit
+    assert plan.block == together
+
+
 @pytest.mark.parametrize("layout", ["first", "last"])
 def test_running_statistics_move_once_when_the_pivot_has_to(layout, visits):
     """The values that the pivot is drawn from lie far from all the others: a second reduction."""

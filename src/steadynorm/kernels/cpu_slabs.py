@@ -142,7 +142,8 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
             aligned = LANES // math.gcd(LANES, length)  # strips then start where cache lines do
             block = block // aligned * aligned or block
     elif length % LANES == 0:  # signs of a plane begin with a word
-        block = max(1, min(STRETCH // length, channels // (PARTS * threads)))
+        fits = VISIT_UP_TO // (rows * length * itemsize)
+        block = max(1, min(STRETCH // length, channels // (PARTS * threads), fits))
     blocks = -(-channels // block)
     if rows * row < PARALLEL_FROM:
         threads = 1
