@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 
 import steadynorm as sn
-from steadynorm.lab import jobs
-from steadynorm.lab.batches import tensors
-from steadynorm.lab.data import load
-from steadynorm.lab.networks import (
+from steadynorm.evidence.lab import jobs
+from steadynorm.evidence.lab.batches import tensors
+from steadynorm.evidence.lab.data import load
+from steadynorm.evidence.lab.networks import (
     convolutional,
     fully_connected,
     initialize,
     normalization_1d,
     normalization_2d,
 )
-from steadynorm.lab.runs import interval
-from steadynorm.lab.training import Recipe, Tick, inference_accuracy, train
+from steadynorm.evidence.lab.runs import interval
+from steadynorm.evidence.lab.training import Recipe, Tick, inference_accuracy, train
 from steadynorm.report.machine import processor
 
 SAMPLES = 9_000

@@ -27,11 +27,11 @@ from torch.nn import functional as F  # noqa: E402
 
 import steadynorm as sn  # noqa: E402
 from steadynorm.doctor.fixes import fix  # noqa: E402
-from steadynorm.lab import jobs  # noqa: E402
-from steadynorm.lab.data import load  # noqa: E402
-from steadynorm.lab.networks import fully_connected, initialize, normalization_1d  # noqa: E402
-from steadynorm.lab.runs import interval  # noqa: E402
-from steadynorm.lab.training import (  # noqa: E402
+from steadynorm.evidence.lab import jobs  # noqa: E402
+from steadynorm.evidence.lab.data import load  # noqa: E402
+from steadynorm.evidence.lab.networks import fully_connected, initialize, normalization_1d  # noqa: E402
+from steadynorm.evidence.lab.runs import interval  # noqa: E402
+from steadynorm.evidence.lab.training import (  # noqa: E402
     Recipe,
     Tick,
     batches,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from steadynorm.lab.report import Saved, findings, markdown, page, saved
+from steadynorm.evidence.lab.report import Saved, findings, markdown, page, saved
 from steadynorm.report.files import replace_file
 from steadynorm.report.page import Chart, Table
 

@@ -19,7 +19,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from steadynorm.bench.measure import machine
+from steadynorm.evidence.bench.measure import machine
 from steadynorm.kernels import cpu_slabs
 from steadynorm.kernels.cpu_memory import like, widen
 from steadynorm.kernels.plain import Prepared

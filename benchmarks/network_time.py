@@ -15,8 +15,8 @@ import torch
 from torch.profiler import profile
 
 from steadynorm import convert
-from steadynorm.bench.measure import machine
-from steadynorm.bench.networks import NETWORKS
+from steadynorm.evidence.bench.measure import machine
+from steadynorm.evidence.bench.networks import NETWORKS
 
 KINDS = {
     "convolution": ("convolution",),

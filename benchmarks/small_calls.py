@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 
 import steadynorm as sn
-from steadynorm.bench.measure import machine
-from steadynorm.bench.workloads import SMALL
+from steadynorm.evidence.bench.measure import machine
+from steadynorm.evidence.bench.workloads import SMALL
 
 CALLS = 300
 

@@ -18,11 +18,11 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from steadynorm.lab import jobs
-from steadynorm.lab.data import load
-from steadynorm.lab.networks import renorm_for
-from steadynorm.lab.runs import Interval, Setup, execute, interval
-from steadynorm.lab.training import Recipe
+from steadynorm.evidence.lab import jobs
+from steadynorm.evidence.lab.data import load
+from steadynorm.evidence.lab.networks import renorm_for
+from steadynorm.evidence.lab.runs import Interval, Setup, execute, interval
+from steadynorm.evidence.lab.training import Recipe
 from steadynorm.report.machine import processor
 from steadynorm.statistics import Batch, Policy, Running, Steady
 

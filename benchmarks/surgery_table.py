@@ -29,12 +29,12 @@ import monai  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from rich.progress import track  # noqa: E402
-from tests.surgery.test_models import inference, relative, step  # noqa: E402
-from tests.surgery.zoo import ZOO, Entry, disturb, train_briefly  # noqa: E402
+from tests.models.surgery.test_models import inference, relative, step  # noqa: E402
+from tests.models.surgery.zoo import ZOO, Entry, disturb, train_briefly  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from steadynorm.surgery import Changes, convert, fold  # noqa: E402
-from steadynorm.surgery.layers import recognize  # noqa: E402
+from steadynorm.models.surgery import Changes, convert, fold  # noqa: E402
+from steadynorm.models.surgery.layers import recognize  # noqa: E402
 
 PAGE = ROOT / "docs" / "surgery.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

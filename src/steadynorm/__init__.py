@@ -9,8 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steadynorm.calibration import adapt, calibrate
     from steadynorm.doctor import diagnose, monitor
+    from steadynorm.models.calibration import adapt, calibrate
+    from steadynorm.models.surgery import (
+        convert,
+        drop_redundant_bias,
+        fold,
+        freeze,
+        parameter_groups,
+        unfreeze,
+    )
     from steadynorm.nn import (
         BatchNorm1d,
         BatchNorm2d,
@@ -23,19 +31,11 @@ if TYPE_CHECKING:
         functional,
     )
     from steadynorm.statistics import Batch, Frozen, Ghost, Renorm, Running, Steady
-    from steadynorm.surgery import (
-        convert,
-        drop_redundant_bias,
-        fold,
-        freeze,
-        parameter_groups,
-        unfreeze,
-    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "steadynorm.calibration": ("adapt", "calibrate"),
+    "steadynorm.models.calibration": ("adapt", "calibrate"),
     "steadynorm.doctor": ("diagnose", "monitor"),
     "steadynorm.nn": (
         "BatchNorm1d",
@@ -49,7 +49,7 @@ _HOMES = {
         "functional",
     ),
     "steadynorm.statistics": ("Batch", "Frozen", "Ghost", "Renorm", "Running", "Steady"),
-    "steadynorm.surgery": (
+    "steadynorm.models.surgery": (
         "convert",
         "drop_redundant_bias",
         "fold",

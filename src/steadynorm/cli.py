@@ -11,13 +11,13 @@ from typing import Annotated
 
 import typer
 
-from steadynorm.bench._cli import bench, warmup
-from steadynorm.calibration._cli import calibrate
-from steadynorm.checkpoints._cli import convert_weights
 from steadynorm.doctor._cli import doctor
-from steadynorm.lab._cli import lab
-from steadynorm.surgery._cli import convert, fold
-from steadynorm.tour._cli import tour
+from steadynorm.evidence.bench._cli import bench, warmup
+from steadynorm.evidence.lab._cli import lab
+from steadynorm.evidence.tour._cli import tour
+from steadynorm.models.calibration._cli import calibrate
+from steadynorm.models.checkpoints._cli import convert_weights
+from steadynorm.models.surgery._cli import convert, fold
 
 app = typer.Typer(
     name="steadynorm",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from steadynorm.checkpoints import convert_settings, convert_weights
+from steadynorm.models.checkpoints import convert_settings, convert_weights
 
 RATE, MOMENTUM, EPS, BATCH = 0.1, 0.2, 1e-3, 32
 NORMS, LINEARS = ("1", "3"), ("0", "2", "4")

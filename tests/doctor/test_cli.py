@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from steadynorm.cli import app
 from steadynorm.doctor.rules import all_rules
-from steadynorm.surgery.files import read_weights, write_weights
+from steadynorm.models.surgery.files import read_weights, write_weights
 
 SHOP = """
 import torch

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.calibration.test_untouched import picture
 from tests.doctor.fixtures.small import images, small
 from tests.doctor.gallery.networks import accuracy, batches, fit, fresh, norms, trained
-from tests.surgery.test_models import relative
+from tests.models.calibration.test_untouched import picture
+from tests.models.surgery.test_models import relative
 from torch import nn
 from torch.nn import functional as F
 

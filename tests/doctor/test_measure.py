@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.calibration.test_untouched import model as awkward
-from tests.calibration.test_untouched import picture
+from tests.models.calibration.test_untouched import model as awkward
+from tests.models.calibration.test_untouched import picture
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tests.doctor.fixtures.small import images, small
-from tests.surgery.zoo import ZOO
+from tests.models.surgery.zoo import ZOO
 from torch import Tensor, nn
 
 import steadynorm as sn

@@ -22,11 +22,11 @@ from tests.doctor.fixtures.small import small
 from torch import nn
 from typer.testing import CliRunner
 
-from steadynorm.checkpoints import convert_weights, entries, write
-from steadynorm.checkpoints.formats import Entry
 from steadynorm.cli import app
 from steadynorm.doctor import diagnose, stored
 from steadynorm.doctor.stored import probe_state
+from steadynorm.models.checkpoints import convert_weights, entries, write
+from steadynorm.models.checkpoints.formats import Entry
 
 FEW = settings(
     max_examples=150, deadline=None, derandomize=True,

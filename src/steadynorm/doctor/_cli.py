@@ -148,7 +148,7 @@ def _is_model(target: str) -> bool:
 
 
 def _suffixes() -> set[str]:
-    from steadynorm.checkpoints.files import READERS
+    from steadynorm.models.checkpoints.files import READERS
 
     return set(READERS)
 
@@ -177,8 +177,8 @@ def _diagnose(
             )
         return diagnose(target, **asked), ""
 
-    from steadynorm.calibration._cli import batches_from, named_by
-    from steadynorm.surgery.files import load_model, load_weights
+    from steadynorm.models.calibration._cli import batches_from, named_by
+    from steadynorm.models.surgery.files import load_model, load_weights
 
     model = load_model(target)
     if weights is not None:

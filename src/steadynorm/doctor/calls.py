@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from steadynorm.doctor.run import Look
 from steadynorm.kernels.choice import stages_for
+from steadynorm.models.surgery.layers import Norm
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
-from steadynorm.surgery.layers import Norm
 
 # Where the slope of a sigmoid is a twentieth of its largest: s(1 − s) = 1/80.
 STEEP_UNTIL = 4.36

@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from steadynorm.calibration.functions import calibrate
-from steadynorm.calibration.layers import unwrapped
-from steadynorm.calibration.report import LayerReport
 from steadynorm.doctor.apart import ENOUGH, known
 from steadynorm.doctor.diagnosis import Report, diagnose
 from steadynorm.doctor.finding import Finding
 from steadynorm.doctor.gains import lost_by_calibration
-from steadynorm.surgery import bias, freezing
-from steadynorm.surgery.changes import Change, Changes
-from steadynorm.surgery.conversion import HALF, convert
-from steadynorm.surgery.copying import copied
-from steadynorm.surgery.files import write_weights
+from steadynorm.models.calibration.functions import calibrate
+from steadynorm.models.calibration.layers import unwrapped
+from steadynorm.models.calibration.report import LayerReport
+from steadynorm.models.surgery import bias, freezing
+from steadynorm.models.surgery.changes import Change, Changes
+from steadynorm.models.surgery.conversion import HALF, convert
+from steadynorm.models.surgery.copying import copied
+from steadynorm.models.surgery.files import write_weights
 
 LAYERWISE = 4096  # calls of the model that measuring layer by layer may take
 

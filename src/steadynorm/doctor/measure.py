@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from steadynorm.calibration.batches import checked
-from steadynorm.calibration.layers import Layer, batch_norms
-from steadynorm.calibration.measuring import eagerly
 from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes
 from steadynorm.doctor.passes import Exact, Pass, Passes, read, samples_of
 from steadynorm.doctor.slopes import gradients, saturations
 from steadynorm.doctor.watching import Reached, trains
+from steadynorm.models.calibration.batches import checked
+from steadynorm.models.calibration.layers import Layer, batch_norms
+from steadynorm.models.calibration.measuring import eagerly
 from steadynorm.statistics import Ghost
 
 

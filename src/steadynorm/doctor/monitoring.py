@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from steadynorm.calibration.layers import unwrapped
 from steadynorm.doctor.calls import Call, met
 from steadynorm.doctor.run import WINDOW, Look, Reading, Run, trend
 from steadynorm.doctor.sinks import FIGURES, Sink, sinks_from
+from steadynorm.models.calibration.layers import unwrapped
+from steadynorm.models.surgery.layers import named, recognize
 from steadynorm.nn.recomputation import is_recomputation
-from steadynorm.surgery.layers import named, recognize
 
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steadynorm.calibration.batches import Batches, moved
-from steadynorm.calibration.functions import calibrate
-from steadynorm.calibration.layers import Layer
 from steadynorm.doctor.apart import ENOUGH
 from steadynorm.doctor.observed import sample_worth
 from steadynorm.doctor.watching import Reached, Watch, watching
-from steadynorm.surgery.graph import set_training, tensors
+from steadynorm.models.calibration.batches import Batches, moved
+from steadynorm.models.calibration.functions import calibrate
+from steadynorm.models.calibration.layers import Layer
+from steadynorm.models.surgery.graph import set_training, tensors
 
 BATCHES = 32  # read so many: their means' scatter is then known to about a quarter
 SAMPLES = 256  # and at least so many samples, if it takes no more than 256 batches

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from steadynorm.calibration import batches as feeding
-from steadynorm.calibration.kept import Kept
-from steadynorm.calibration.layers import batch_norms, unwrapped
-from steadynorm.checkpoints.formats import array_of
 from steadynorm.doctor.evidence import Evidence, Layer, Model, Place, State
 from steadynorm.doctor.measure import measure
 from steadynorm.doctor.standing import Standing, standings
 from steadynorm.doctor.stored import PARTS, probe_state
+from steadynorm.models.calibration import batches as feeding
+from steadynorm.models.calibration.kept import Kept
+from steadynorm.models.calibration.layers import batch_norms, unwrapped
+from steadynorm.models.checkpoints.formats import array_of
+from steadynorm.models.surgery.layers import Norm, recognize
 from steadynorm.statistics import Policy
-from steadynorm.surgery.layers import Norm, recognize
 
 __all__ = ["probe_model", "probe_state", "unchanged"]
 

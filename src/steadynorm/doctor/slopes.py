@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steadynorm.calibration.layers import Layer
 from steadynorm.doctor.observed import Gradient, Saturation
 from steadynorm.doctor.watching import watching
-from steadynorm.surgery.graph import set_training, tensors
-from steadynorm.surgery.layers import is_host
+from steadynorm.models.calibration.layers import Layer
+from steadynorm.models.surgery.graph import set_training, tensors
+from steadynorm.models.surgery.layers import is_host
 
 FLAT = 0.05  # of the steepest slope: sigmoid' = y(1 - y) is at most 1/4, tanh' = 1 - y² at most 1
 NEARLY_ALL = 0.95

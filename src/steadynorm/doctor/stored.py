@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from steadynorm.checkpoints.convert import NAMES, find_layers, join
-from steadynorm.checkpoints.files import entries, keras_settings
-from steadynorm.checkpoints.formats import Entry, array_of, unnested
 from steadynorm.doctor.evidence import Evidence, Layer, State
+from steadynorm.models.checkpoints.convert import NAMES, find_layers, join
+from steadynorm.models.checkpoints.files import entries, keras_settings
+from steadynorm.models.checkpoints.formats import Entry, array_of, unnested
 
 PARTS = ("weight", "bias", "running_mean", "running_var")
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steadynorm.calibration.layers import Layer
 from steadynorm.doctor.padding import Padded
 from steadynorm.kernels.choice import stages_for
+from steadynorm.models.calibration.layers import Layer
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.statistics import Moments, merge, pool

@@ -10,13 +10,13 @@ import torch
 from tests.doctor.fixtures.case import Case
 from tests.doctor.gallery.networks import batches, digits, fit, fresh
 from tests.doctor.gallery.patient import seen
-from tests.surgery.zoo import ZOO
+from tests.models.surgery.zoo import ZOO
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import steadynorm as sn
-from steadynorm.surgery.graph import tensors
-from steadynorm.surgery.layers import is_host
+from steadynorm.models.surgery.graph import tensors
+from steadynorm.models.surgery.layers import is_host
 
 SIZE, STEPS = 16, 20
 

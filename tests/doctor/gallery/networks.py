@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadynorm.lab import training
-from steadynorm.lab.data import load
-from steadynorm.lab.networks import (
+from steadynorm.evidence.lab import training
+from steadynorm.evidence.lab.data import load
+from steadynorm.evidence.lab.networks import (
     convolutional,
     fully_connected,
     initialize,

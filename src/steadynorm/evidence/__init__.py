@@ -1,0 +1,1 @@
+"""What shows that the promises hold: the lab, the tour and the benchmark."""

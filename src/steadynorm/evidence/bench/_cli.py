@@ -1,0 +1,128 @@
+"""The commands `steadynorm bench` and `steadynorm warmup`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def _bars(console: Console) -> Progress:
+    """Drawn between measurements: a thread that draws would take a core from what is timed."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        auto_refresh=False,
+    )
+
+
+def _words(value: str, allowed: tuple[str, ...], option: str) -> list[str]:
+    words = [word.strip() for word in value.split(",") if word.strip()]
+    for word in words:
+        if word not in allowed:
+            raise typer.BadParameter(
+                f"must be a comma-separated list of {', '.join(allowed)}; got {word!r}.",
+                param_hint=option,
+            )
+    return words
+
+
+def bench(
+    suites: Annotated[
+        str, typer.Option(help="resnet50, unet3d, mlp, small, networks.")
+    ] = "resnet50,networks",
+    cases: Annotated[str, typer.Option(help="bn, bn+relu, bn+add+relu.")] = "bn,bn+add+relu",
+    layouts: Annotated[str, typer.Option(help="nchw, nhwc.")] = "nchw,nhwc",
+    dtypes: Annotated[str, typer.Option(help="float32, bfloat16.")] = "float32",
+    modes: Annotated[str, typer.Option(help="training, inference.")] = "training,inference",
+    contenders: Annotated[
+        str, typer.Option(help="ours, given (our kernels, outputs given), eager, compile, jax.")
+    ] = "ours,given,eager",
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 9,
+    shapes: Annotated[str, typer.Option(help="Only shapes with these numbers, from 0.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for bench.csv, .json and .html.")] = Path(
+        "bench"
+    ),
+) -> None:
+    """Time the layer against its peers and against a plain copy of the tensor."""
+    from steadynorm.evidence.bench.contenders import CONTENDERS, available
+    from steadynorm.evidence.bench.measure import Measurement, machine, measure
+    from steadynorm.evidence.bench.networks import NETWORKS, measure_networks
+    from steadynorm.evidence.bench.results import tables, write
+    from steadynorm.evidence.bench.workloads import CASES, DTYPES, LAYOUTS, SUITES, workloads
+    from steadynorm.report.terminal import to_rich
+
+    console = Console()
+    wanted = _words(suites, (*SUITES, "networks"), "--suites")
+    names = available(_words(contenders, tuple(CONTENDERS), "--contenders"))
+    picked = {int(number) for number in shapes.split(",") if number.strip()}
+    loads = [
+        load
+        for load in workloads(
+            [suite for suite in wanted if suite != "networks"],
+            _words(cases, CASES, "--cases"),
+            _words(layouts, LAYOUTS, "--layouts"),
+            _words(dtypes, DTYPES, "--dtypes"),
+            _words(modes, ("training", "inference"), "--modes"),
+        )
+        if not picked or SUITES[load.suite].index(load.shape) in picked
+    ]
+    found: list[Measurement] = []
+    networks = None
+    with _bars(console) as bars:
+
+        def advance() -> None:
+            bars.advance(task)
+            bars.refresh()
+
+        if loads:
+            task = bars.add_task("kernels", total=len(loads) * rounds)
+            for load in loads:
+                found += measure(load, names, rounds, advance)
+        if "networks" in wanted:
+            task = bars.add_task("networks", total=len(NETWORKS))
+            networks = measure_networks(list(NETWORKS), rounds, advance)
+    about = machine()
+    for table in tables(found):
+        console.print(to_rich(table))
+    if networks is not None:
+        console.print(to_rich(networks))
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    for path in write(out, found, about, networks):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def warmup(
+    dtypes: Annotated[str, typer.Option(help="float32, float64, bfloat16.")] = "float32",
+    activations: Annotated[str, typer.Option(help="none, relu, silu, ...")] = "none,relu",
+) -> None:
+    """Compile the CPU kernels ahead, so that the first training step does not."""
+    import time
+
+    import torch
+
+    from steadynorm.kernels import cpu
+    from steadynorm.kernels.activations import ACTIVATIONS
+
+    console = Console()
+    kinds = _words(dtypes, ("float32", "float64", "bfloat16"), "--dtypes")
+    names = _words(activations, ("none", *ACTIVATIONS), "--activations")
+    start = time.perf_counter()
+    with console.status("compiling"):
+        done = cpu.warmup(
+            [getattr(torch, kind) for kind in kinds],
+            [None if name == "none" else name for name in names],
+        )
+    ready = sum(kernel.cached for kernel in done.values())
+    console.print(
+        f"{len(done)} kernels ready, {ready} of them from the disk cache, "
+        f"in {time.perf_counter() - start:.1f} s.",
+        highlight=False,
+    )

@@ -1,0 +1,208 @@
+"""Who is measured: ours, our kernels with outputs given, eager PyTorch, torch.compile, JAX, Keras.
+
+A contender is prepared for a workload and then called again and again; each call answers with the
+seconds of its forward and of its backward (0 in inference).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import steadynorm as sn
+from steadynorm.evidence.bench.workloads import Workload
+
+Timed = Callable[[], tuple[float, float]]
+
+
+class Inputs(NamedTuple):
+    """The tensors of one workload, shared by all contenders."""
+
+    x: Tensor
+    residual: Tensor
+    grad: Tensor
+    y: Tensor
+
+
+def make_inputs(load: Workload) -> Inputs:
+    """Random tensors of the workload's shape, type and layout, with a mean other than 0."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, load.dtype)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    kind = formats[len(load.shape)] if load.layout == "nhwc" else torch.contiguous_format
+
+    def tensor(mean: float) -> Tensor:
+        values = torch.randn(load.shape, generator=generator).add_(mean)
+        return values.to(dtype).contiguous(memory_format=kind)
+
+    x = tensor(1.0)
+    return Inputs(x, tensor(0.0), tensor(0.0), torch.empty_like(x))
+
+
+def _torch_layer(load: Workload, home: Any, **options: Any) -> Any:
+    kind = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}[len(load.shape)]
+    layer = getattr(home, f"BatchNorm{kind}")(load.shape[1], **options)
+    return layer.train(load.training)
+
+
+def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Workload) -> Timed:
+    x = inputs.x.detach().requires_grad_(load.training)
+    add = load.case == "bn+add+relu"
+    residual = inputs.residual.detach().requires_grad_(load.training) if add else None
+    wanted = [x, *layer.parameters(), *([residual] if residual is not None else [])]
+
+    def run() -> tuple[float, float]:
+        start = perf_counter()
+        if not load.training:
+            with torch.no_grad():
+                y = call(x, residual)
+            return perf_counter() - start, 0.0
+        y = call(x, residual)
+        middle = perf_counter()
+        gradients = torch.autograd.grad(y, wanted, inputs.grad)
+        end = perf_counter()
+        del gradients
+        return middle - start, end - middle
+
+    return run
+
+
+def ours(load: Workload, inputs: Inputs) -> Timed:
+    """The layer of this package, activation and residual inside."""
+    activation = None if load.case == "bn" else "relu"
+    layer = _torch_layer(load, sn, activation=activation)
+    return _timed(lambda x, residual: layer(x, residual=residual), layer, inputs, load)
+
+
+def ours_outputs_given(load: Workload, inputs: Inputs) -> Timed:
+    """The bare kernels, writing into memory that exists already."""
+    from steadynorm.kernels import cpu
+
+    x, _, grad, y = inputs
+    add = load.case == "bn+add+relu"
+    activation = None if load.case == "bn" else "relu"
+    weight, bias = torch.ones(load.shape[1]), torch.zeros(load.shape[1])
+    residual = inputs.residual if add else None
+    around: dict[str, Any] = {"residual": residual, "activation": activation}
+    signs = cpu.signs_for(x, residual, activation)
+    _, batch = cpu.normalize(x, weight, bias, 1e-5, out=y, **around)
+    rho = (batch.var + 1e-5).rsqrt()
+    shift = -batch.mean_low * rho
+    count = x.numel() // load.shape[1]
+    factors = (rho**3 / count, rho / count, batch.mean_low, batch.mean_low)
+    dx, dresidual = torch.empty_like(x), torch.empty_like(x) if add else None
+
+    def run() -> tuple[float, float]:
+        start = perf_counter()
+        if not load.training:
+            cpu.apply(x, batch.mean, rho, shift, out=y, **around)
+            return perf_counter() - start, 0.0
+        cpu.normalize(x, weight, bias, 1e-5, signs=signs, out=y, **around)
+        middle = perf_counter()
+        cpu.normalize_grad(
+            grad,
+            x,
+            batch.mean,
+            rho,
+            shift,
+            *factors,
+            signs=signs,
+            activation=activation,
+            want_residual=add,
+            out=(dx, dresidual),
+        )
+        return middle - start, perf_counter() - middle
+
+    return run
+
+
+def _plain(layer: Any, case: str) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        y: Tensor = layer(x)
+        if residual is not None:
+            y = y + residual
+        return y if case == "bn" else F.relu(y)
+
+    return call
+
+
+def eager(load: Workload, inputs: Inputs) -> Timed:
+    """`torch.nn`'s layer, `+` and `relu`, as most networks are written."""
+    layer = _torch_layer(load, torch.nn)
+    return _timed(_plain(layer, load.case), layer, inputs, load)
+
+
+def compiled(load: Workload, inputs: Inputs) -> Timed:
+    """The same under `torch.compile`."""
+    layer = _torch_layer(load, torch.nn)
+    torch._dynamo.reset()
+    call = torch.compile(_plain(layer, load.case), dynamic=False)
+    return _timed(call, layer, inputs, load)
+
+
+def jax(load: Workload, inputs: Inputs) -> Timed:
+    """flax's layer, `+` and `relu` under `jax.jit`, channels last as flax wants them."""
+    import jax as j
+    import numpy as np
+    from flax import nnx
+
+    def arrived(t: Tensor) -> Any:
+        array = j.numpy.asarray(np.moveaxis(t.float().numpy(), 1, -1))
+        return array.astype(load.dtype)
+
+    x, residual, grad = (arrived(t) for t in inputs[:3])
+    layer = nnx.BatchNorm(load.shape[1], rngs=nnx.Rngs(0), use_running_average=not load.training)
+    graph, state = nnx.split(layer)
+
+    def forward(state: Any, x: Any, residual: Any) -> Any:
+        model = nnx.merge(graph, state)
+        y = model(x)
+        if load.case == "bn+add+relu":
+            y = y + residual
+        return (y if load.case == "bn" else j.nn.relu(y)), nnx.state(model)
+
+    one_way = j.jit(forward)
+
+    def both(state: Any, x: Any, residual: Any, grad: Any) -> Any:
+        y, back, after = j.vjp(forward, state, x, residual, has_aux=True)
+        return y, back(grad), after
+
+    both_ways = j.jit(both)
+
+    def run() -> tuple[float, float]:
+        start = perf_counter()
+        j.block_until_ready(one_way(state, x, residual))  # type: ignore[no-untyped-call]
+        middle = perf_counter()
+        if not load.training:
+            return middle - start, 0.0
+        j.block_until_ready(  # type: ignore[no-untyped-call]
+            both_ways(state, x, residual, grad)
+        )
+        # One compiled program does both ways; its backward is what it takes beyond the forward.
+        return middle - start, (perf_counter() - middle) - (middle - start)
+
+    return run
+
+
+CONTENDERS: dict[str, Callable[[Workload, Inputs], Timed]] = {
+    "ours": ours,
+    "given": ours_outputs_given,
+    "eager": eager,
+    "compile": compiled,
+    "jax": jax,
+}
+
+
+def available(names: Sequence[str]) -> list[str]:
+    """Those of `names` that are installed here."""
+    if "jax" in names:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    has_jax = find_spec("jax") is not None and find_spec("flax") is not None
+    return [name for name in names if name != "jax" or has_jax]

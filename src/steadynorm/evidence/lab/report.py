@@ -1,0 +1,149 @@
+"""What the saved results say, as a page and as a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from steadynorm.evidence.lab.experiment import Experiment, Runs, Shown
+from steadynorm.evidence.lab.experiments import NAMES, get
+from steadynorm.evidence.lab.store import read
+from steadynorm.report.files import replace_file
+from steadynorm.report.page import Page, Section, Table
+
+HOLDS = {"yes": "seen", "no": "not seen", "open": "open"}
+
+
+class Saved(NamedTuple):
+    """A results file. `experiment` is None where this version of the lab has no such one."""
+
+    head: Mapping[str, Any]
+    runs: Runs
+    experiment: Experiment | None
+
+    @property
+    def name(self) -> str:
+        """The experiment's name."""
+        return str(self.head["experiment"])
+
+    def shown(self) -> Shown:
+        """Its tables and charts; none where the experiment has changed since."""
+        current = self.experiment
+        if current is None or current.revision != self.head["revision"]:
+            return Shown(text=["Saved by another version of the lab: its figures are in the file."])
+        return current.show(self.runs)
+
+
+def saved(folder: str | Path) -> list[Saved]:
+    """All results in `folder`, in the lab's order. Raises FileNotFoundError without any."""
+    order = [name.replace("_", "-") for name in NAMES]
+    found = []
+    for path in sorted(Path(folder).glob("*.json")):
+        head, runs = read(path)
+        name = head["experiment"]
+        found.append(Saved(head, runs, get(name) if name in order else None))
+    if not found:
+        raise FileNotFoundError(
+            f"report: {folder} must hold results; found none. "
+            f"`steadynorm lab run --all` makes them."
+        )
+    return sorted(found, key=lambda one: (*order, one.name).index(one.name))
+
+
+def page(results: Sequence[Saved]) -> Page:
+    """All results on one page, the verdicts first."""
+    data = sorted({one.head["data"] for one in results})
+    profiles = sorted({one.head["profile"] for one in results})
+    made = sorted({text for one in results for text in one.head["made_with"]})
+    rows = [
+        (
+            one.head["title"],
+            one.head["verdict"]["outcome"],
+            _main(one),
+            one.head["verdict"]["seeds"],
+        )
+        for one in results
+    ]
+    verdicts = Table("Verdicts", ("experiment", "verdict", "main figure", "seeds"), rows)
+    return Page(
+        "The lab: what is claimed for batch normalization, tested",
+        [Section("In short", tables=[verdicts]), *(section(one) for one in results)],
+        lead=f"Small networks trained on real handwritten digits ({'; '.join(data)}). Each verdict "
+        "follows from a rule that was written down before, by 95 % intervals over seeds.",
+        details=[("profile", ", ".join(profiles)), ("made with", "; ".join(made))],
+    )
+
+
+def section(one: Saved) -> Section:
+    """One experiment: claim, verdict, what it follows from, and what there is to see."""
+    head, shown = one.head, one.shown()
+    return Section(
+        head["title"],
+        [
+            f"Claim: {head['claim']} ({head['source']})",
+            f"Verdict: {head['verdict']['outcome']}. {head['verdict']['sentence']}",
+            f"Rule: {head['rule']}",
+            f"Measured: {head['measure']}",
+            *shown.text,
+        ],
+        [findings(one), *shown.tables],
+        shown.charts,
+    )
+
+
+def findings(one: Saved) -> Table:
+    """What the rule asks for, and what was found."""
+    rows = [
+        (
+            found["words"], _number(found["value"]),
+            "–" if found["seeds"] < 2 else f"{_number(found['low'])} to {_number(found['high'])}",
+            found["expected"], HOLDS[found["holds"]], found["seeds"],
+        )
+        for found in one.head["verdict"]["findings"]
+    ]  # fmt: skip
+    columns = ("finding", "estimate", "95 % interval", "asked for", "answer", "seeds")
+    return Table("What the verdict follows from", columns, rows)
+
+
+def markdown(results: Sequence[Saved]) -> str:
+    """The verdicts as a Markdown table."""
+    lines = [
+        "| experiment | claim | verdict | main figure | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for one in results:
+        verdict = one.head["verdict"]
+        cells = (one.head["title"], one.head["claim"], f"**{verdict['outcome']}**", _main(one),
+                 str(verdict["seeds"]))  # fmt: skip
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: str | Path) -> tuple[Path, Path]:
+    """Write `report.html` and `report.md` into `folder` from its `results`; returns their paths."""
+    folder = Path(folder)
+    results = saved(folder / "results")
+    return (
+        page(results).write(folder / "report.html"),
+        replace_file(folder / "report.md", markdown(results)),
+    )
+
+
+def _main(one: Saved) -> str:
+    found = one.head["verdict"]["findings"][0]
+    span = f" ({_number(found['low'])} to {_number(found['high'])})" if found["seeds"] > 1 else ""
+    return f"{found['words']}: {_number(found['value'])}{span}"
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, without an exponent where one can do without.
+
+    >>> [_number(value) for value in (1234.5, 0.01234, 1.2e-7, None)]
+    ['1,234', '0.0123', '1.2e-07', '–']
+    """
+    if value is None:
+        return "–"
+    if value == 0 or 1e-4 <= abs(value) < 1e3:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.2g}"

@@ -1,0 +1,1 @@
+"""Whole models: convert, fold, freeze, calibrate, and read other people's checkpoints."""

@@ -1,0 +1,264 @@
+"""What the experiments from a batch of one to the cost measure; each of them from end to end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("altair", reason="charts need the extra lab")
+
+import steadynorm as sn
+from steadynorm.evidence.lab.data import Digits, load
+from steadynorm.evidence.lab.experiment import Run, Runs
+from steadynorm.evidence.lab.experiments import (
+    batch_of_one,
+    before_or_after,
+    bias,
+    cost,
+    get,
+    recurrent,
+    shifted_data,
+    training_against_inference,
+)
+from steadynorm.evidence.lab.remembered import Remembered
+from steadynorm.evidence.lab.store import plain
+from steadynorm.report.page import Page, Section
+
+SHORT: dict[str, dict[str, Any]] = {
+    "batch_of_one": {"samples": 6},
+    "training_against_inference": {"samples": 512},
+    "shifted_data": {"samples": 128},
+    "bias": {"steps": 5},
+    "running_average_in_training": {"samples": 128},
+    "before_or_after": {"samples": 128},
+    "recurrent": {"steps": 2},
+    "cost": {"rounds": 1, "batch": 8, "width": 16, "size": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    pytest.importorskip("sklearn", reason="the lab needs the extra lab")
+    return load(None)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_each_runs_from_end_to_end(name: str, digits: Digits) -> None:
+    experiment = get(name)
+    assert len(experiment.settings("quick")) <= len(experiment.settings("full"))
+    wanted = [{**setting, **SHORT[name]} for setting in experiment.settings("quick")]
+    runs = []
+    for setting in wanted:
+        for seed in (0, 1):
+            told: list[int] = []
+            result = experiment.run(setting, seed, digits, told.append)
+            assert sum(told) <= experiment.steps(setting)
+            runs.append(Run(setting, seed, plain(result)))
+    if not experiment.timed:
+        again = experiment.run(wanted[-1], 1, digits, lambda steps: None)
+        assert plain(again) == runs[-1].result, "the same setting and seed give the same run"
+    found = experiment.verdict(Runs(runs))
+    shown = experiment.show(Runs(runs))
+    assert found.seeds == 2
+    assert shown.tables
+    Page("T", [Section("S", shown.text, shown.tables, shown.charts)]).html()
+
+
+def test_every_setting_of_the_full_profile_can_be_built(digits: Digits) -> None:
+    for setting in batch_of_one.settings("full"):
+        made = batch_of_one.normalization(setting)
+        assert (made is None) is (setting["kind"] == "none")
+        if made is not None:
+            x = torch.randn(1, 8, 2, 2) if setting["network"] == "convolutional" else None
+            layer = made(8).eval()
+            assert layer(torch.randn(3, 8) if x is None else x).isfinite().all()
+
+
+# A batch of one -------------------------------------------------------------------------------
+
+
+def remembered_truth(
+    x: np.ndarray, grad: np.ndarray, layer: Any, mean: np.ndarray, var: np.ndarray, batches: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output, gradient of the input and the remembered gradient after it, in float64."""
+    samples, positions = len(x), x[0, 0].size
+    n = samples * positions**layer.power
+    k = max(n / (n + layer.prior), 1 / (batches + 1))
+    a = max(samples / (samples + layer.horizon), 1 / (batches + 1))
+    weight, bias = (t.detach().double().numpy()[:, None, None] for t in (layer.weight, layer.bias))
+    over, c = (0, 2, 3), samples * positions
+    mu, v = x.mean(over, keepdims=True), x.var(over, keepdims=True)
+    m = mean[:, None, None] + k * (mu - mean[:, None, None])
+    u = (1 - k) * var[:, None, None] + k * v + k * (1 - k) * (mu - mean[:, None, None]) ** 2
+    rho = 1 / np.sqrt(u + layer.eps)
+    hat = (x - m) * rho
+    old = layer.gradient.double().numpy()[:, None, None]
+    s1 = grad.sum(over, keepdims=True)
+    s2 = (grad * (x - m)).sum(over, keepdims=True)
+    new = old + a * (rho * s2 / c - old)
+    through = k * s1 / c + k * (x - mu) * rho**2 * s2 / c
+    if layer.remember:
+        through = through + (1 - k) * hat * new
+    return hat * weight + bias, weight * rho * (grad - through), new.reshape(-1)
+
+
+@pytest.mark.parametrize("remember", [False, True])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_remembered_gradient(samples: int, power: float, remember: bool) -> None:
+    random = np.random.default_rng(4)
+    layer = Remembered(5, power=power, remember=remember)
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.bias, layer.running_mean, layer.gradient):
+            tensor.copy_(torch.from_numpy(random.normal(size=5)))
+        layer.running_var.copy_(torch.from_numpy(random.uniform(0.5, 2, size=5)))
+        layer.num_batches_tracked.fill_(9)
+    x = torch.tensor(random.normal(size=(samples, 5, 2, 3)), dtype=torch.float32)
+    grad = torch.tensor(random.normal(size=x.shape), dtype=torch.float32)
+    before = (layer.running_mean.double().numpy().copy(), layer.running_var.double().numpy().copy())
+    expected = remembered_truth(x.double().numpy(), grad.double().numpy(), layer, *before, 9)
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    np.testing.assert_allclose(y.detach(), expected[0], atol=1e-5)
+    np.testing.assert_allclose(x.grad, expected[1], atol=1e-5)
+    np.testing.assert_allclose(layer.gradient, expected[2], atol=1e-6)
+
+
+def test_counting_positions_and_remembering_nothing_is_steady() -> None:
+    torch.manual_seed(0)
+    layer = Remembered(3, power=1.0, remember=False)
+    steady = sn.BatchNorm2d(3, statistics="steady")
+    for _ in range(4):
+        x = torch.randn(2, 3, 4, 4)
+        grad = torch.randn_like(x)
+        first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, z = layer(first), steady(second)
+        torch.testing.assert_close(y, z)
+        y.backward(grad)
+        z.backward(grad)
+        torch.testing.assert_close(first.grad, second.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.running_var, steady.running_var)
+    torch.testing.assert_close(layer.weight.grad, steady.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.eval()(x), steady.eval()(x))
+
+
+def test_a_frozen_tail_freezes_once(digits: Digits) -> None:
+    setting = {"network": "convolutional", "batch": 2, "kind": "frozen tail", "samples": 80}
+    watch = batch_of_one.frozen_tail(setting)
+    network = nn.Sequential(sn.BatchNorm2d(3), nn.ReLU())
+    policies = []
+    for step in range(29, 32):
+        watch(step, network)
+        policies.append(network[0].statistics)
+    assert policies == [sn.Batch(), sn.Frozen(), sn.Frozen()]
+
+
+# The others -----------------------------------------------------------------------------------
+
+
+def test_networks_with_and_without_a_bias_differ_in_it_alone(digits: Digits) -> None:
+    for kind in ("fully connected", "convolutional"):
+        setting = {"network": kind, "statistics": "batch", "type": "float64", "steps": 1}
+        without, with_it = (bias.build(setting, digits, 3, bias=b) for b in (False, True))
+        own, other = without.state_dict(), with_it.state_dict()
+        extra = other.keys() - own.keys()
+        assert len(extra) == 3
+        assert all(float(other[name].abs().min()) > 0 for name in extra)
+        torch.testing.assert_close(own, {name: other[name] for name in own}, rtol=0, atol=0)
+        moved = bias.nudged(bias.build(setting, digits, 3, bias=False)).state_dict()
+        changed = [name for name in own if not torch.equal(own[name], moved[name])]
+        assert changed == [next(iter(dict(without.named_parameters())))]
+        torch.testing.assert_close(moved[changed[0]], own[changed[0]], rtol=3e-16, atol=0)
+
+
+def test_where_the_normalization_stands() -> None:
+    kinds = {
+        "before": ["Linear", "BatchNorm1d", "Tanh"],
+        "after": ["Linear", "Tanh", "BatchNorm1d"],
+        "none": ["Linear", "Tanh"],
+    }
+    for placement, names in kinds.items():
+        made = before_or_after.build(4, placement, "tanh", depth=2)
+        found = [type(module).__name__ for module in made]  # type: ignore[attr-defined]
+        assert found == ["Flatten", *names, *names, "Linear"]
+
+
+def test_shifts_do_what_they_are_called() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(40, 1, 8, 8)
+    noisy = shifted_data.shifted(images, "noise", seed=1) - images
+    assert float(noisy.std()) == pytest.approx(0.8, rel=0.05)
+    flat = shifted_data.shifted(images, "contrast", seed=1)
+    assert float(flat.std() / images.std()) == pytest.approx(0.25)
+    assert float(flat.mean()) == pytest.approx(float(images.mean()), abs=1e-6)
+    torch.testing.assert_close(shifted_data.shifted(images, "brightness", seed=1) - images,
+                               torch.full_like(images, 1.5))  # fmt: skip
+    blurred = shifted_data.shifted(images, "blur", seed=1)
+    assert float(blurred[3, 0, 4, 5]) == pytest.approx(float(images[3, 0, 3:6, 4:7].mean()))
+    corner = (4 * images[0, 0, 0, 0] + 2 * images[0, 0, 0, 1] + 2 * images[0, 0, 1, 0]
+              + images[0, 0, 1, 1]) / 9  # fmt: skip
+    assert float(blurred[0, 0, 0, 0]) == pytest.approx(float(corner))
+    assert torch.equal(shifted_data.shifted(images, "none", seed=1), images)
+
+
+def test_the_share_of_a_gap_that_is_closed() -> None:
+    ends = [(10.0, 6.0, 5.0), (8.0, 8.0, 6.0), (4.0, 5.0, 5.0)]  # the last has no gap
+    names = ("running at the end", "calibrated at the end", "population at the end")
+    runs = Runs(
+        Run({"batch": 2}, seed, dict(zip(names, row, strict=True))) for seed, row in enumerate(ends)
+    )
+    assert training_against_inference.closed(runs, 2) == pytest.approx([0.8, 0.0, 0.0])
+
+
+def test_a_reader_reads_every_pixel_once_in_one_order() -> None:
+    images = torch.arange(16.0).reshape(1, 1, 4, 4)
+    read: list[torch.Tensor] = []
+    for task in recurrent.TASKS:
+        reader = recurrent.Reader(task, "lstm", 4, 4)
+        reader.reader.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        reader(images)
+    rows, pixels, permuted = read
+    assert torch.equal(rows[:, 0], images[0, 0])
+    assert torch.equal(pixels[:, 0, 0], torch.arange(16.0))
+    assert not torch.equal(permuted, pixels)
+    assert torch.equal(permuted.flatten().sort().values, torch.arange(16.0))
+    other = recurrent.Reader("permuted", "0.1", 4, 4)
+    assert torch.equal(other.order, reader.order)
+    norm = other.reader.cells[0].hidden_norm  # type: ignore[index, union-attr]
+    assert bool((norm.weight == 0.1).all())
+    assert len(norm.steps) == 16
+
+
+def test_calibration_leaves_the_network_in_training_alone() -> None:
+    torch.manual_seed(0)
+    network = recurrent.Reader("rows", "1", 4, 4)
+    images = torch.randn(20, 1, 4, 4)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    other = recurrent.calibrated(network, images)
+    assert other is not network
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    step = other.reader.cells[0].input_norm.steps[2]  # type: ignore[index, union-attr]
+    assert int(step.num_batches_tracked) == 1
+    plain_one = recurrent.Reader("rows", "lstm", 4, 4)
+    assert recurrent.calibrated(plain_one, images) is plain_one
+
+
+def test_what_is_timed_computes_the_same() -> None:
+    for setting in cost.settings("quick"):
+        small = {**setting, "batch": 4, "width": 8, "size": 8}
+        x = torch.randn(4, 1, 8, 8)
+        answers = {kind: cost.build(small, kind).train()(x) for kind in cost.KINDS}
+        for kind in ("apart", "fused"):
+            torch.testing.assert_close(answers[kind], answers["torch"], rtol=1e-4, atol=1e-4)
+        for kind in ("none", "folded"):  # new statistics, 0 and 1, leave nothing but the weights
+            assert not torch.allclose(answers[kind], answers["torch"], atol=1e-2)
+            torch.testing.assert_close(answers[kind], answers["none"], rtol=1e-3, atol=1e-3)
+        assert any(m.activation for m in cost.build(small, "fused").modules()
+                   if isinstance(m, sn.BatchNorm1d | sn.BatchNorm2d))  # fmt: skip
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm)
+                       for m in cost.build(small, "folded").modules())  # fmt: skip

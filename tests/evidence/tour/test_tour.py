@@ -1,0 +1,206 @@
+"""The tour: what it shows, what it writes, and that it repeats."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from markupsafe import escape
+
+from steadynorm.evidence.lab.jobs import Job
+from steadynorm.evidence.lab.runs import Setup, execute
+from steadynorm.evidence.lab.training import Recipe
+from steadynorm.evidence.tour.stop import Setting, StopResult
+from steadynorm.evidence.tour.stops import STOPS
+from steadynorm.evidence.tour.tour import run
+from steadynorm.report.page import Table
+
+for needed in ("sklearn", "altair", "vl_convert"):
+    pytest.importorskip(needed, reason="the tour needs the extra lab")
+
+
+@pytest.fixture(scope="module")
+def visited(tmp_path_factory):
+    """The short tour, as a visitor takes it: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("tour") / "out"
+    command = [sys.executable, "-m", "steadynorm.cli", "tour", "--short", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def record(visited):
+    return json.loads((visited[0] / "report.json").read_text("utf-8"))
+
+
+def error(record, policy, batch_size):
+    (run,) = (
+        run
+        for run in record["stops"]["small-batches"]["runs"]
+        if (run["policy"], run["batch_size"]) == (policy, batch_size)
+    )
+    return 100 * (1 - run["accuracy"])
+
+
+def test_at_batch_64_ours_trains_as_torchs_does(record):
+    stop = record["stops"]["drop-in"]
+    assert stop["largest_loss_difference"] < 1e-3
+    runs = {run["normalization"]: run for run in stop["runs"]}
+    assert runs["steadynorm"]["accuracy"] == pytest.approx(runs["torch.nn"]["accuracy"], abs=0.01)
+    assert runs["steadynorm"]["accuracy"] > 0.9
+    assert runs["steadynorm"]["points"][0]["loss"] > runs["steadynorm"]["points"][-1]["loss"]
+
+
+def test_at_batch_2_batch_falls_apart_and_steady_holds(record):
+    assert error(record, "Steady", 2) <= error(record, "Batch", 2) / 3
+    assert error(record, "Steady", 2) <= error(record, "Batch", 64) + 5  # one seed, a short run
+
+
+def test_at_batch_1_batch_refuses_and_steady_trains(record):
+    runs = record["stops"]["small-batches"]["runs"]
+    (refused,) = (run for run in runs if run["stopped"])
+    assert (refused["policy"], refused["batch_size"]) == ("Batch", 1)
+    assert "more than one value per channel" in refused["stopped"]
+    assert error(record, "Steady", 1) < 15
+
+
+def test_every_run_carries_its_curves_and_layers(record):
+    for run_of in record["stops"]["small-batches"]["runs"]:
+        if run_of["stopped"]:
+            continue
+        assert len(run_of["points"]) >= 12
+        assert len(run_of["layers"]) == (0 if run_of["policy"] == "none" else 3)
+        for layer in run_of["layers"]:
+            low, middle, high = layer["std"]
+            assert 0 <= low <= middle <= high
+        assert run_of["accuracy_in_training"] is not None
+
+
+def test_a_batch_of_2_says_little_of_the_running_statistics(record):
+    widths = {}
+    for run_of in record["stops"]["small-batches"]["runs"]:
+        if run_of["policy"] == "Batch" and not run_of["stopped"]:
+            low, _, high = run_of["layers"][0]["used_std"]
+            widths[run_of["batch_size"]] = high - low
+    assert widths[2] > 2 * widths[64]
+
+
+def test_the_doctor_names_the_batch_and_its_advice_holds(record):
+    (run_of,) = record["stops"]["doctor"]["runs"]
+    before, after = ([f["code"] for f in run_of[when]] for when in ("before", "after"))
+    assert before[0] == "SN303"  # the cause comes first
+    assert "SN302" in before
+    assert "SN302" not in after  # what is safe was done
+    assert len(run_of["done"]) == 3
+    accuracy = run_of["accuracy"]
+    assert accuracy["cured"] > accuracy["as_it_was"]
+    assert 1 - accuracy["advised"] < (1 - accuracy["as_it_was"]) / 3
+
+
+def test_the_folded_network_gives_the_same_answers(record):
+    (run_of,) = record["stops"]["folding"]["runs"]
+    assert run_of["layers"] == 3
+    assert [change["what"] for change in run_of["changes"]] == ["folded"] * 3
+    assert run_of["same_answers"] == run_of["digits"] == 360
+    assert 0 < run_of["logit_difference"] < 1e-5 * run_of["logit"]
+    assert run_of["accuracy"] > 0.9
+    for seconds in run_of["seconds"].values():
+        assert list(seconds) == ["torch.nn", "steadynorm", "folded"]
+        assert all(value > 0 for values in seconds.values() for value in values)
+
+
+def test_the_timed_steps_train_alike(record):
+    (run_of,) = record["stops"]["speed"]["runs"]
+    done = [change["what"] for change in run_of["changes"]]
+    assert sorted(done) == ["converted"] * 3 + ["fused"] * 3
+    theirs, ours = run_of["losses"].values()
+    assert ours == pytest.approx(theirs, rel=1e-2)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours[-1] < ours[0]
+    assert {len(values) + 2 for values in run_of["seconds"].values()} == {len(ours)}
+
+
+def test_stops_that_take_times_run_alone():
+    for stop in STOPS:
+        timed = stop.name in {"folding", "speed"}
+        assert {job.alone for job in stop.jobs(Setting(None, (0,), True))} == {timed}
+
+
+def test_the_terminal_shows_tables_and_where_the_report_is(visited):
+    folder, printed = visited
+    for words in (
+        "scikit-learn digits, 8×8: 1,437 to train on, 360 to test on",
+        "A small convolutional network, batch 64",
+        "cannot train",
+        "Error at batch 2:",
+        "report.html",
+    ):
+        assert words in printed
+    assert sorted(entry.name for entry in folder.iterdir()) == ["report.html", "report.json"]
+
+
+def test_the_page_holds_every_stop(visited):
+    page = (visited[0] / "report.html").read_text("utf-8")
+    for stop in STOPS:
+        assert f"{escape(stop.title)}</h2>" in page
+    assert "http-equiv" in page
+
+
+class Small:
+    """A stop like any other, but short."""
+
+    name = "small"
+    title = "A small stop"
+
+    def jobs(self, setting):
+        setups = {
+            name: Setup("fully connected", name, Recipe(4, 80, points=2))
+            for name in ("steady", "torch")
+        }
+        return [
+            Job(self.name, (name, seed), 20, execute, (setup, setting.data_dir, seed))
+            for name, setup in setups.items()
+            for seed in setting.seeds
+        ]
+
+    def result(self, setting, outcomes):
+        rows = [(name, seed, run.error) for (name, seed), run in sorted(outcomes.items())]
+        runs = [run.record() for _, run in sorted(outcomes.items())]
+        table = Table("Small", ("policy", "seed", "error"), rows)
+        return StopResult("It is small.", [table], figures={"runs": runs})
+
+
+def test_the_same_seeds_give_the_same_figures_on_any_number_of_workers():
+    setting = Setting(None, (5, 6), short=True)
+    one, two = (run([Small()], setting, workers=workers).record() for workers in (1, 2))
+    one.pop("machine")
+    two.pop("machine")
+    assert one == two
+    other = run([Small()], Setting(None, (6, 7), short=True)).record()["stops"]["small"]
+    mine = one["stops"]["small"]
+    assert mine["runs"][1] == other["runs"][0], "a seed's run does not depend on the others"
+    assert mine["runs"][0] != other["runs"][0]
+
+
+def test_progress_is_told_per_stop():
+    begun, told = {}, {}
+    run(
+        [Small()],
+        Setting(None, (0,), short=True),
+        begin=lambda stop, steps: begun.__setitem__(stop.name, steps),
+        progress=told.__setitem__,
+    )
+    assert begun == told == {"small": 40}
+
+
+def test_stops_have_names_of_their_own_and_their_jobs_too():
+    assert len({stop.name for stop in STOPS}) == len(STOPS)
+    for short in (True, False):
+        for stop in STOPS:
+            jobs = stop.jobs(Setting(None, (0, 1), short))
+            assert {job.group for job in jobs} == {stop.name}
+            assert len({job.key for job in jobs}) == len(jobs)

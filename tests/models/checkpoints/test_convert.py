@@ -1,0 +1,161 @@
+"""Weights, settings and files from one framework to another, and what is said about losses."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from steadynorm.cli import app
+from steadynorm.models.checkpoints import convert_settings, convert_weights, read, write
+
+RNG = np.random.default_rng(0)
+TORCH = {
+    "0.weight": RNG.standard_normal((4, 3)).astype(np.float32),
+    "1.weight": RNG.standard_normal(4).astype(np.float32),
+    "1.bias": RNG.standard_normal(4).astype(np.float32),
+    "1.running_mean": RNG.standard_normal(4).astype(np.float32),
+    "1.running_var": RNG.random(4).astype(np.float32) + 0.5,
+    "1.num_batches_tracked": np.array(12),
+    "block.bn.running_mean": np.zeros(2, np.float32),
+    "block.bn.running_var": np.ones(2, np.float32),
+}
+
+
+def test_torch_to_keras_renames_and_divides_the_variance() -> None:
+    values, remarks = convert_weights(TORCH, "torch", "keras", values_per_channel=5)
+    assert sorted(values) == [
+        "1/beta",
+        "1/gamma",
+        "1/moving_mean",
+        "1/moving_variance",
+        "block/bn/moving_mean",
+        "block/bn/moving_variance",
+    ]
+    np.testing.assert_array_equal(values["1/gamma"], TORCH["1.weight"])
+    np.testing.assert_allclose(values["1/moving_variance"], TORCH["1.running_var"] * 4 / 5, 1e-7)
+    assert values["1/moving_variance"].dtype == np.float32
+    assert remarks == (
+        "1: num_batches_tracked (12) is left out: keras has no place for it.",
+        "1 other arrays are left out: they are no batch normalization.",
+    )
+
+
+def test_flax_and_keras_keep_the_same_variance() -> None:
+    flax = {"bn.scale": np.ones(3), "bn.mean": np.zeros(3), "bn.var": np.full(3, 2.0)}
+    values, remarks = convert_weights(flax, "flax", "keras")
+    np.testing.assert_array_equal(values["bn/moving_variance"], flax["bn.var"])
+    assert remarks == ()
+
+
+@pytest.mark.parametrize("other", ["keras", "flax"])
+def test_there_and_back_is_the_same_checkpoint(other: str) -> None:
+    layers = {name: a for name, a in TORCH.items() if name != "0.weight"}
+    options: dict[str, Any] = {
+        "values_per_channel": {"1": 7, "block.bn": 9, "block/bn": 9},
+        "count_batches": True,
+    }
+    there = convert_weights(layers, "torch", other, **options).values
+    back = convert_weights(there, other, "torch", **options).values
+    for name, array in layers.items():
+        np.testing.assert_allclose(back[name], array, rtol=1e-6)
+        assert back[name].shape == array.shape
+    assert int(back["block.bn.num_batches_tracked"]) == 1 << 30
+
+
+def test_what_is_not_known_is_said() -> None:
+    keras = {"bn/moving_mean": np.zeros(2), "bn/moving_variance": np.ones(2)}
+    values, remarks = convert_weights(keras, "keras", "torch")
+    assert remarks == (
+        "bn: the running variance stays as it is, biased where torch keeps it unbiased: "
+        "inference gives the same output. To go on training as torch would have trained, give "
+        "values_per_channel.",
+        "bn: the number of batches seen is not known: num_batches_tracked is 1073741824, so that "
+        "the next batch is one of many.",
+    )
+    np.testing.assert_array_equal(values["bn.running_var"], 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (({}, "torch", "keras"), "weights hold no batch normalization layer of torch"),
+        ((TORCH, "onnx", "keras"), "source must be one of torch, keras, flax; got 'onnx'."),
+        ((TORCH, "torch", "mlx"), "target must be one of torch, keras, flax; got 'mlx'."),
+    ],
+)
+def test_what_is_refused(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        convert_weights(*arguments)
+    with pytest.raises(ValueError, match=r"values_per_channel must be at least 1; got 0 for '1'\."):
+        convert_weights(TORCH, "torch", "flax", values_per_channel=0)
+
+
+def test_settings_change_their_words() -> None:
+    assert convert_settings({}, "keras", "torch") == (
+        {"momentum": 0.01, "eps": 1e-3, "affine": True},
+        (),
+    )
+    assert convert_settings({"momentum": 0.9, "use_bias": False}, "flax", "torch").values == {
+        "momentum": 0.1, "eps": 1e-5, "affine": True, "bias": False,
+    }  # fmt: skip
+    assert convert_settings({"affine": False, "eps": 1e-4}, "torch", "flax").values == {
+        "momentum": 0.9, "epsilon": 1e-4, "use_scale": False, "use_bias": False,
+    }  # fmt: skip
+    values, remarks = convert_settings({"momentum": None}, "torch", "keras")
+    assert values["momentum"] == 0.99
+    assert remarks[0].startswith("momentum=None averages over all batches; keras has no such")
+    assert convert_settings({"scale": False}, "keras", "torch").remarks == (
+        "torch learns no bias without a weight: the weight is 1, and learned.",
+    )
+    with pytest.raises(ValueError, match=r"that have a counterpart; got \['axis'\]"):
+        convert_settings({"axis": 1}, "keras", "torch")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_files_round_trip_and_an_old_one_stays_whole(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    write(TORCH, path)
+    found = read(path)
+    assert found.keys() == TORCH.keys()
+    for name, array in TORCH.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].shape == array.shape
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"arrays of numbers; got objects under \['last'\]"):
+        write({**TORCH, "last": np.array([object()])}, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_torch_files_are_read_without_running_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tmp_path.joinpath("ran").touch, ())
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3).bfloat16())
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    found = read(tmp_path / "a.pt")
+    assert found["1.running_var"].dtype == np.float32
+    torch.save({"x": Evil()}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"b\.pt cannot be read: it would run \w+, which may be"):
+        read(tmp_path / "b.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_command_converts_a_file_and_says_what_was_lost(tmp_path: Path) -> None:
+    write(TORCH, tmp_path / "a.safetensors")
+    arguments = ["--source", "torch", "--target", "flax", "--values-per-channel", "5"]
+    files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.npz")]
+    result = CliRunner().invoke(app, ["convert-weights", *files, *arguments])
+    assert result.exit_code == 0, result.output
+    assert "6 arrays written to" in result.output
+    assert "num_batches_tracked (12) is left out: flax has no place for it." in result.output
+    np.testing.assert_array_equal(read(tmp_path / "b.npz")["1.scale"], TORCH["1.weight"])
+    for bad in ([files[0], "b.txt"], ["missing.npz", files[1]]):
+        result = CliRunner().invoke(app, ["convert-weights", *bad, *arguments])
+        assert result.exit_code == 2
+        assert result.stderr.startswith("steadynorm convert-weights: ")

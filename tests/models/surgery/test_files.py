@@ -1,0 +1,165 @@
+"""Files: read without running anybody's code, replaced whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from steadynorm.models.surgery.files import (
+    load_model,
+    load_weights,
+    read_data,
+    read_weights,
+    replacing,
+    write_weights,
+)
+
+STATE = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "w"])
+def test_written_and_read_again(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "new" / name
+    write_weights(STATE, path)
+    read = load_file(path) if name == "w" else read_weights(path)
+    assert all(torch.equal(read[key], value) for key, value in STATE.items())
+    assert [file.name for file in path.parent.iterdir()] == [name]
+
+
+def test_shared_tensors_and_views_are_written_whole(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).view(2, 3)
+    write_weights({"a": shared, "b": shared, "c": shared.t()}, tmp_path / "w.safetensors")
+    read = read_weights(tmp_path / "w.safetensors")
+    assert torch.equal(read["b"], shared)
+    assert torch.equal(read["c"], shared.t())
+
+
+@pytest.mark.parametrize("nest", ["state_dict", "model_state_dict", "model"])
+def test_nested_checkpoints(tmp_path: Path, nest: str) -> None:
+    torch.save({nest: STATE, "epoch": 3}, tmp_path / "w.pt")
+    assert torch.equal(read_weights(tmp_path / "w.pt")["bias"], STATE["bias"])
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"weight": Evil()}, tmp_path / "w.pt")
+    for read in (read_weights, read_data):
+        with pytest.raises(
+            ValueError, match=r"w\.pt cannot be read: it would run \w+\.mkdir, which"
+        ):
+            read(tmp_path / "w.pt")
+    np.save(tmp_path / "d.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        read_data(tmp_path / "d.npy")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_state_dict(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="holds no state dict of tensors"):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    write_weights(STATE, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"(?s)does not fit the model.*size mismatch"):
+        load_weights(nn.Linear(4, 2), tmp_path / "w.pt")
+
+
+def test_data(tmp_path: Path) -> None:
+    x, y = torch.randn(2, 3), torch.randn(4)
+    np.save(tmp_path / "d.npy", x.numpy())
+    np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
+    torch.save((x, y), tmp_path / "d.pt")
+    write_weights({"x": x}, tmp_path / "d.safetensors")
+    assert torch.equal(read_data(tmp_path / "d.npy"), x)
+    assert torch.equal(read_data(tmp_path / "d.npz")["y"], y)
+    assert torch.equal(read_data(tmp_path / "d.pt")[1], y)
+    assert torch.equal(read_data(tmp_path / "d.safetensors"), x)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "why"),
+    [
+        ("torch.nn", ValueError, "MODEL must be package.module:factory; got 'torch.nn'"),
+        ("no.such.thing:f", ValueError, "cannot be imported"),
+        ("torch.nn:NoSuchThing", ValueError, "torch.nn has no 'NoSuchThing'"),
+        ("builtins:dict", TypeError, "builtins:dict made dict"),
+    ],
+)
+def test_models_that_are_none(spec: str, error: type[Exception], why: str) -> None:
+    with pytest.raises(error, match=why):
+        load_model(spec)
+
+
+def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    path.write_bytes(b"old")
+
+    def interrupted() -> None:
+        with replacing(path) as beside:
+            beside.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_are_those_of_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    write_weights(STATE, path)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+WRITER = """
+    import sys, time
+    from pathlib import Path
+    import torch
+    from safetensors import torch as safetensors
+    from steadynorm.models.surgery import files
+
+    def slowly(weights, path):
+        whole = safetensors.save(weights)
+        with open(path, "wb") as file:
+            file.write(whole[: len(whole) // 2])
+            file.flush()
+            print("half", flush=True)
+            time.sleep(60)
+            file.write(whole[len(whole) // 2 :])
+
+    files.save_file = slowly
+    files.write_weights({"weight": torch.zeros(1000)}, Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    write_weights(STATE, path)
+    before = path.read_bytes()
+    command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half\n"  # it is in the middle of writing
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    assert path.read_bytes() == before
+    write_weights({"weight": torch.ones(1)}, path)  # and what it left beside is in nobody's way
+    assert torch.equal(read_weights(path)["weight"], torch.ones(1))

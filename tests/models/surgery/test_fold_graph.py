@@ -1,0 +1,179 @@
+"""Folding: which calls allow it, found in the graph by tracing and by running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.models.surgery.test_fold import Forward, check
+from tests.models.surgery.zoo import disturb
+from torch import Tensor, nn
+
+from steadynorm.models.surgery import fold
+
+
+class SharedNorm(nn.Module):
+    """One batch norm after two layers; `extra` also feeds it something that cannot take it."""
+
+    def __init__(self, extra: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.extra = extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.a(x)).relu() + self.bn(self.b(x))
+        return self.bn(y) if self.extra else y
+
+
+def test_shared_batch_norm_goes_into_every_layer_before_it() -> None:
+    check(SharedNorm(extra=False), torch.randn(2, 3, 4, 4), folded=1)
+
+
+def test_shared_batch_norm_with_a_stranger_stays() -> None:
+    check(SharedNorm(extra=True), torch.randn(2, 3, 4, 4), folded=0)
+
+
+class SharedConv(nn.Module):
+    def __init__(self, norms: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(norms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for turn in range(2):
+            x = self.norms[turn % len(self.norms)](self.conv(x)).relu()
+        return x
+
+
+def test_layer_called_twice_before_one_batch_norm() -> None:
+    check(SharedConv(norms=1), torch.randn(2, 4, 3, 3), folded=1)
+
+
+def test_layer_called_before_different_batch_norms_stays() -> None:
+    check(SharedConv(norms=2), torch.randn(2, 4, 3, 3), folded=0)
+
+
+def test_output_used_elsewhere_stays() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return m.bn(y).relu() + y
+
+    check(Forward(forward), torch.randn(2, 3, 4, 4), folded=0)
+
+
+def test_output_returned_too_stays() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.conv(x)
+        return {"features": [y], "out": m.bn(y)}
+
+    model = disturb(Forward(forward)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    for inputs in (None, x):
+        result, changes = fold(model, inputs)
+        assert changes.tally() == {"left": 1}
+        torch.testing.assert_close(result(x)["features"][0], model.conv(x))
+
+
+def test_output_kept_by_the_model_stays() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        m.kept = y
+        return m.bn(y)
+
+    model = disturb(Forward(forward)).eval()
+    _, changes = fold(model, torch.randn(2, 3, 4, 4))
+    assert changes.left[0].why.startswith("conv before it cannot take it: its output also goes to")
+
+
+def test_output_written_into_between_stays() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        y[:, :, 0].mul_(2)
+        return m.bn(y)
+
+    check(Forward(forward), torch.randn(2, 3, 4, 4), folded=0)
+
+
+def test_weight_read_elsewhere_stays() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.conv(x)) * m.conv.weight.norm()
+
+    check(Forward(forward), torch.randn(2, 3, 4, 4), folded=0)
+
+
+def test_shape_of_the_output_may_be_read() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return m.bn(y).reshape(y.shape[0], -1)
+
+    check(Forward(forward), torch.randn(2, 3, 4, 4), folded=1)
+
+
+def test_tied_weight_elsewhere_keeps_its_value() -> None:
+    other = nn.Conv2d(3, 4, 1, bias=False)
+    model = Forward(lambda m, x: m.bn(m.conv(x)) + m.other(x), other=other)
+    model.conv.weight = other.weight
+    result = check(model, torch.randn(2, 3, 4, 4), folded=1)
+    assert torch.equal(result.other.weight, model.other.weight)
+
+
+def test_code_that_only_running_can_follow() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.conv(x)) if float(x.mean()) < 1e9 else x
+
+    model = Forward(forward)
+    check(model, torch.randn(2, 3, 4, 4), folded=1, by="record")
+    with pytest.raises(ValueError, match=r"torch.fx cannot follow Forward .*example_inputs"):
+        fold(model)
+
+
+def test_an_operator_nobody_announced_is_seen() -> None:
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return m.bn(y) + Hidden.apply(y)
+
+    check(Forward(forward), torch.randn(2, 3, 4, 4), folded=0, by="record")
+
+
+# Axes ------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Linear on the last axis; batch norm over it (`right`) or over the sequence."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.bn, self.how = nn.Linear(6, 5), nn.BatchNorm1d(5), how
+
+    def forward(self, x: Tensor) -> Tensor:  # x: (N, 5, 6)
+        y = self.linear(x)
+        if self.how == "flatten":
+            return self.bn(y.flatten(0, 1)).reshape_as(y)
+        if self.how == "transpose":
+            return self.bn(y.transpose(1, 2)).transpose(1, 2)
+        if self.how == "permute":
+            return self.bn(y.permute(0, -1, 1).contiguous())
+        return self.bn(y)  # over the sequence, whose length is 5 too
+
+
+@pytest.mark.parametrize("how", ["flatten", "transpose", "permute"])
+def test_channels_are_followed_through_rearranging(how: str) -> None:
+    check(Tokens(how), torch.randn(3, 5, 6), folded=1, by="record")
+
+
+def test_batch_norm_over_another_axis_stays() -> None:
+    _, changes = fold(disturb(Tokens("wrong")).eval(), torch.randn(3, 5, 6))
+    assert "acts on another axis" in changes.left[0].why
+
+
+def test_recording_a_run_leaves_no_global_hook():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
+    fold(network, torch.randn(4, 3))
+    assert not torch.nn.modules.module._has_any_global_hook()

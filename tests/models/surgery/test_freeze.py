@@ -1,0 +1,118 @@
+"""Freezing: still under train(), nothing moved, and an exact way back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.models.surgery.test_convert import BatchNormAct2d, FrozenBatchNorm2d
+from tests.models.surgery.zoo import disturb
+from torch import nn
+
+import steadynorm as sn
+from steadynorm.models.surgery import freeze, unfreeze
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4),
+        sn.BatchNorm2d(4, statistics=sn.Steady(prior=5), activation="relu"),
+        nn.SyncBatchNorm(4),
+    )
+    model[2].bias.requires_grad_(False)
+    return disturb(model)
+
+
+def test_still_under_train() -> None:
+    model = network()
+    result, changes = freeze(model)
+    assert result is model
+    assert changes.tally() == {"frozen": 3}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    x = torch.randn(6, 3, 2, 2)
+    in_training = model.train()(x)
+    in_training.sum().backward()
+    assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
+    torch.testing.assert_close(model.eval()(x), in_training)
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["0.weight", "0.bias"]
+
+
+def test_answers_as_inference_did() -> None:
+    model = network().eval()
+    x = torch.randn(6, 3, 2, 2)
+    before = model(x)
+    freeze(model)
+    torch.testing.assert_close(model.train()(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_exact_way_back() -> None:
+    model = network()
+    before = [(type(m), dict(vars(m)), m) for m in model.modules()]
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    parameters = list(model.parameters())
+    state = copy.deepcopy(model.state_dict())
+    freeze(model)
+    _, changes = unfreeze(model)
+    assert changes.tally() == {"unfrozen": 3}
+    assert [(type(m), dict(vars(m)), m) for m in model.modules()] == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert model[2].statistics == sn.Steady(prior=5)
+
+
+def test_way_back_from_a_copy() -> None:
+    model, _ = freeze(network())
+    twin = copy.deepcopy(model)
+    unfreeze(twin)
+    assert [type(m) for m in twin] == [nn.Conv2d, nn.BatchNorm2d, sn.BatchNorm2d, nn.SyncBatchNorm]
+    assert model[1].statistics == sn.Frozen()
+
+
+def test_twice_is_once() -> None:
+    model, _ = freeze(network())
+    _, changes = freeze(model)
+    assert changes == []
+    unfreeze(model)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_statistics_only() -> None:
+    model, changes = freeze(nn.Sequential(nn.BatchNorm1d(3)), affine=False)
+    assert changes[0].why == "statistics"
+    assert model[0].weight.requires_grad
+    model.train()(torch.randn(4, 3)).pow(2).sum().backward()
+    assert model[0].weight.grad is not None
+    assert int(model[0].num_batches_tracked) == 0
+
+
+def test_layers_built_frozen() -> None:
+    model = nn.Sequential(sn.BatchNorm1d(3, statistics="frozen"), FrozenBatchNorm2d(3))
+    _, changes = freeze(model)
+    assert [(c.what, c.where, c.why) for c in changes] == [("frozen", "0", "weight, bias")]
+    unfreeze(model)
+    assert model[0].statistics == sn.Frozen()
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.BatchNorm1d(3, track_running_stats=False), "keeps no running statistics"),
+        (nn.LazyBatchNorm1d(), "lazy and has not seen an input"),
+        (BatchNormAct2d(3), "has its own forward; convert the model first"),
+    ],
+)
+def test_left_with_the_reason(layer: nn.Module, why: str) -> None:
+    kind = type(layer)
+    _, changes = freeze(nn.Sequential(layer))
+    assert changes.tally() == {"left": 1}
+    assert why in changes[0].why
+    assert type(layer) is kind
+
+
+def test_no_model() -> None:
+    with pytest.raises(TypeError, match="unfreeze: `model` must be a"):
+        unfreeze(None)  # type: ignore[type-var]
