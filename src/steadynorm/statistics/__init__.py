@@ -4,6 +4,7 @@ Nothing here imports a framework. The functions use operators, and where a funct
 library is needed it is taken from `xp`: `numpy`, `torch`, `jax.numpy` or `keras.ops`.
 """
 
+from steadynorm.statistics.gradient_memory import GradientMemory, remember, with_memory
 from steadynorm.statistics.moments import Moments, contribution, merge, pool
 from steadynorm.statistics.normalizer import (
     Coefficients,
@@ -50,6 +51,7 @@ __all__ = [
     "Ghost",
     "GradientCoefficients",
     "GradientFactors",
+    "GradientMemory",
     "Moments",
     "Normalizer",
     "Policy",
@@ -71,6 +73,8 @@ __all__ = [
     "parameter_gradients",
     "policy_from",
     "pool",
+    "remember",
     "step",
     "update_average",
+    "with_memory",
 ]
