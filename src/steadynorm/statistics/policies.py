@@ -50,6 +50,8 @@ class Policy:
     """Whether the running variance it keeps may be unbiased, as torch's is."""
     counts_batches: ClassVar[bool] = True
     """Whether it asks how many batches the running statistics have seen."""
+    uses_momentum: ClassVar[bool] = True
+    """Whether the layer's `momentum` says how fast the running statistics move."""
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
@@ -143,6 +145,7 @@ class Steady(Policy):
     horizon: float = 640
 
     unbiased = False
+    uses_momentum = False
 
     def __post_init__(self) -> None:
         _number("Steady", "prior", self.prior, low=0)
@@ -371,6 +374,7 @@ class Frozen(Policy):
     """
 
     counts_batches = False
+    uses_momentum = False
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context

@@ -17,10 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.activations import ACTIVATIONS, Elementwise, functions
 from steadynorm.statistics.moments import Moments
 
 Groups = tuple[int, ...] | None
+
+TORCH = Elementwise(torch, own=torch.nn.functional)
+"""Elementwise mathematics in PyTorch's operators."""
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -144,7 +147,7 @@ def apply(
         frame: _Frame, t: Tensor, extra: Tensor | None, mid: Tensor, slope: Tensor, step: Tensor
     ) -> tuple[Tensor]:
         z = _affine(frame, t, extra, mid, slope, step)
-        y = z if activation is None else ACTIVATIONS[activation].forward(z)
+        y = z if activation is None else functions(activation, TORCH)[0](z)
         return (y.flatten(0, 1) if frame.split else y,)
 
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -179,11 +182,15 @@ class _Branch(NamedTuple):
         grad = grad.to(center.dtype)
         if self.activation is None:
             return grad
-        kind = ACTIVATIONS[self.activation]
-        if kind.from_output and y is not None:
-            return kind.gradient(grad, y.to(center.dtype))
-        z = _affine(self.frame, x, residual, center, self.scale, self.shift)
-        return kind.gradient(grad, kind.forward(z) if kind.from_output else z)
+        forward, gradient = functions(self.activation, TORCH)
+        from_input = ACTIVATIONS[self.activation].source == "input"
+        if y is not None and not from_input:
+            t = y.to(center.dtype)
+        else:
+            z = _affine(self.frame, x, residual, center, self.scale, self.shift)
+            t = z if from_input else forward(z)
+        result: Tensor = gradient(grad, t)
+        return result
 
 
 def reduce_grad(
