@@ -68,7 +68,7 @@ Rule = Callable[[Array, Array, Array, float, float], tuple[Array, Array]]
 
 def one_way(s: Array, q: Array, remembered: Array, k: float, beta: float) -> tuple[Array, Array]:
     """Only the share's part of the gradient."""
-    return remembered, (1 - k) * s
+    return 0 * remembered, (1 - k) * s
 
 
 def average(s: Array, q: Array, remembered: Array, k: float, beta: float) -> tuple[Array, Array]:

@@ -41,6 +41,7 @@ class Result(NamedTuple):
     dweight: Array | None = None
     dbias: Array | None = None
     dresidual: Array | None = None
+    memory: Array | None = None
 
 
 class Setting(NamedTuple):
@@ -98,8 +99,7 @@ def normal(
     if kind == "Frozen":
         return Normal(running.mean, running.var)
     if kind == "Steady":
-        n = batch.count
-        k = max(n / (n + policy.prior), 1 / (running.batches + 1))
+        k = max(samples / (samples + policy.prior), 1 / (running.batches + 1))
         away = batch.mean - running.mean
         u = (1 - k) * running.var + k * batch.var + k * (1 - k) * away**2
         return Normal(running.mean + k * away, u, share=k)
@@ -196,6 +196,8 @@ def _both_ways(
     mask: Array | None,
     residual: Array | None,
     grad: Array | None,
+    memory: Array | None = None,
+    rate: float = 0.0,
 ) -> Result:
     rho = beside(1 / np.sqrt(n.u + setting.eps), x.ndim)
     gamma = 1.0 if setting.weight is None else beside(double(setting.weight), x.ndim)
@@ -213,8 +215,33 @@ def _both_ways(
     through = n.share * (s1 + (x - beside(batch.mean, x.ndim)) * rho**2 * s2) / max(batch.count, 1)
     if mask is not None:
         through = np.where(np.expand_dims(mask, 1), through, 0)
-    dx = gamma * r * rho * (g - through)
-    return Result(act(z), None, dx, (r * rho * s2 + d * s1).reshape(-1), s1.reshape(-1), g)
+    left = g - through
+    if memory is not None:
+        memory = remembered(memory, rate, left, hat, mask)
+        part = beside(memory[0], x.ndim) + hat * beside(memory[1], x.ndim)
+        left = left - (part if mask is None else np.where(np.expand_dims(mask, 1), part, 0))
+    dx = gamma * r * rho * left
+    dweight = (r * rho * s2 + d * s1).reshape(-1)
+    return Result(act(z), None, dx, dweight, s1.reshape(-1), g, memory)
+
+
+def remembered(memory: Array, rate: float, left: Array, hat: Array, mask: Array | None) -> Array:
+    """Least squares of `left` on 1 and x̂: the batch's values weigh `rate`, the old memory the rest.
+
+    Gradients count at all positions, x̂ and the number of values at the valid ones.
+    """
+    valid = np.ones_like(hat) if mask is None else np.expand_dims(mask, 1) * np.ones_like(hat)
+    after = np.empty_like(memory)
+    for c in range(hat.shape[1]):
+        rows = np.stack([np.ones_like(hat[:, c]), hat[:, c]]).reshape(2, -1)
+        n = valid[:, c].sum()
+        if n == 0:
+            after[:, c] = memory[:, c]
+            continue
+        matrix = (1 - rate) * np.eye(2) + rate * (rows * valid[:, c].reshape(-1)) @ rows.T / n
+        right = (1 - rate) * memory[:, c] + rate * rows @ left[:, c].reshape(-1) / n
+        after[:, c] = np.linalg.solve(matrix, right)
+    return after
 
 
 def train(
@@ -226,8 +253,12 @@ def train(
     mask: Array | None = None,
     residual: Array | None = None,
     grad: Array | None = None,
+    memory: Array | None = None,
 ) -> Result:
-    """One training step of a layer: output, running statistics after it, gradients for `grad`."""
+    """One training step of a layer: output, running statistics after it, gradients for `grad`.
+
+    `memory`: what is remembered of the gradient, (2, C); None for no memory.
+    """
     x, residual, grad = double(x), double(residual), double(grad)
     if running is not None:
         running = Running(double(running.mean), double(running.var), running.batches)
@@ -238,14 +269,17 @@ def train(
         rows = slice(start, start + size)
         valid, extra, upper = (t if t is None else t[rows] for t in (mask, residual, grad))
         batch = moments(x[rows], valid)
+        seen = samples if valid is None else int(valid.reshape(len(valid), -1).any(1).sum())
         if batch.count == 0:
             assert before is not None
             chosen = Normal(before.mean, before.var)
         else:
-            chosen = normal(policy, batch, before, samples, setting)
-        parts.append(_both_ways(x[rows], batch, chosen, setting, valid, extra, upper))
+            chosen = normal(policy, batch, before, seen, setting)
+        rate = 0.0 if memory is None else seen / (seen + policy.window)
+        given = (batch, chosen, setting, valid, extra, upper, memory, rate)
+        parts.append(_both_ways(x[rows], *given))
         if running is not None:
-            running = updated(policy, batch, running, samples, setting)
+            running = updated(policy, batch, running, seen, setting)
         start += size
     y = np.concatenate([part.y for part in parts])
     if grad is None:
@@ -257,6 +291,7 @@ def train(
         np.sum([part.dweight for part in parts], axis=0),
         np.sum([part.dbias for part in parts], axis=0),
         np.concatenate([part.dresidual for part in parts]),
+        parts[-1].memory,
     )
 
 

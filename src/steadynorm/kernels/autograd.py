@@ -19,7 +19,7 @@ from steadynorm.kernels.spec import (
     Tensors,
     coefficients_of,
 )
-from steadynorm.statistics import Moments, attach
+from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory
 
 
 class Normalize(torch.autograd.Function):
@@ -53,13 +53,16 @@ class Normalize(torch.autograd.Function):
 normalize = compat.direct_apply(Normalize)
 
 
+def _live(saved: Saved, own: Moments) -> Moments:
+    """Differentiable moments over all replicas."""
+    return own if saved.replicas is None else saved.replicas.link(own)
+
+
 def _differentiable(saved: Saved, live: Moments | None) -> Tensor:
     """The map over x by what was decided, joined to moments that carry gradient."""
     x, weight, bias = saved[:3]
     normalizer = saved.normalizer
     if live is not None:
-        if saved.replicas is not None:
-            live = saved.replicas.link(live)
         normalizer = attach(normalizer, _constant(live), live)
     known = coefficients_of(normalizer, x, weight, bias, saved.eps)
     return reference.apply(
@@ -76,7 +79,7 @@ def _second_order(saved: Saved, grad: Tensor, needs: Any) -> Gradients:
     """The backward in differentiable operations."""
     live = None
     if saved.batch is not None:
-        live = reference.moments(saved.x, mask=saved.mask, groups=saved.groups)
+        live = _live(saved, reference.moments(saved.x, mask=saved.mask, groups=saved.groups))
     z = _differentiable(saved._replace(activation=None), live)
     g, y = grad, saved.y
     if saved.activation is not None:
@@ -91,7 +94,27 @@ def _second_order(saved: Saved, grad: Tensor, needs: Any) -> Gradients:
     found: Any = torch.autograd.grad(z, inputs, g.to(z.dtype), create_graph=True) if inputs else ()
     gradients = iter(found)
     dx, dweight, dbias = (None if t is None else next(gradients) for t in wanted)
+    if dx is not None and live is not None and saved.memory is not None:
+        dx = dx + _remembered(saved, live, g)
     return dx, dweight, dbias, g.to(saved.residual_dtype) if needs[3] else None
+
+
+def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
+    """What the memory of the gradient takes off; itself it is a constant to derivatives."""
+    assert saved.memory is not None
+    assert saved.batch is not None
+    x, known, normalizer = saved.x, saved.coefficients, saved.normalizer
+    with torch.no_grad():
+        sums = reference.reduce_grad(grad.detach(), x, *known[:3])
+        if saved.replicas is not None:
+            sums = tuple(saved.replicas.sum(torch.stack(sums)).unbind())
+        memory = saved.memory.follow(normalizer, saved.batch, known.rho, sums)
+    normalizer = attach(normalizer, _constant(live), live)
+    known = coefficients_of(normalizer, x, saved.weight, None, saved.eps)
+    nothing = GradientCoefficients(0.0, 0.0)
+    slope, constant = with_memory(nothing, memory, normalizer, known.scale, known.rho)
+    part = reference.apply(x, known.center, slope, constant)
+    return part if saved.mask is None else torch.where(saved.mask.unsqueeze(1), part, 0)
 
 
 class Traced(Backend):
@@ -116,10 +139,9 @@ class Traced(Backend):
             x, call.weight, call.bias, call.residual, call.mask, None, None, batch, normalizer,
             None, call.eps, call.activation, call.groups, call.replicas, None,
         )  # fmt: skip
-        return (operators.apply(saved) if by_operators else _differentiable(saved, live)), (
-            (),
-            None,
-        )
+        if by_operators:
+            return operators.apply(saved), ((), None)
+        return _differentiable(saved, None if live is None else _live(saved, live)), ((), None)
 
 
 TRACED = Traced()

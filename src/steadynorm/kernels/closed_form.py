@@ -21,7 +21,13 @@ from steadynorm.kernels.spec import (
     coefficients_of,
     keep,
 )
-from steadynorm.statistics import gradient_coefficients, gradient_factors, parameter_gradients
+from steadynorm.statistics import (
+    GradientCoefficients,
+    gradient_coefficients,
+    gradient_factors,
+    parameter_gradients,
+    with_memory,
+)
 
 
 class ClosedForm(Backend):
@@ -68,7 +74,7 @@ class ClosedForm(Backend):
             y if kept is Keep.OUTPUT else None, signs,
         )  # fmt: skip
         dtype = None if residual is None else residual.dtype
-        settings = (call.eps, call.activation, call.groups, call.replicas, dtype)
+        settings = (call.eps, call.activation, call.groups, call.replicas, dtype, call.memory)
         return y, (tensors, (batch, normalizer, known, *settings))
 
     def backward(self, saved: tuple[Tensors, Any], grad: Tensor, needs: Any) -> Gradients:
@@ -85,7 +91,8 @@ class ClosedForm(Backend):
         factors = sums = dx = dresidual = None
         if need_x and saved.batch is not None:  # dx has terms by way of the moments
             factors = gradient_factors(normalizer, saved.batch, known.scale, known.rho)
-        if factors is not None and self.compiled and saved.replicas is None and saved.mask is None:
+        alone = saved.replicas is None and saved.mask is None and saved.memory is None
+        if factors is not None and self.compiled and alone:
             dx, dresidual, *sums = stages.normalize_grad(
                 *maps, *factors, want_residual=need_residual, **read
             )
@@ -98,6 +105,12 @@ class ClosedForm(Backend):
                 if saved.replicas is not None:
                     total = saved.replicas.sum(torch.stack(list(sums))).unbind()
                 slope, constant = gradient_coefficients(factors, *total)
+                if saved.memory is not None and saved.batch is not None:
+                    decided = (normalizer, saved.batch, known.rho)
+                    memory = saved.memory.follow(*decided, tuple(total))
+                    slope, constant = with_memory(
+                        GradientCoefficients(slope, constant), memory, normalizer, *known[1::2]
+                    )
             if need_x or need_residual:
                 dx, dresidual = stages.apply_grad(
                     *maps, slope, constant, mask=saved.mask, want_residual=need_residual, **read

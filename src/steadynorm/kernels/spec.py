@@ -13,12 +13,14 @@ from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.statistics import (
     Batch,
     Coefficients,
+    GradientMemory,
     Moments,
     Normalizer,
     Policy,
     RunningStatistics,
     coefficients,
     of_running,
+    remember,
 )
 
 Groups = tuple[int, ...] | None
@@ -64,6 +66,32 @@ def coefficients_of(
     return coefficients(normalizer, weight, bias, eps)
 
 
+class Memory:
+    """What one forward and its backward passes share of a layer's memory of the gradient.
+
+    `state` is the layer's, (2, C), and moves in the first backward pass. Later ones through the
+    same forward start from where the first did, and so give the same for the same gradient.
+    """
+
+    def __init__(self, state: Tensor) -> None:
+        self.state = state
+        self.rate: Any = None  # of this batch; known once the call has decided
+        self.before: Tensor | None = None
+
+    def follow(
+        self, normalizer: Normalizer, batch: Moments, rho: Tensor, sums: tuple[Tensor, Tensor]
+    ) -> GradientMemory:
+        """The memory after this backward pass, by its sums over all replicas."""
+        first = self.before is None
+        if self.before is None:
+            self.before = self.state.to(rho.dtype, copy=True)
+        memory = GradientMemory(*self.before.unbind())
+        memory = remember(memory, self.rate, normalizer, batch, rho, *sums, xp=torch)
+        if first:
+            self.state.copy_(torch.stack(memory))
+        return memory
+
+
 class Exchange(Protocol):
     """What one forward and its backward exchange with other replicas."""
 
@@ -98,6 +126,7 @@ class Call:
     groups: Groups = None
     replicas: Exchange | None = None
     skip_nonfinite: bool = False
+    memory: Memory | None = None
     gradient: bool = False  # whether a backward may follow; the dispatcher says so
     plan: Any = None  # what the backend that supports the call has prepared for it
 
@@ -142,6 +171,7 @@ class Saved(NamedTuple):
     groups: Groups
     replicas: Exchange | None
     residual_dtype: torch.dtype | None
+    memory: Memory | None = None
 
 
 Tensors = tuple[Any, ...]  # what autograd saves between a forward and its backward

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _LazyNormBase
+from torch.nn.parameter import is_lazy
 
 from steadynorm.nn import checks
 from steadynorm.nn.functional import batch_norm
@@ -67,6 +68,32 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
                     f"track_running_stats=False. Track them, or use sn.Batch() or sn.Ghost()."
                 )
         super().__setattr__(name, value)
+        if name == "statistics":
+            self._begin_gradient_memory()
+
+    def _begin_gradient_memory(self) -> None:
+        """A buffer that is not saved, where the policy wants one: it fills within a window."""
+        mean = self._buffers.get("running_mean")
+        if self.statistics.gradient_rate(1) is None or mean is None or is_lazy(mean):
+            return
+        if "gradient_memory" not in self._buffers:
+            dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+            memory = torch.zeros(2, len(mean), dtype=dtype, device=mean.device)
+            self.register_buffer("gradient_memory", memory, persistent=False)
+
+    def _forget_gradient(self) -> None:
+        memory = self._buffers.get("gradient_memory")
+        if memory is not None:
+            memory.zero_()
+
+    def reset_running_stats(self) -> None:
+        """Running statistics as a new layer has them, and no memory of the gradient."""
+        super().reset_running_stats()  # type: ignore[no-untyped-call]
+        self._forget_gradient()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        self._forget_gradient()
 
     def forward(
         self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
@@ -100,6 +127,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             mask=mask,
             synchronize=self.synchronize,
             nonfinite=self.nonfinite,
+            gradient_memory=buffers.get("gradient_memory") if training else None,
             owner=type(self).__name__,
         )
 
@@ -117,7 +145,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Keep the running statistics float32 or wider when the module is cast to half."""
-        names = ("running_mean", "running_var")
+        names = ("running_mean", "running_var", "gradient_memory")
         wide = {name: self._buffers.get(name) for name in names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in wide.items():
@@ -248,6 +276,7 @@ class _Lazy(_LazyNormBase, SteadyNorm):
         """Make parameters and statistics for input's channels."""
         super().initialize_parameters(input)
         self._widen_statistics()
+        self._begin_gradient_memory()
 
 
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d, BatchNorm1d):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from steadynorm.kernels import dispatch
+from steadynorm.kernels import compat, dispatch
 from steadynorm.kernels.activations import ACTIVATIONS
-from steadynorm.kernels.spec import Call
+from steadynorm.kernels.spec import Call, Memory
 from steadynorm.nn import checks
 from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
 from steadynorm.nn.training import TrainingStep
@@ -32,6 +32,7 @@ def batch_norm(
     mask: Tensor | None = None,
     synchronize: Synchronize = False,
     nonfinite: str = "propagate",
+    gradient_memory: Tensor | None = None,
     owner: str = "batch_norm",
 ) -> Tensor:
     """Normalize each channel, scale and shift it; then add a residual and apply an activation.
@@ -63,6 +64,8 @@ def batch_norm(
         synchronize: True or a process group to pool moments over replicas.
         nonfinite: "propagate", or "skip" to keep a batch with NaN or infinity out of the running
             statistics.
+        gradient_memory: (2, C), what `Steady(window=...)` remembers of the gradient; starts at 0,
+            and moves in place in the backward pass.
         owner: the name that errors begin with.
 
     Returns:
@@ -120,9 +123,22 @@ def batch_norm(
         groups = alone if replicas is None else replicas.divide(policy, input)
     if mask is None and replicas is None:
         checks.values_per_channel(input, groups, policy, owner)
+    two_way = policy.gradient_rate(1) is not None
+    if two_way and gradient_memory is None:
+        raise ValueError(
+            f"{owner}: statistics={policy!r} needs `gradient_memory`, zeros of shape "
+            f"(2, {input.shape[1]}) at first. Pass it, or use sn.Steady(window=None)."
+        )
+    if two_way and compat.is_traced():
+        raise NotImplementedError(
+            f"{owner}: statistics={policy!r} keeps a memory that moves in the backward pass, which "
+            f"torch.compile(fullgraph=True), torch.func, forward mode and export cannot follow. "
+            f"Use sn.Steady(window=None) there, or compile with graph breaks."
+        )
     step = TrainingStep(
         *tensors, num_batches_tracked, policy=policy, activation=activation, momentum=momentum,
         eps=eps, groups=groups, replicas=replicas, skip_nonfinite=nonfinite == "skip",
+        memory=None if gradient_memory is None or not two_way else Memory(gradient_memory),
         owner=owner,
     )  # fmt: skip
     return dispatch.normalize(step)

@@ -61,12 +61,14 @@ class TrainingStep(Call):
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """Moments pooled over replicas and what normalizes; moves the running statistics."""
         assert batch is not None  # a training step always measures its batch
-        samples: Any = self.x.shape[0]
+        samples = self._samples()
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)
         self._refuse_one_value(batch)
         running = self._running()
         context = Context(samples, self.momentum, self.eps, torch)
+        if self.memory is not None:
+            self.memory.rate = self.policy.gradient_rate(samples)
         normalizer, after = step(
             self.policy, batch, running, context, skip_nonfinite=self.skip_nonfinite
         )
@@ -79,6 +81,14 @@ class TrainingStep(Call):
         if self.replicas is not None:
             return self.replicas.own(batch), self.replicas.own(normalizer)
         return batch, normalizer
+
+    def _samples(self) -> Any:
+        """How many samples have a valid position."""
+        mask = self.mask
+        if mask is None:
+            return self.x.shape[0]
+        valid = mask if mask.ndim == 1 else mask.flatten(1).any(1)
+        return valid.sum().to(statistics_dtype(self.x))
 
     def _refuse_one_value(self, batch: Moments) -> None:
         """Where only the data tell, if reading them is cheap."""

@@ -28,6 +28,7 @@ from steadynorm.statistics.policies import (
     Running,
     Steady,
     of_running,
+    one_way,
     policy_from,
     step,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "merge",
     "new_batch_weight",
     "of_running",
+    "one_way",
     "parameter_gradients",
     "policy_from",
     "pool",

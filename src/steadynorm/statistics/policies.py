@@ -22,9 +22,10 @@ from steadynorm.statistics.running import (
 class Context:
     """What a policy may ask besides moments and running statistics.
 
-    `samples`: samples in the batch over all replicas (not values per channel). `momentum`: the
-    layer's, torch's meaning. `eps`: the layer's. `xp`: the array namespace. `unbiased`: whether the
-    framework keeps the unbiased running variance, as torch does and Keras and flax do not.
+    `samples`: samples with a valid position, over all replicas (not values per channel).
+    `momentum`: the layer's, torch's meaning. `eps`: the layer's. `xp`: the array namespace.
+    `unbiased`: whether the framework keeps the unbiased running variance, as torch does and Keras
+    and flax do not.
     """
 
     __slots__ = ("eps", "momentum", "samples", "unbiased", "xp")
@@ -58,6 +59,10 @@ class Policy:
     ) -> Normalizer:
         """What normalizes a training batch; see `Normalizer`."""
         raise NotImplementedError
+
+    def gradient_rate(self, samples: Array) -> Array | None:
+        """At which rate the memory of the gradient follows a batch; None where there is none."""
+        return None
 
     def update(
         self, batch: Moments, running: RunningStatistics, context: Context
@@ -113,36 +118,45 @@ class Batch(Policy):
 
 @dataclass(frozen=True)
 class Steady(Policy):
-    """Batch and running statistics, each believed as far as it knows: holds at every batch size.
+    """Batch and running statistics, each weighted by what it has seen: for every batch size.
 
-    With n values per channel in the batch, N samples, t batches seen before, δ = μ - running_mean:
+    With N samples in the batch, t batches seen before, δ = μ - running_mean:
 
-        k = max(n/(n + prior), 1/(t + 1))
+        k = max(N/(N + prior), 1/(t + 1))
         m = running_mean + k·δ
         u = (1 - k)·running_var + k·v + k(1 - k)·δ²                    α = k
 
-    and then the running statistics move with a = max(N/(N + horizon), 1/(t + 1)):
+    Then the running statistics move with a = max(N/(N + horizon), 1/(t + 1)):
 
         running_mean ← running_mean + a·δ
         running_var  ← (1 - a)·running_var + a·v + a(1 - a)·δ²
 
-    that is, by merging two parts of weight 1 - a and a (Chan's formula), so the running variance is
-    the biased variance of everything seen, right even for batches of one, where v is 0.
+    which merges two parts of weight 1 - a and a (Chan's formula): the running variance is the
+    biased variance of everything seen, and right for batches of one, where v is 0.
 
-    `prior`: how many values the memory counts for; 0 is `Batch` wherever the batch has a variance.
-    `horizon`: over how many samples the memory reaches, whatever the batch size; it replaces
-    `momentum`, which 640 samples equal at momentum 0.1 and batch 64. No gradient flows through k or
-    the δ² term. Ours; kin of Yong et al. 2020 (momentum batch normalization) and Schneider et al.
-    2020 (prior-weighted statistics). torch, Keras and flax have no such policy.
+    The share k passes on its part of the gradient through mean and variance. With a `window` the
+    rest is remembered, at the rate N/(N + window), and taken off the gradient that the share
+    leaves, so that no part of it along 1 or x̂ lasts; see `GradientMemory` and `remember`.
+
+    `prior`: the weight of the running statistics, in samples; 0 equals `Batch`, where n > 1.
+    `horizon`: how many samples the running averages span, at every batch size. It replaces
+    `momentum`: 640 samples equal momentum 0.1 at batch 64.
+    `window`: how many samples the memory of the gradient spans; None keeps none. Batches of one
+    and deep networks need it: `Steady(prior=16, window=16)`.
+
+    No gradient flows through k or the δ² term. Ours; kin of Yong et al. 2020 (momentum batch
+    normalization), Schneider et al. 2020 (prior-weighted statistics) and, for the gradient, Yan et
+    al. 2020 and Chiley et al. 2019. torch, Keras and flax have no such policy.
 
     >>> Steady()
-    Steady(prior=4.0, horizon=640)
-    >>> Steady(prior=1)
-    Steady(prior=1, horizon=640)
+    Steady(prior=4.0, horizon=640, window=None)
+    >>> Steady(prior=16, window=16)
+    Steady(prior=16, horizon=640, window=16)
     """
 
     prior: float = 4.0
     horizon: float = 640
+    window: float | None = None
 
     unbiased = False
     uses_momentum = False
@@ -150,12 +164,14 @@ class Steady(Policy):
     def __post_init__(self) -> None:
         _number("Steady", "prior", self.prior, low=0)
         _number("Steady", "horizon", self.horizon, low=0)
+        if self.window is not None:
+            _number("Steady", "window", self.window, low=0, strict=True)
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
     ) -> Normalizer:
         assert running is not None  # the caller checks needs_running
-        share = self._weight(batch.count, self.prior, running, context)
+        share = self._weight(context.samples, self.prior, running, context)
         mean, low, var = _blend(batch, running, share)
         return Normalizer(mean, low, var, 1.0, 0.0, share)
 
@@ -166,6 +182,9 @@ class Steady(Policy):
         mean, _, var = _blend(batch, running, weight)
         batches = None if running.batches is None else running.batches + 1
         return RunningStatistics(mean, var, batches)
+
+    def gradient_rate(self, samples: Array) -> Array | None:
+        return None if self.window is None else samples / (samples + self.window)
 
     @staticmethod
     def _weight(
@@ -446,7 +465,7 @@ def policy_from(value: object) -> Policy:
     Raises ValueError for an unknown name and TypeError for anything else.
 
     >>> policy_from("steady")
-    Steady(prior=4.0, horizon=640)
+    Steady(prior=4.0, horizon=640, window=None)
     """
     if isinstance(value, Policy):
         return value
@@ -462,3 +481,16 @@ def policy_from(value: object) -> Policy:
         f"statistics must be a policy such as sn.Steady() or its lower-case name; "
         f"got {value!r}.{hint}"
     )
+
+
+def one_way(policy: Policy, owner: str) -> Policy:
+    """The policy, for who keeps no memory of the gradient.
+
+    Raises ValueError for a policy that needs one.
+    """
+    if policy.gradient_rate(1) is not None:
+        raise ValueError(
+            f"{owner}: statistics={policy!r} needs a memory of the gradient, which is not kept "
+            f"here. Use sn.Steady(window=None)."
+        )
+    return policy

@@ -1,0 +1,365 @@
+"""`Steady(window=...)`: a memory of the gradient, kept with the layer, moved by backward passes.
+
+Each section is a way of training that could move the memory wrongly.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import truth
+from torch.utils.checkpoint import checkpoint
+
+import steadynorm as sn
+from steadynorm.kernels import dispatch
+from steadynorm.kernels.closed_form import REFERENCE
+
+POLICY = sn.Steady(prior=16, horizon=64, window=16)
+CHANNELS = 3
+
+
+@pytest.fixture(params=["chosen", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend that the dispatcher chooses, and the reference."""
+    if request.param == "reference":
+        monkeypatch.setattr(dispatch, "BACKENDS", (REFERENCE,))
+
+
+def layer(seed: int = 0, **settings: Any) -> sn.BatchNorm1d:
+    """Parameters, statistics and memory that are not the initial ones."""
+    rng = np.random.default_rng(seed)
+    made = sn.BatchNorm1d(CHANNELS, **{"statistics": POLICY, "dtype": torch.float64} | settings)
+    values = {
+        "weight": rng.normal(1, 0.5, CHANNELS), "bias": rng.normal(size=CHANNELS),
+        "running_mean": rng.normal(size=CHANNELS), "running_var": rng.uniform(0.5, 2, CHANNELS),
+        "gradient_memory": rng.normal(0, 0.3, (2, CHANNELS)),
+    }  # fmt: skip
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(made, name).copy_(torch.tensor(value))
+        made.num_batches_tracked.fill_(9)
+    return made
+
+
+def drawn(seed: int, samples: int = 2, *, requires_grad: bool = True) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, CHANNELS, generator=generator, dtype=torch.float64)
+    return x.requires_grad_(requires_grad)
+
+
+def upstream(seed: int, samples: int = 2) -> torch.Tensor:
+    return drawn(100 + seed, samples, requires_grad=False)
+
+
+def trained(seed: int, made: torch.nn.Module) -> torch.Tensor:
+    """The input's gradient in one training step."""
+    x = drawn(seed)
+    made(x).backward(upstream(seed))
+    assert x.grad is not None
+    return x.grad
+
+
+# Values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 5), (4, 3, 7)])
+@pytest.mark.usefixtures("backend")
+def test_fifty_steps(shape: tuple[int, ...], activation: str | None, masked: bool) -> None:
+    made = layer(activation=activation)
+    running = truth.Running(made.running_mean.numpy().copy(), made.running_var.numpy().copy(), 9)
+    memory = made.gradient_memory.numpy().copy()
+    parameters = (made.weight.detach().numpy(), made.bias.detach().numpy())
+    for step in range(50):
+        rng = np.random.default_rng(step)
+        x, grad = rng.normal(0.5, 2, shape), rng.normal(0.2, 1, shape)
+        mask = rng.random((shape[0], *shape[2:])) > 0.3 if masked else None
+        right = truth.train(
+            x, POLICY, running, truth.Setting(*parameters, activation), mask=mask, grad=grad,
+            memory=memory,
+        )  # fmt: skip
+        assert right.running is not None
+        assert right.memory is not None
+        running, memory = right.running, right.memory
+        given = torch.tensor(x, requires_grad=True)
+        y = made(given, mask=None if mask is None else torch.tensor(mask))
+        y.backward(torch.tensor(grad))
+        assert given.grad is not None
+        np.testing.assert_allclose(given.grad.numpy(), right.dx, atol=1e-12)
+        np.testing.assert_allclose(made.gradient_memory.numpy(), memory, atol=1e-12)
+
+
+def test_against_autograd_of_the_explicit_formula() -> None:
+    made, x, grad = layer(), drawn(0, 5), upstream(0, 5)
+    mean, var = made.running_mean.clone(), made.running_var.clone()
+    memory = made.gradient_memory.clone()
+    k, beta = 5 / (5 + 16), 5 / (5 + 16)
+    t = x.detach().clone().requires_grad_()
+    mu, v = t.mean(0), t.var(0, correction=0)
+    m = (1 - k) * mean + k * mu
+    u = (1 - k) * var + k * v + k * (1 - k) * (mu - mean).detach().square()
+    rho = (u + made.eps).rsqrt()
+    hat = (t - m) * rho
+    (through_share,) = torch.autograd.grad(hat, t, grad)
+    left = through_share * u.detach().add(made.eps).sqrt()  # h
+    fixed = hat.detach()
+    ones = torch.ones_like(fixed)
+    for c in range(CHANNELS):
+        rows = torch.stack([ones[:, c], fixed[:, c]])
+        matrix = (1 - beta) * torch.eye(2, dtype=torch.float64) + beta * rows @ rows.T / 5
+        right = (1 - beta) * memory[:, c] + beta * rows @ left[:, c] / 5
+        memory[:, c] = torch.linalg.solve(matrix, right)
+    expected = made.weight * rho * (left - memory[0] - memory[1] * fixed)
+    made(x).backward(grad)
+    torch.testing.assert_close(x.grad, expected.detach())
+    torch.testing.assert_close(made.gradient_memory, memory)
+
+
+def test_second_derivatives_hold_the_memory_still() -> None:
+    """`gradgradcheck` of the map given the memory: with an endless window nothing moves it."""
+    made = layer(statistics=sn.Steady(prior=16, window=1e14))
+
+    def first_order(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        fresh = copy.deepcopy(made)
+        (dx,) = torch.autograd.grad(fresh(x), x, grad, create_graph=True)
+        return dx
+
+    # δ² carries no gradient, which a difference quotient cannot know: only of the gradient here.
+    x, grad = drawn(0, 4), upstream(0, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda g: first_order(x, g), (grad,))
+
+
+@pytest.mark.usefixtures("backend")
+def test_create_graph_gives_the_same_gradient_and_moves_the_memory_once() -> None:
+    one, other = layer(), layer()
+    x = drawn(0)
+    (dx,) = torch.autograd.grad(one(x), x, upstream(0), create_graph=True)
+    dx.square().sum().backward()
+    torch.testing.assert_close(dx.detach(), trained(0, other))
+    torch.testing.assert_close(one.gradient_memory, other.gradient_memory)
+
+
+# Passes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("backend")
+def test_several_backward_passes_through_one_forward() -> None:
+    """The first moves the memory; each gives what it would give alone."""
+    made, alone = layer(), layer()
+    x = drawn(0)
+    y = made(x)
+    first, second, third = (
+        torch.autograd.grad(y, x, upstream(seed), retain_graph=True)[0] for seed in (0, 1, 0)
+    )
+    torch.testing.assert_close(first, trained(0, alone))
+    torch.testing.assert_close(made.gradient_memory, alone.gradient_memory)
+    torch.testing.assert_close(third, first, rtol=0, atol=0)
+    again = drawn(0)
+    layer()(again).backward(upstream(1))
+    torch.testing.assert_close(second, again.grad)
+
+
+def test_a_forward_without_a_backward_leaves_the_memory() -> None:
+    made = layer()
+    before = made.gradient_memory.clone()
+    made(drawn(0))
+    with torch.no_grad():
+        made(drawn(1))
+    made.eval()
+    made(drawn(2)).sum().backward()
+    torch.testing.assert_close(made.gradient_memory, before, rtol=0, atol=0)
+
+
+def test_an_input_that_needs_no_gradient_leaves_the_memory() -> None:
+    made = layer()
+    before = made.gradient_memory.clone()
+    made(drawn(0, requires_grad=False)).backward(upstream(0))
+    torch.testing.assert_close(made.gradient_memory, before, rtol=0, atol=0)
+    assert made.weight.grad is not None
+
+
+def test_frozen_parameters_change_nothing() -> None:
+    made, other = layer(), layer()
+    for parameter in made.parameters():
+        parameter.requires_grad_(False)
+    torch.testing.assert_close(trained(0, made), trained(0, other))
+    torch.testing.assert_close(made.gradient_memory, other.gradient_memory)
+
+
+def test_twice_in_a_forward_moves_it_twice_the_last_call_first() -> None:
+    made, apart = layer(), layer()
+    x, later = drawn(0), drawn(1)
+    y, after = made(x), made(later)
+    (y * upstream(0) + after * upstream(1)).sum().backward()
+    trained(0, copy.deepcopy(apart))
+    # The running statistics move in the order of the calls, the memory in that of the backward.
+    first, second = drawn(0), drawn(1)
+    one, two = apart(first), apart(second)
+    two.backward(upstream(1))
+    one.backward(upstream(0))
+    torch.testing.assert_close(made.gradient_memory, apart.gradient_memory)
+    torch.testing.assert_close(x.grad, first.grad)
+    torch.testing.assert_close(later.grad, second.grad)
+
+
+def test_micro_batches_of_a_step_move_it_one_by_one() -> None:
+    """Gradient accumulation: as often as there are backward passes, whatever the optimizer does."""
+    made, single = layer(), layer()
+    for seed in range(4):
+        trained(seed, made)
+    for seed in range(4):
+        single.zero_grad()
+        trained(seed, single)
+    torch.testing.assert_close(made.gradient_memory, single.gradient_memory)
+
+
+@pytest.mark.parametrize("divisor", [1.0, 8.0])
+def test_a_loss_divided_throughout_gives_gradients_divided(divisor: float) -> None:
+    """The memory is in units of the gradient: dividing the loss by a constant divides it too."""
+    made, plain = layer(), layer()
+    for each in (made, plain):
+        each.reset_running_stats()
+    for seed in range(3):
+        x = drawn(seed)
+        made(x).backward(upstream(seed) / divisor)
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad * divisor, trained(seed, plain))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_moves_it_once(reentrant: bool) -> None:
+    made, plain = layer(), layer()
+    for seed in range(3):
+        x = drawn(seed)
+        checkpoint(made, x, use_reentrant=reentrant).backward(upstream(seed))
+        torch.testing.assert_close(x.grad, trained(seed, plain))
+    torch.testing.assert_close(made.gradient_memory, plain.gradient_memory)
+    torch.testing.assert_close(made.running_var, plain.running_var)
+
+
+# Loss scaling ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+@pytest.mark.usefixtures("backend")
+def test_a_gradient_that_is_not_finite_never_enters(poison: float) -> None:
+    made = layer()
+    before = made.gradient_memory.clone()
+    grad = upstream(0)
+    grad[1, 2] = poison
+    made(drawn(0)).backward(grad)
+    assert made.gradient_memory.isfinite().all()
+    torch.testing.assert_close(made.gradient_memory[:, 2], before[:, 2], rtol=0, atol=0)
+    assert not torch.equal(made.gradient_memory[:, 0], before[:, 0])
+
+
+def test_a_changed_loss_scale_is_forgotten_at_the_windows_rate() -> None:
+    made, plain = layer(), layer()
+    distance = []
+    for seed in range(60):
+        scale = 1.0 if seed < 2 else 2.0
+        x = drawn(seed)
+        made(x).backward(upstream(seed) * scale)
+        trained(seed, plain)
+        distance.append(float((made.gradient_memory / scale - plain.gradient_memory).abs().max()))
+    assert distance[1] == 0
+    assert distance[2] > 0.01
+    assert distance[-1] < 1e-3 * distance[2]
+
+
+# The layer ------------------------------------------------------------------------------------
+
+
+def test_the_memory_is_not_saved_and_starts_anew_after_loading() -> None:
+    made = layer()
+    saved = made.state_dict()
+    assert set(saved) == set(torch.nn.BatchNorm1d(CHANNELS).state_dict())
+    other = layer(1)
+    other.load_state_dict(saved)
+    assert not other.gradient_memory.any()
+    made.reset_running_stats()
+    assert not made.gradient_memory.any()
+
+
+def test_one_way_layers_have_none() -> None:
+    for policy in (sn.Batch(), sn.Running(), sn.Steady()):
+        assert "gradient_memory" not in dict(sn.BatchNorm1d(2, statistics=policy).named_buffers())
+
+
+def test_the_policy_may_change() -> None:
+    made = sn.BatchNorm1d(CHANNELS, dtype=torch.float64)
+    made.statistics = POLICY
+    trained(0, made)
+    memory = made.gradient_memory.clone()
+    assert memory.any()
+    for one_way in (sn.Steady(), sn.Batch(), sn.Frozen()):
+        made.statistics = one_way
+        trained(1, made)
+        torch.testing.assert_close(made.gradient_memory, memory, rtol=0, atol=0)
+
+
+def test_lazy_layers_and_types() -> None:
+    made = sn.LazyBatchNorm1d(statistics=POLICY)
+    made(torch.randn(2, 5, requires_grad=True)).sum().backward()
+    assert made.gradient_memory.shape == (2, 5)
+    assert made.half().gradient_memory.dtype == torch.float32
+    assert made.double().gradient_memory.dtype == torch.float64
+
+
+def test_copies_go_their_own_way() -> None:
+    made = layer()
+    twin = copy.deepcopy(made)
+    average = torch.optim.swa_utils.AveragedModel(made, use_buffers=True)
+    trained(0, made)
+    average.update_parameters(made)
+    assert not torch.equal(twin.gradient_memory, made.gradient_memory)
+    torch.testing.assert_close(trained(0, twin), trained(0, layer()))
+    average.train()
+    trained(0, average)
+
+
+# What it refuses ------------------------------------------------------------------------------
+
+
+def test_function_transforms_are_refused() -> None:
+    made = layer()
+    with pytest.raises(NotImplementedError) as caught:
+        torch.func.grad(lambda x: made(x).sum())(drawn(0).detach())
+    assert str(caught.value) == (
+        "BatchNorm1d: statistics=Steady(prior=16, horizon=64, window=16) keeps a memory that moves "
+        "in the backward pass, which torch.compile(fullgraph=True), torch.func, forward mode and "
+        "export cannot follow. Use sn.Steady(window=None) there, or compile with graph breaks."
+    )
+
+
+def test_who_keeps_no_memory_refuses_the_policy() -> None:
+    wanted = "statistics=Steady(prior=16, horizon=64, window=16) needs"
+    mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+    with pytest.raises(ValueError) as caught:
+        sn.functional.batch_norm(drawn(0).float(), mean, var, training=True, statistics=POLICY)
+    assert str(caught.value) == (
+        f"batch_norm: {wanted} `gradient_memory`, zeros of shape (2, 3) at first. Pass it, or use "
+        f"sn.Steady(window=None)."
+    )
+    with pytest.raises(ValueError) as caught:
+        sn.BatchNormLSTMCell(2, 3, max_length=4, statistics=POLICY)
+    assert str(caught.value) == (
+        f"BatchNormLSTMCell: {wanted} a memory of the gradient, which is not kept here. Use "
+        f"sn.Steady(window=None)."
+    )
+
+
+def test_compiled_with_graph_breaks() -> None:
+    made, plain = layer(), layer()
+    compiled = torch.compile(made, backend="eager")
+    torch.testing.assert_close(trained(0, compiled), trained(0, plain))
+    torch.testing.assert_close(made.gradient_memory, plain.gradient_memory)
+
+
+@pytest.mark.parametrize("window", [0, -1.0, float("nan")])
+def test_the_window_is_above_0(window: float) -> None:
+    with pytest.raises(ValueError, match=r"^Steady: `window` must be above 0; got "):
+        sn.Steady(window=window)
