@@ -181,8 +181,8 @@ class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
         bias: False learns a weight without a bias.
         statistics: `sn.Batch()`, `sn.Steady()`, `sn.Running()`, `sn.Renorm()`, `sn.Ghost()`,
             `sn.Frozen()`, or a lower-case name.
-        activation: one that runs inside the layer (relu, relu6, leaky_relu, silu, gelu, hardswish,
-            elu, sigmoid, tanh), or None.
+        activation: None, or the name in `torch.nn.functional` of one that runs inside the layer:
+            relu, silu, gelu and the others of `steadynorm.kernels.activations.ACTIVATIONS`.
         synchronize: True (the default process group) or a group: pool moments over replicas, on any
             backend of torch.distributed.
         nonfinite: "skip" keeps batches with NaN or infinity out of the running statistics.

@@ -55,8 +55,8 @@ def batch_norm(
         eps: added to the variance.
         num_batches_tracked: how many batches the running statistics have seen; integer scalar.
         statistics: a policy or its lower-case name.
-        activation: None, or one of relu, relu6, leaky_relu, silu, gelu, hardswish, elu, sigmoid,
-            tanh.
+        activation: None, or the name in `torch.nn.functional` of one that runs inside the layer:
+            relu, silu, gelu and the others of `steadynorm.kernels.activations.ACTIVATIONS`.
         residual: of input's shape; added before the activation.
         mask: boolean, True where valid; broadcasts against input without its channel axis. Moments
             come from valid positions; every position is normalized.
