@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from steadynorm.evidence.lab.report import Saved, findings, markdown, page, saved
+from steadynorm.evidence.lab.report import SavedResults, findings, markdown, page, saved
 from steadynorm.report.files import replace_file
 from steadynorm.report.page import Chart, Table
 
@@ -69,9 +69,9 @@ def grid(table: Table) -> str:
     return f"{table.title}:\n\n{body}{note}"
 
 
-def figures(one: Saved) -> Iterator[str]:
+def figures(one: SavedResults) -> Iterator[str]:
     """One experiment: claim, verdict, what it follows from, tables and pictures."""
-    head, shown = one.head, one.shown()
+    head, shown = one.head, one.figures()
     verdict = head["verdict"]
     yield f"*Claim:* {head['claim']} ({head['source']})"
     yield f"**{verdict['outcome'].capitalize()}.** {verdict['sentence']}"
