@@ -56,6 +56,17 @@ class Table:
             return f"{cell:,.{self.digits}f}"
         return f"{cell:,}" if isinstance(cell, int) else cell
 
+    def markdown(self) -> str:
+        """The table in Markdown, without its title; the rows to emphasize are bold."""
+        rows = [[self.text(cell) for cell in row] for row in self.rows]
+        for index in self.emphasis:
+            rows[index] = [f"**{cell}**" for cell in rows[index]]
+        lines = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+            for line in [list(self.columns), ["---"] * len(self.columns), *rows]
+        ]
+        return "\n".join(lines) + (f"\n\n{self.note}" if self.note else "")
+
     def numeric(self, column: int) -> bool:
         """Whether a column starts with a number (`−2.1 ± 0.3` is one), and so is aligned right."""
         first = next((row[column] for row in self.rows if row[column] is not None), "")

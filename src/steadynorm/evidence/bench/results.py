@@ -80,7 +80,8 @@ def _table(group: Sequence[Measurement]) -> Table:
         lines,
         note=f"Times in copies of the input; least memory traffic: {sum(load.limit):g} copies "
         f"({'forward + backward' if load.training else 'forward'}).",
-        emphasis=(len(lines) - 2,),
+        digits=2,
+        emphasis=(len(lines) - 2, len(lines) - 1),
     )  # fmt: skip
 
 

@@ -111,16 +111,15 @@ def findings(one: SavedResults) -> Table:
 
 def markdown(results: Sequence[SavedResults]) -> str:
     """The verdicts as a Markdown table."""
-    lines = [
-        "| experiment | claim | verdict | main figure | seeds |",
-        "|---|---|---|---|---|",
-    ]
-    for one in results:
-        verdict = one.head["verdict"]
-        cells = (one.head["title"], one.head["claim"], f"**{verdict['outcome']}**", _main(one),
-                 str(verdict["seeds"]))  # fmt: skip
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        (
+            one.head["title"], one.head["claim"], f"**{one.head['verdict']['outcome']}**",
+            _main(one), one.head["verdict"]["seeds"],
+        )
+        for one in results
+    ]  # fmt: skip
+    columns = ("experiment", "claim", "verdict", "main figure", "seeds")
+    return Table("Verdicts", columns, rows).markdown() + "\n"
 
 
 def write(folder: str | Path) -> tuple[Path, Path]:

@@ -56,7 +56,7 @@ def folded(
     with torch.no_grad():
         before, after = network(images), shipped(images)
     models = dict(zip(ARMS, (theirs, network, shipped), strict=True))
-    seconds = {}
+    seconds: dict[int, Seconds] = {}
     for size in SIZES:
         contenders = {name: partial(_answer, m, images[:size]) for name, m in models.items()}
         seconds[size] = interleaved(contenders, rounds, tick=tick)
