@@ -53,7 +53,7 @@ def lines(
     if log_x:
         across = across.scale(type="log", nice=False).axis(tickCount=6, format="~g")
     upwards = alt.Y(f"{y}:Q", title=y_title, scale=scale, axis=axis)
-    style = {
+    style: dict[str, Any] = {
         "scale": alt.Scale(domain=known),
         "legend": alt.Legend(values=[name for name in known if name in present]),
     }
@@ -120,7 +120,7 @@ def intervals(
         order = list(dict.fromkeys(row[series] for row in rows))
         count = len(order)
         params = [alt.selection_point(fields=[series], bind="legend")]
-        grouped = {"sort": order, "scale": alt.Scale(domain=order)}
+        grouped: dict[str, Any] = {"sort": order, "scale": alt.Scale(domain=order)}
         base = base.encode(
             color=alt.Color(f"{series}:N", **grouped, legend=alt.Legend(symbolType="circle")),
             yOffset=alt.YOffset(f"{series}:N", **grouped),
