@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class Remembered(_BatchNorm):
+class GradientMemoryNorm(_BatchNorm):
     """Batch normalization as above, of (N, C) and (N, C, *).
 
     `power`: n is N·(positions per sample)^power, so 0 counts samples and 1 positions. `remember`:
@@ -86,13 +86,13 @@ class _Normalize(torch.autograd.Function):
         statistics: tuple[Tensor, Tensor, Tensor],
         share: float,
         rate: float,
-        layer: Remembered,
+        layer: GradientMemoryNorm,
     ) -> Tensor:
-        mu, m, rho = (_beside(t, x) for t in statistics)
+        mu, m, rho = (_per_channel(t, x) for t in statistics)
         hat = (x - m) * rho
-        ctx.save_for_backward((x - mu) * rho, hat, rho * _beside(weight, x))
+        ctx.save_for_backward((x - mu) * rho, hat, rho * _per_channel(weight, x))
         ctx.share, ctx.rate, ctx.layer = share, rate, layer
-        return hat * _beside(weight, x) + _beside(bias, x)
+        return hat * _per_channel(weight, x) + _per_channel(bias, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,11 +102,11 @@ class _Normalize(torch.autograd.Function):
         count = grad.numel() / grad.shape[1]
         dweight, dbias = (grad * hat).sum(axes), grad.sum(axes)
         layer.gradient += ctx.rate * (dweight / count - layer.gradient)
-        through = share * (_beside(dbias, grad) + own * _beside(dweight, grad)) / count
+        through = share * (_per_channel(dbias, grad) + own * _per_channel(dweight, grad)) / count
         if layer.remember:
-            through = through + (1 - share) * hat * _beside(layer.gradient, grad)
+            through = through + (1 - share) * hat * _per_channel(layer.gradient, grad)
         return scale * (grad - through), dweight, dbias, None, None, None, None
 
 
-def _beside(channel: Tensor, x: Tensor) -> Tensor:
+def _per_channel(channel: Tensor, x: Tensor) -> Tensor:
     return channel.view(1, -1, *(1,) * (x.ndim - 2))

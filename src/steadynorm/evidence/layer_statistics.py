@@ -1,4 +1,4 @@
-"""What normalizing layers see: their running statistics against batches as they come."""
+"""Running statistics of normalizing layers, compared with batches of training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steadynorm.evidence.lab.batches import batches
+from steadynorm.evidence.digits import batches
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer's running statistics against batches as it meets them in training.
+class LayerStatistics:
+    """One layer's running statistics compared with batches of training.
 
     Each triple holds the 10th, 50th and 90th percentile over channels and batches, in units of the
     running standard deviation: `mean` of the batch's mean minus the running mean, `std` of the
@@ -31,10 +31,9 @@ class Layer:
 @torch.no_grad()
 def layer_statistics(
     network: nn.Module, images: Tensor, batch_size: int, *, seed: int, count: int = 64
-) -> list[Layer]:
-    """Running statistics of every normalizing layer against `count` training batches; see `Layer`.
-
-    Modes and buffers are left as they were.
+) -> list[LayerStatistics]:
+    """`LayerStatistics` of every normalizing layer over `count` training batches. Modes and buffers
+    are restored.
     """
     found = {
         name: module
@@ -43,12 +42,12 @@ def layer_statistics(
     }
     seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in found}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, inputs: seen[name].append(_deviations(module, inputs[0]))
 
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in found.items()]
+    hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in found.items()]
     try:
-        with modes_kept(network), buffers_kept(network) as restore:
+        with modes_restored(network), buffers_restored(network) as restore:
             network.train()
             order = batches(len(images), batch_size, seed)
             for _, batch in zip(range(count), order, strict=False):
@@ -58,8 +57,8 @@ def layer_statistics(
         for hook in hooks:
             hook.remove()
     return [
-        Layer(name, *(_percentiles(torch.stack(part)) for part in zip(*seen[name], strict=True)))
-        for name in found
+        LayerStatistics(name, *(_percentiles(torch.stack(p)) for p in zip(*triples, strict=True)))
+        for name, triples in seen.items()
     ]
 
 
@@ -76,10 +75,9 @@ def _deviations(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     used = var
     policy = getattr(layer, "statistics", None)  # torch's own layers have none
     if policy is not None:
-        samples = len(x)
-        context = Context(samples, layer.momentum, layer.eps, torch)
+        context = Context(len(x), layer.momentum, layer.eps, torch)
         normalizer = policy.normalizer(moments, running, context)
-        # What multiplies x is gain/√(u + ε), so u/gain² is the variance that acts.
+        # x is multiplied by gain/√(u + ε): the effective variance is (u + ε)/gain² - ε.
         used = (normalizer.var + layer.eps) / normalizer.gain**2 - layer.eps
     unit = (running.var + layer.eps).sqrt()
     return (mean - running.mean) / unit, var.sqrt() / unit, used.clamp(min=0).sqrt() / unit
@@ -92,8 +90,8 @@ def _percentiles(values: Tensor) -> tuple[float, float, float]:
 
 
 @contextmanager
-def modes_kept(network: nn.Module) -> Iterator[None]:
-    """Every submodule is in its own mode again at the end."""
+def modes_restored(network: nn.Module) -> Iterator[None]:
+    """Restores the mode of every submodule at the end."""
     modes = [(module, module.training) for module in network.modules()]
     try:
         yield
@@ -103,12 +101,12 @@ def modes_kept(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(network: nn.Module) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts all buffers back; they are put back at the end in any case."""
-    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+def buffers_restored(network: nn.Module) -> Iterator[Callable[[], None]]:
+    """Restores all buffers at the end; the function that it gives restores them at once."""
+    saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
 
     def restore() -> None:
-        for buffer, value in kept:
+        for buffer, value in saved:
             buffer.copy_(value)
 
     try:

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 
-from steadynorm.evidence.lab.data import halve, load, read_idx
+from steadynorm.evidence.digits import halve, load, read_idx
 
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: "i2", 0x0C: "i4", 0x0D: "f4", 0x0E: "f8"}
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from steadynorm.evidence.lab.data import Digits, load
-from steadynorm.evidence.lab.jobs import Job
-from steadynorm.evidence.lab.runs import interval
-from steadynorm.evidence.tour.stop import Setting, StopResult
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits, load
+from steadynorm.evidence.tour.demo import Demo, DemoResult, Outcomes, TourOptions
+from steadynorm.evidence.workers import Job
 from steadynorm.report.page import Table
 
 Step = Callable[[Any, Any], float]
@@ -20,66 +21,64 @@ NAMES = {"keras": "Keras", "jax": "JAX"}
 MOMENTUM, WIDTHS = 0.9, (64, 64)
 
 
-class Run(NamedTuple):
-    """A finished run: error of inference in percent, and the mean loss of its last quarter."""
+class FrameworkRun(NamedTuple):
+    """Error of inference in per cent, and the mean loss of the last quarter of a run."""
 
     error: float
     loss: float
 
 
-class InFramework:
-    """Batch 64 and batch 2, fully connected, plain gradient descent."""
+def demo(framework: str) -> Demo:
+    """Batch 64 and batch 2, fully connected, plain gradient descent, in "keras" or "jax"."""
+    title = f"The same in {NAMES[framework]}"
+    return Demo(framework, title, partial(jobs, framework), partial(result, framework))
 
-    def __init__(self, framework: str) -> None:
-        self.framework = framework
-        self.name = framework
-        self.title = f"The same in {NAMES[framework]}"
 
-    def jobs(self, setting: Setting) -> Sequence[Job]:
-        """One run for each layer, batch size and seed."""
-        samples = 2_000 if setting.short else 8_000
-        return [
-            Job(
-                self.name,
-                (arm, size, seed),
-                samples // size,
-                execute,
-                (self.framework, arm, size, samples // size, setting.data_dir, seed),
+def jobs(framework: str, options: TourOptions) -> Sequence[Job]:
+    """One run for each layer, batch size and seed."""
+    samples = 2_000 if options.short else 8_000
+    return [
+        Job(
+            framework, (arm, size, seed), samples // size, execute,
+            (framework, arm, size, samples // size, options.data_dir, seed),
+        )
+        for seed in options.seeds
+        for size in (64, 2)
+        for arm in ARMS
+    ]  # fmt: skip
+
+
+def result(framework: str, options: TourOptions, outcomes: Outcomes) -> DemoResult:
+    """A row for each layer and batch size."""
+    rows, errors = [], {}
+    for size in (64, 2):
+        for arm in ARMS:
+            runs = [outcomes[arm, size, seed] for seed in options.seeds]
+            error = estimates.mean(run.error for run in runs)
+            loss = estimates.mean(run.loss for run in runs).value
+            rows.append((size, arm, error.plus_minus, loss))
+            errors[arm, size] = f"{error.value:.1f} %"
+    own, ours, steady = ARMS
+    return DemoResult(
+        f"{NAMES[framework]}, batch 64: {errors[own, 64]} error with its own "
+        f"layer, {errors[ours, 64]} with ours. Batch 2: {errors[own, 2]} "
+        f"and {errors[ours, 2]}, and {errors[steady, 2]} with Steady.",
+        [
+            Table(
+                f"A small fully connected network in {NAMES[framework]}",
+                ("batch", "normalization", "error, %", "training loss at the end"),
+                rows,
+                note="Error of inference on the test digits.",
+                digits=3,
             )
-            for seed in setting.seeds
-            for size in (64, 2)
-            for arm in ARMS
-        ]
-
-    def result(self, setting: Setting, outcomes: Mapping[tuple[Any, ...], Any]) -> StopResult:
-        """A row for each layer and batch size."""
-        rows, errors = [], {}
-        for size in (64, 2):
-            for arm in ARMS:
-                runs = [outcomes[arm, size, seed] for seed in setting.seeds]
-                errors[arm, size] = interval([run.error for run in runs])
-                loss = interval([run.loss for run in runs]).mean
-                rows.append((size, arm, str(errors[arm, size]), loss))
-        own, ours, steady = ARMS
-        sentence = (
-            f"{NAMES[self.framework]}, batch 64: {errors[own, 64].mean:.1f} % error with its own "
-            f"layer, {errors[ours, 64].mean:.1f} % with ours. Batch 2: {errors[own, 2].mean:.1f} % "
-            f"and {errors[ours, 2].mean:.1f} %, and {errors[steady, 2].mean:.1f} % with Steady."
-        )
-        table = Table(
-            f"A small fully connected network in {NAMES[self.framework]}",
-            ("batch", "normalization", "error, %", "training loss at the end"),
-            rows,
-            note="Error of inference on the test digits.",
-            digits=3,
-        )
-        figures = {
+        ],
+        figures={
             "runs": [
                 {"normalization": arm, "batch": size, "seed": seed, **run._asdict()}
                 for (arm, size, seed), run in sorted(outcomes.items())
             ]
-        }
-        return StopResult(sentence, [table], figures=figures)
+        },
+    )
 
 
 def execute(
@@ -91,10 +90,10 @@ def execute(
     seed: int,
     *,
     tick: Callable[[int], None] | None = None,
-) -> Run:
+) -> FrameworkRun:
     """Train one network from `seed` on the digits and measure it."""
     digits = load(data_dir)
-    flat = digits.train_images[0].size
+    flat = digits.pixels
     rate = 0.1 * batch_size / 64 if batch_size >= 64 else 0.01
     make = {"keras": _keras, "jax": _jax}[framework]
     step, predict = make(arm, flat, rate, seed)
@@ -106,17 +105,13 @@ def execute(
             tick(1)
     guesses = np.asarray(predict(digits.test_images.reshape(-1, flat))).argmax(1)
     error = 100 * float((guesses != digits.test_labels).mean())
-    return Run(error, float(np.mean(losses[-max(steps // 4, 1) :])))
+    return FrameworkRun(error, float(np.mean(losses[-max(steps // 4, 1) :])))
 
 
 def _batches(digits: Digits, size: int, steps: int, seed: int) -> Iterator[Any]:
     rng = np.random.default_rng(seed)
-    order = np.concatenate(
-        [
-            rng.permutation(len(digits.train_labels))
-            for _ in range(size * steps // len(digits.train_labels) + 1)
-        ]
-    )
+    count = len(digits.train_labels)
+    order = np.concatenate([rng.permutation(count) for _ in range(size * steps // count + 1)])
     yield from order[: size * steps].reshape(steps, size)
 
 

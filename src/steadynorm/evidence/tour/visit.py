@@ -1,4 +1,4 @@
-"""Runs the stops and writes what they show."""
+"""Runs the demonstrations of the tour and writes what they show."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from steadynorm.evidence.lab import jobs
-from steadynorm.evidence.lab.data import load
-from steadynorm.evidence.tour.stop import Setting, Stop, StopResult
+from steadynorm.evidence import workers as processes
+from steadynorm.evidence.digits import load
+from steadynorm.evidence.tour.demo import Demo, DemoResult, TourOptions
 from steadynorm.report.files import replace_file
 from steadynorm.report.machine import processor
 from steadynorm.report.page import Page, Section
@@ -22,11 +22,11 @@ from steadynorm.report.page import Page, Section
 
 @dataclass(frozen=True)
 class Tour:
-    """A finished tour: what every stop showed, on which data, and where and how long it ran."""
+    """A finished tour: what every demonstration showed, on which data, where and for how long."""
 
-    setting: Setting
+    options: TourOptions
     data: str
-    results: Sequence[tuple[Stop, StopResult]]
+    results: Sequence[tuple[Demo, DemoResult]]
     machine: dict[str, str]
 
     def page(self) -> Page:
@@ -35,17 +35,14 @@ class Tour:
             "A tour of batch normalization",
             [
                 Section(
-                    stop.title,
-                    [result.sentence, *result.text],
-                    result.tables,
-                    result.charts,
-                    result.cards,
+                    demo.title, [shown.sentence, *shown.text], shown.tables, shown.charts,
+                    shown.cards,
                 )
-                for stop, result in self.results
+                for demo, shown in self.results
             ],
             lead=f"Small networks trained on real handwritten digits ({self.data}).",
-            details=[*self.machine.items(), ("seeds", ", ".join(map(str, self.setting.seeds)))],
-        )
+            details=[*self.machine.items(), ("seeds", ", ".join(map(str, self.options.seeds)))],
+        )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """Everything as plain dicts and lists. All but "machine" and times is the same for the same
@@ -53,13 +50,13 @@ class Tour:
         """
         return {
             "data": self.data,
-            "seeds": list(self.setting.seeds),
-            "short": self.setting.short,
+            "seeds": list(self.options.seeds),
+            "short": self.options.short,
             "machine": self.machine,
             "stops": {
-                stop.name: {
-                    "title": stop.title,
-                    "sentence": result.sentence,
+                demo.name: {
+                    "title": demo.title,
+                    "sentence": shown.sentence,
                     "tables": [
                         {
                             "title": table.title,
@@ -67,11 +64,11 @@ class Tour:
                             "rows": [list(row) for row in table.rows],
                             "note": table.note,
                         }
-                        for table in result.tables
+                        for table in shown.tables
                     ],
-                    **result.figures,
+                    **shown.figures,
                 }
-                for stop, result in self.results
+                for demo, shown in self.results
             },
         }
 
@@ -86,28 +83,29 @@ class Tour:
 
 
 def run(
-    stops: Sequence[Stop],
-    setting: Setting,
+    demos: Sequence[Demo],
+    options: TourOptions,
     *,
     workers: int | None = None,
-    begin: Callable[[Stop, int], None] | None = None,
-    progress: jobs.Progress | None = None,
+    begin: Callable[[Demo, int], None] | None = None,
+    progress: processes.Progress | None = None,
 ) -> Tour:
-    """Visit the stops, their runs spread over the cores, the timed ones last and alone. `begin` is
-    told of every stop and the steps it will take, `progress` of the steps done.
+    """Run the demonstrations, spread over the cores, the timed ones last and alone. `begin` is
+    called with each of them and its steps, `progress` with its name and the steps done so far.
     """
     started = time.perf_counter()
-    data = str(load(setting.data_dir))
-    planned = {stop.name: list(stop.jobs(setting)) for stop in stops}
-    outcomes: dict[str, dict[tuple[Any, ...], Any]] = {stop.name: {} for stop in stops}
-    if begin is not None:
-        for stop in stops:
-            begin(stop, sum(job.steps for job in planned[stop.name]))
-    every = [job for stop in stops for job in planned[stop.name]]
-    for job, outcome in jobs.run(every, workers=workers, progress=progress):
+    data = str(load(options.data_dir))
+    planned: list[processes.Job] = []
+    for demo in demos:
+        own = demo.jobs(options)
+        planned += own
+        if begin is not None:
+            begin(demo, sum(job.steps for job in own))
+    outcomes: dict[str, dict[tuple[Any, ...], Any]] = {demo.name: {} for demo in demos}
+    for job, outcome in processes.run(planned, workers=workers, progress=progress):
         outcomes[job.group][job.key] = outcome
-    results = [(stop, stop.result(setting, outcomes[stop.name])) for stop in stops]
-    return Tour(setting, data, results, machine(time.perf_counter() - started))
+    results = [(demo, demo.result(options, outcomes[demo.name])) for demo in demos]
+    return Tour(options, data, results, machine(time.perf_counter() - started))
 
 
 def machine(seconds: float) -> dict[str, str]:
@@ -115,7 +113,7 @@ def machine(seconds: float) -> dict[str, str]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "took": f"{seconds:.0f} s",
-        "processor": f"{processor()}, {jobs.cores()} cores",
+        "processor": f"{processor()}, {processes.cores()} cores",
         "versions": f"steadynorm {_version('steadynorm')}, torch {_version('torch')}, "
         f"Python {platform.python_version()}",
     }

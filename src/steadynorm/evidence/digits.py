@@ -1,17 +1,21 @@
-"""Real handwritten digits: scikit-learn's 1,797, or MNIST from IDX files in a folder."""
+"""Real handwritten digits: scikit-learn's 1,797, or MNIST from IDX files; as arrays and batches."""
 
 from __future__ import annotations
 
 import gzip
 import struct
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Images = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -30,6 +34,11 @@ class Digits(NamedTuple):
     test_images: Images
     test_labels: Labels
 
+    @property
+    def pixels(self) -> int:
+        """Pixels of an image."""
+        return int(self.train_images[0].size)
+
     def __str__(self) -> str:
         height, width = self.train_images.shape[1:]
         return (
@@ -40,11 +49,11 @@ class Digits(NamedTuple):
 
 @lru_cache(maxsize=2)
 def load(data_dir: str | Path | None = None) -> Digits:
-    """scikit-learn's digits, or MNIST from the IDX files in `data_dir`, shrunk to 14×14.
+    """scikit-learn's digits, or MNIST from the IDX files in `data_dir`, reduced to 14×14.
 
-    With both pairs of files (`train-*` and `t10k-*`) the usual split is kept; with `t10k-*` alone
-    its 10,000 digits are split 8,000 / 2,000, and scikit-learn's 1,797 are split 1,437 / 360, both
-    in one fixed random order, since neither set is shuffled.
+    With both pairs of files (`train-*` and `t10k-*`) the usual split is kept. The 10,000 digits of
+    `t10k-*` alone are split 8,000 / 2,000 and scikit-learn's 1,797 are split 1,437 / 360, both in a
+    fixed random order, since neither set is shuffled.
 
     Raises FileNotFoundError when the folder lacks the files, ValueError when one is broken, and
     ModuleNotFoundError when scikit-learn is needed and missing.
@@ -103,7 +112,8 @@ def _find(folder: Path, stem: str) -> Path | None:
 
 
 def halve(images: Images) -> Images:
-    """Images at half the resolution, each pixel the mean of four; an odd last row or column goes.
+    """Images at half the resolution, each pixel the mean of four, without an odd last row
+    or column.
 
     >>> halve(np.array([[[0, 1], [1, 2]]], np.float32))
     array([[[1.]]], dtype=float32)
@@ -151,3 +161,33 @@ def read_idx(path: str | Path) -> NDArray[Any]:
         )
     values = np.frombuffer(content, dtype, offset=start).reshape(shape)
     return values.astype(dtype.newbyteorder("="))
+
+
+def tensors(digits: Digits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, then test ones: images (N, 1, H, W), scaled to mean 0 and
+    standard deviation 1 over the training set.
+    """
+    import torch
+
+    mean, std = digits.train_images.mean(), digits.train_images.std()
+    train, test = (
+        torch.from_numpy((images - mean) / std).unsqueeze(1)
+        for images in (digits.train_images, digits.test_images)
+    )
+    labels, test_labels = map(torch.from_numpy, (digits.train_labels, digits.test_labels))
+    return train, labels, test, test_labels
+
+
+def batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Index tensors of exactly `batch_size` from random permutations of `count`, without end. What
+    is left over at the end of an epoch starts the next one's first batch.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        batch, order = order[:batch_size], order[batch_size:]
+        yield batch

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from steadynorm.evidence.tour.timing import Ratio, interleaved, milliseconds, ratio
+from steadynorm.evidence.timing import SpeedUp, in_turns, interleaved, milliseconds, speed_up
 
 
 def test_every_round_calls_each_once_in_another_order():
@@ -28,10 +28,20 @@ def test_seconds_are_of_one_call_and_quick_calls_are_repeated(monkeypatch):
 
         return call
 
-    monkeypatch.setattr("steadynorm.evidence.tour.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("steadynorm.evidence.timing.perf_counter", lambda: now[0])
     found = interleaved({"a": takes("a", 0.25), "b": takes("b", 0.5)}, 2, least=2.0)
     assert "".join(calls) == "ab" * 2 + "aaaabbbb" + "bbbbaaaa"
     assert found == {"a": [0.25, 0.25], "b": [0.5, 0.5]}
+
+
+def test_warm_up_rounds_do_not_count():
+    counts = {"a": iter(range(9)), "b": iter(range(9))}
+    ticks = []
+    found = in_turns(
+        {name: count.__next__ for name, count in counts.items()}, 3, warm_up=2, tick=ticks.append
+    )
+    assert found == {"a": [2, 3, 4], "b": [2, 3, 4]}
+    assert ticks == [1] * 5
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -51,21 +61,21 @@ def test_garbage_collection_rests_and_is_as_it_was(on):
 
 
 def test_ratio_is_of_rounds_not_of_medians():
-    found = ratio([1.0, 10.0, 100.0], [1.0, 5.0, 25.0])
-    assert found == Ratio(1.0, 2.0, 4.0)
+    found = speed_up([1.0, 10.0, 100.0], [1.0, 5.0, 25.0])
+    assert found == SpeedUp(1.0, 2.0, 4.0)
     assert str(found) == "2.00× (1.00 to 4.00)"
-    with pytest.raises(ValueError, match=r"^ratio: at least 2 rounds must have been timed; got 1"):
-        ratio([1.0], [1.0])
+    with pytest.raises(ValueError, match=r"^speed_up: at least 2 rounds .* timed; got 1"):
+        speed_up([1.0], [1.0])
     with pytest.raises(ValueError, match="shorter"):
-        ratio([1.0, 2.0, 3.0], [1.0, 2.0])
+        speed_up([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (Ratio(1.1, 1.25, 1.5), "1.25 times as fast"),
-        (Ratio(0.5, 0.8, 0.9), "slower, 0.80 times as fast"),
-        (Ratio(0.9, 1.05, 1.2), "neither faster nor slower for certain (1.05×)"),
+        (SpeedUp(1.1, 1.25, 1.5), "1.25 times as fast"),
+        (SpeedUp(0.5, 0.8, 0.9), "slower, 0.80 times as fast"),
+        (SpeedUp(0.9, 1.05, 1.2), "neither faster nor slower for certain (1.05×)"),
     ],
 )
 def test_losses_are_said(found, words):

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from steadynorm.evidence.lab import jobs
+from steadynorm.evidence import workers
 
 
 def square(value, *, tick):
@@ -43,11 +43,11 @@ def after(path, value, *, tick):
 
 
 def test_results_and_progress():
-    planned = [jobs.Job("odd" if n % 2 else "even", (n,), 10, square, (n,)) for n in range(5)]
+    planned = [workers.Job("odd" if n % 2 else "even", (n,), 10, square, (n,)) for n in range(5)]
     progress = {}
     found = {
         job.key: result
-        for job, result in jobs.run(planned, workers=2, progress=progress.__setitem__)
+        for job, result in workers.run(planned, workers=2, progress=progress.__setitem__)
     }
     assert {key: result[0] for key, result in found.items()} == {(n,): n * n for n in range(5)}
     assert os.getpid() not in {result[1] for result in found.values()}
@@ -57,21 +57,21 @@ def test_results_and_progress():
 def test_what_a_job_raises_is_raised_and_the_others_are_stopped(tmp_path):
     note = tmp_path / "note"
     planned = [
-        jobs.Job("a", (0,), 10**9, endless, (note,)),
-        jobs.Job("a", (1,), 1, fails),
+        workers.Job("a", (0,), 10**9, endless, (note,)),
+        workers.Job("a", (1,), 1, fails),
     ]
     with pytest.raises(ValueError, match="no digits here"):
-        list(jobs.run(planned, workers=2))
+        list(workers.run(planned, workers=2))
     assert not note.exists() or note.read_text() == "told to stop"
 
 
 def test_leaving_early_stops_the_workers(tmp_path):
     note = tmp_path / "note"
     planned = [
-        jobs.Job("a", (0,), 10**9, endless, (note,)),
-        jobs.Job("a", (1,), 1, after, (note, 9)),
+        workers.Job("a", (0,), 10**9, endless, (note,)),
+        workers.Job("a", (1,), 1, after, (note, 9)),
     ]
-    running = jobs.run(planned, workers=2)
+    running = workers.run(planned, workers=2)
     job, result = next(running)
     assert (job.key, result) == ((1,), 9)
     running.close()  # what Ctrl-C does: GeneratorExit or KeyboardInterrupt inside the loop
@@ -80,11 +80,13 @@ def test_leaving_early_stops_the_workers(tmp_path):
 
 def test_timed_jobs_run_after_all_others_one_by_one_on_all_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what torch takes by itself, in the workers
-    planned = [jobs.Job("a", (n,), 1, times, alone=n < 2) for n in range(4)]
+    planned = [workers.Job("a", (n,), 1, times, alone=n < 2) for n in range(4)]
     told = []
     found = {
         job.key[0]: outcome
-        for job, outcome in jobs.run(planned, workers=2, progress=lambda _, done: told.append(done))
+        for job, outcome in workers.run(
+            planned, workers=2, progress=lambda _, done: told.append(done)
+        )
     }
     others_end = max(found[2][1], found[3][1])
     (first, first_end, _), (second, _, _) = sorted((found[0], found[1]))
@@ -96,9 +98,9 @@ def test_timed_jobs_run_after_all_others_one_by_one_on_all_threads(monkeypatch):
 
 
 def test_no_jobs():
-    assert list(jobs.run([])) == []
+    assert list(workers.run([])) == []
 
 
 def test_workers_are_counted_from_one():
     with pytest.raises(ValueError, match=r"^run: `workers` must be at least 1; got 0\.$"):
-        list(jobs.run([], workers=0))
+        list(workers.run([], workers=0))

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import steadynorm as sn
-from steadynorm.evidence.lab.batches import batches, tensors
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.layers import layer_statistics
-from steadynorm.evidence.lab.networks import (
+from steadynorm.evidence.digits import Digits, batches, tensors
+from steadynorm.evidence.estimates import mean
+from steadynorm.evidence.layer_statistics import layer_statistics
+from steadynorm.evidence.networks import (
     convolutional,
     fully_connected,
     initialize,
@@ -22,8 +22,7 @@ from steadynorm.evidence.lab.networks import (
     normalization_2d,
     renorm_for,
 )
-from steadynorm.evidence.lab.runs import interval
-from steadynorm.evidence.lab.training import (
+from steadynorm.evidence.training import (
     Recipe,
     accuracy_in_training,
     inference_accuracy,
@@ -81,7 +80,7 @@ def test_every_digit_is_seen_once_an_epoch():
 
 @pytest.mark.parametrize("statistics", [None, "torch", "batch", "steady"])
 def test_it_learns(digits, statistics):
-    result = train(network_of(statistics), digits, Recipe(8, 2400), seed=0)
+    result = train(network_of(statistics), digits, Recipe(8, 2400), seed=0, layers=True)
     assert result.stopped is None
     assert result.accuracy > 0.9
     assert result.points[-1].step == 300
@@ -198,7 +197,11 @@ def test_renorms_schedule_fits_the_run():
 
 def test_interval_of_five():
     # mean 3, standard deviation sqrt(2.5); t(0.975, 4) = 2.7764
-    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found.mean == 3.0
-    assert found.half == pytest.approx(2.7764 * math.sqrt(2.5 / 5), rel=1e-3)
-    assert str(interval([2.0])) == "2.0"
+    found = mean([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.value == 3.0
+    half = 2.7764 * math.sqrt(2.5 / 5)
+    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), rel=1e-3)
+    assert found.plus_minus == "3.0 ± 2.0"
+    assert mean([2.0]).plus_minus == "2.0"
+    with pytest.raises(ValueError, match=r"^mean: `values` must hold at least one run; got none"):
+        mean([])

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Replicas:
+class DataParallelGroup:
     """The processes that train together, or this one alone.
 
-    The parts are contiguous and add up to the batch of one process, so that with synchronized
-    layers the figures are the same but for rounding. A part may be empty.
+    Each takes a contiguous part of the batch, which may be empty. With synchronized layers the
+    figures are those of one process, up to rounding.
     """
 
     def __init__(self) -> None:
@@ -60,13 +60,13 @@ def launched() -> bool:
 
 
 @contextmanager
-def joined() -> Iterator[Replicas]:
+def joined() -> Iterator[DataParallelGroup]:
     """The processes that `torchrun` started, over gloo, with one thread each as any other run."""
     dist.init_process_group("gloo")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield Replicas()
+        yield DataParallelGroup()
     finally:
         torch.set_num_threads(threads)
         dist.destroy_process_group()
