@@ -16,10 +16,9 @@ from steadynorm.doctor.evidence import Evidence, Layer, Model, Place, State
 from steadynorm.doctor.measure import measure
 from steadynorm.doctor.standing import Standing, standings
 from steadynorm.doctor.stored import PARTS, probe_state
-from steadynorm.models.calibration import batches as feeding
-from steadynorm.models.calibration.layers import batch_norms, unwrapped
-from steadynorm.models.checkpoints.formats import array_of
-from steadynorm.models.surgery.layers import Norm, recognize
+from steadynorm.models import batches as feeding
+from steadynorm.models.formats import array_of
+from steadynorm.models.layers import Norm, batch_norms, recognize, unwrapped
 from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Policy
 
