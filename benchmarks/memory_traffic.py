@@ -3,8 +3,8 @@
     python benchmarks/memory_traffic.py [--rounds 25]
 
 First a sum of some values of a tensor, chosen one by one, as by a ReLU in its gradient: the
-compiler puts the condition on the load, unless `kernels.cpu.pointers.widen` loads all. Then the layer
-with a residual and a ReLU, with its results written through the caches and past them. All as
+compiler puts the condition on the load, unless `kernels.cpu.pointers.widen` loads all. Then the
+layer with a residual and a ReLU, with its results written through the caches and past them. All as
 multiples of `y.copy_(x)` in the same round, median over the rounds, whose order rotates.
 """
 

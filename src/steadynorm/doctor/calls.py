@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steadynorm.doctor.run import Look
 from steadynorm.kernels.dispatch import stages_for
-from steadynorm.models.surgery.layers import Norm
+from steadynorm.models.layers import Norm
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
 

@@ -15,14 +15,15 @@ from steadynorm.doctor.apart import ENOUGH, known
 from steadynorm.doctor.diagnosis import Report, diagnose
 from steadynorm.doctor.finding import Finding
 from steadynorm.doctor.gains import lost_by_calibration
-from steadynorm.models.calibration.functions import calibrate
-from steadynorm.models.calibration.layers import unwrapped
-from steadynorm.models.calibration.report import LayerReport
-from steadynorm.models.surgery import bias, freezing
-from steadynorm.models.surgery.changes import Change, Changes
-from steadynorm.models.surgery.conversion import HALF, convert
-from steadynorm.models.surgery.copying import copied
-from steadynorm.models.surgery.files import write_weights
+from steadynorm.models import bias
+from steadynorm.models import freeze as freezing
+from steadynorm.models.calibrate import calibrate
+from steadynorm.models.changes import Change, Changes
+from steadynorm.models.convert import HALF, convert
+from steadynorm.models.equivalence import copied
+from steadynorm.models.files import write
+from steadynorm.models.layers import unwrapped
+from steadynorm.models.report import LayerReport
 
 LAYERWISE = 4096  # calls of the model that measuring layer by layer may take
 
@@ -37,7 +38,7 @@ class Fixed(NamedTuple):
 
     def write(self, path: str | Path) -> None:
         """Its state dict as .safetensors, or .pt: beside the file and then in its place."""
-        write_weights(self.model.state_dict(), Path(path))
+        write(self.model.state_dict(), Path(path))
 
     def __str__(self) -> str:
         return f"{self.changes}\n\n{self.after}"

@@ -16,9 +16,10 @@ from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes
 from steadynorm.doctor.passes import Exact, Pass, Passes, read, samples_of
 from steadynorm.doctor.slopes import gradients, saturations
 from steadynorm.doctor.watching import Reached, trains
-from steadynorm.models.calibration.batches import checked
-from steadynorm.models.calibration.layers import Layer, batch_norms
-from steadynorm.models.calibration.measuring import eagerly
+from steadynorm.models.batches import checked
+from steadynorm.models.layers import NormLayer as Layer
+from steadynorm.models.layers import batch_norms
+from steadynorm.models.observe import eagerly
 from steadynorm.statistics import Ghost
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from steadynorm.doctor.calls import Call, met
 from steadynorm.doctor.run import WINDOW, Look, Reading, Run, trend
 from steadynorm.doctor.sinks import FIGURES, Sink, sinks_from
-from steadynorm.models.calibration.layers import unwrapped
-from steadynorm.models.surgery.layers import named, recognize
+from steadynorm.models.layers import named, recognize, unwrapped
 from steadynorm.nn.recomputation import is_recomputation
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from steadynorm.doctor.apart import ENOUGH
 from steadynorm.doctor.observed import sample_worth
 from steadynorm.doctor.watching import Reached, Watch, watching
-from steadynorm.models.calibration.batches import Batches, moved
-from steadynorm.models.calibration.functions import calibrate
-from steadynorm.models.calibration.layers import Layer
-from steadynorm.models.surgery.graph import set_training, tensors
+from steadynorm.models.batches import Batches, moved
+from steadynorm.models.calibrate import calibrate
+from steadynorm.models.graph import tensors
+from steadynorm.models.layers import NormLayer as Layer
+from steadynorm.models.untouched import set_training
 
 BATCHES = 32  # read so many: their means' scatter is then known to about a quarter
 SAMPLES = 256  # and at least so many samples, if it takes no more than 256 batches
@@ -96,7 +97,7 @@ class Passes:
             small = False
             for layer in movable:
                 _write(layer, training.watch.found.get(layer.name))
-        exact = {layer.name: layer.kept for layer in movable} if small else {}
+        exact = {layer.name: layer.statistics for layer in movable} if small else {}
         now = [(buffer, buffer.detach().clone()) for buffer, _ in self.buffers]
         self.buffers, before = now, self.buffers
         try:

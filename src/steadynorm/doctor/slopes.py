@@ -13,9 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from steadynorm.doctor.observed import Gradient, Saturation
 from steadynorm.doctor.watching import watching
-from steadynorm.models.calibration.layers import Layer
-from steadynorm.models.surgery.graph import set_training, tensors
-from steadynorm.models.surgery.layers import is_host
+from steadynorm.models.graph import tensors
+from steadynorm.models.layers import NormLayer as Layer
+from steadynorm.models.layers import is_host
+from steadynorm.models.untouched import set_training
 
 FLAT = 0.05  # of the steepest slope: sigmoid' = y(1 - y) is at most 1/4, tanh' = 1 - y² at most 1
 NEARLY_ALL = 0.95

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from steadynorm.doctor.padding import Padded
 from steadynorm.kernels.dispatch import stages_for
-from steadynorm.models.calibration.layers import Layer
+from steadynorm.models.layers import NormLayer as Layer
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.statistics import Moments, merge, pool

@@ -13,7 +13,7 @@ from typing import Any
 
 from steadynorm.evidence.bench.measure import Measurement
 from steadynorm.evidence.bench.workloads import Workload
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.page import Chart, Page, Section, Table
 
 MINE = ("ours", "given")  # the layer, and its kernels with outputs given

@@ -10,7 +10,7 @@ from steadynorm.evidence.lab.experiment import Experiment, Figures
 from steadynorm.evidence.lab.experiments import NAMES, get
 from steadynorm.evidence.lab.runs import Runs
 from steadynorm.evidence.lab.store import read
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.page import Page, Section, Table
 
 HOLDS = {"yes": "seen", "no": "not seen", "open": "open"}

@@ -11,7 +11,7 @@ from typing import Any
 
 from steadynorm.evidence.lab.experiment import Experiment, PlannedRun, canonical
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.machine import processor
 
 DIGITS = 6  # significant digits that a stored number keeps

@@ -15,7 +15,7 @@ from typing import Any
 from steadynorm.evidence import workers as processes
 from steadynorm.evidence.digits import load
 from steadynorm.evidence.tour.demo import Demo, DemoResult, TourOptions
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.machine import processor
 from steadynorm.report.page import Page, Section
 

@@ -19,7 +19,8 @@ from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import convolutional, fully_connected, initialize
 from steadynorm.evidence.timing import in_turns, milliseconds, seconds
 from steadynorm.evidence.training import Tick
-from steadynorm.models.surgery import convert, fold
+from steadynorm.models.convert import convert
+from steadynorm.models.fold import fold
 
 KINDS = {"none": "no normalization", "torch": "torch.nn", "apart": "ours", "fused": "ours, fused",
          "folded": "ours, folded"}  # fmt: skip

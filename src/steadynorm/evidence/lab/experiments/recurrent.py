@@ -16,7 +16,7 @@ from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Tick, inference_accuracy
-from steadynorm.models.calibration import calibrate
+from steadynorm.models.calibrate import calibrate
 from steadynorm.nn import BatchNormLSTM
 
 BATCH, HIDDEN, RATE, CLIP = 64, 48, 2e-3, 1.0

@@ -16,7 +16,7 @@ from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, gri
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import build
 from steadynorm.evidence.training import Tick, inference_accuracy, train
-from steadynorm.models.calibration import adapt
+from steadynorm.models.calibrate import adapt
 
 SHIFTS = ("none", "noise", "contrast", "brightness", "blur")
 STATISTICS = {"none": "running averages", "16": "adapted to 16 digits", "all": "adapted to all"}

@@ -20,8 +20,7 @@ from steadynorm.evidence.training import (
     inference_accuracy,
     train,
 )
-from steadynorm.models.calibration import calibrate
-from steadynorm.models.calibration.functions import Passes
+from steadynorm.models.calibrate import Passes, calibrate
 
 SIZES = (64, 16, 4, 2)
 LOOKS = 8
