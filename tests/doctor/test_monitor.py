@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import steadynorm as sn
 from steadynorm.doctor import monitoring
-from steadynorm.doctor.run import Look, trend
+from steadynorm.doctor.evidence.training import ChannelReading, trend
 
 EPS = 1e-5
 
@@ -89,7 +89,9 @@ def test_a_trend_is_what_is_left_when_scatter_cancels():
     running_mean, running_var = chance.normal(size=3), chance.uniform(1, 2, 3)
     dead = chance.random((40, 3)) < [0.0, 0.9, 1.0]
     looks = [
-        Look(step, 16, means[step], variances[step], running_mean, running_var, EPS, dead[step])
+        ChannelReading(
+            step, 16, means[step], variances[step], running_mean, running_var, EPS, dead[step]
+        )
         for step in range(40)
     ]
     found = trend(looks, steps=40)

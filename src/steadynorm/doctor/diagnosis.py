@@ -195,7 +195,7 @@ def diagnose(
     """
     from torch import nn
 
-    from steadynorm.doctor.probe import probe_model, probe_state
+    from steadynorm.doctor.evidence.model import probe_model, probe_state
 
     if any(kind.__module__.startswith("keras.") for kind in type(target).__mro__):
         raise TypeError(

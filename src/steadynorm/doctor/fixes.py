@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from steadynorm.doctor.apart import ENOUGH, known
 from steadynorm.doctor.diagnosis import Report, diagnose
+from steadynorm.doctor.evidence.divergence import ENOUGH, known
+from steadynorm.doctor.evidence.losses import loss_raised_by_calibration
 from steadynorm.doctor.finding import Finding
-from steadynorm.doctor.gains import lost_by_calibration
 from steadynorm.models.calibration.functions import calibrate
 from steadynorm.models.calibration.layers import unwrapped
 from steadynorm.models.calibration.report import LayerReport
@@ -173,7 +173,7 @@ def _why_not_calibrate(repair: Repair) -> str | None:
         return "no batches given"
     if any(finding.code == "SN306" for finding in repair.report.findings):
         return "the two sets of data differ: on which to measure is a decision (sn.adapt)"
-    worse = lost_by_calibration(repair.report.evidence.data)
+    worse = loss_raised_by_calibration(repair.report.evidence.data)
     if worse is not None:
         return (
             f"the loss would rise from {worse.after:.3g} to {worse.before:.3g}: the weights were "

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from steadynorm.doctor.calls import Call, met
-from steadynorm.doctor.run import WINDOW, Look, Reading, Run, trend
-from steadynorm.doctor.sinks import FIGURES, Sink, sinks_from
+from steadynorm.doctor.evidence.calls import Call, met
+from steadynorm.doctor.evidence.training import WINDOW, ChannelReading, Reading, TrainingRun, trend
+from steadynorm.doctor.writers import FIGURES, Sink, sinks_from
 from steadynorm.models.calibration.layers import unwrapped
 from steadynorm.models.surgery.layers import named, recognize
 from steadynorm.nn.recomputation import is_recomputation
@@ -36,7 +36,7 @@ def monitor(
 
     A step is a forward of the whole model in training mode with gradients on. At the first and each
     `every`-th after it, the input of each batch norm is compared with the running statistics as
-    they were before that step; see `steadynorm.doctor.run.Reading` for what is written down.
+    they were before that step. `steadynorm.doctor.evidence.training.Reading` says what is recorded.
     Nothing of the model changes: hooks on the layers are there during such a forward alone, and the
     one on the model until the end.
 
@@ -93,7 +93,7 @@ class Watch:
         self._optimizer = optimizer
         self._sinks: list[Sink] = sinks_from(to)
         self._readings: list[Reading] = []
-        self._looks: dict[str, deque[Look]] = {}
+        self._looks: dict[str, deque[ChannelReading]] = {}
         self._stride = every  # between the steps that are kept
         self._pending: list[Call] = []
         self._on_model: list[Any] = []
@@ -129,19 +129,19 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def run(self) -> Run:
+    def run(self) -> TrainingRun:
         """All that was seen, as evidence for the rules."""
         readings = self.readings
         looks = self._looks.items()
         trends = {name: found for name, seen in looks if (found := trend(seen, self.steps))}
-        return Run(self.steps, self.every, tuple(self._looks), readings, trends)
+        return TrainingRun(self.steps, self.every, tuple(self._looks), readings, trends)
 
     def report(self, *, select: Iterable[str] = (), ignore: Iterable[str] = ()) -> Report:
         """What the doctor says of the model as it is now, and of the run so far."""
         from dataclasses import replace
 
         from steadynorm.doctor.diagnosis import judge
-        from steadynorm.doctor.probe import probe_model
+        from steadynorm.doctor.evidence.model import probe_model
 
         evidence = probe_model(unwrapped(self.model), optimizer=self._optimizer)
         remarks = evidence.remarks

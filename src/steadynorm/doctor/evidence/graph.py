@@ -28,7 +28,7 @@ CHECKPOINTING = (
 
 @dataclass
 class Standing:
-    """Of one batch norm: the fields of `Place` that the graph of calls decides."""
+    """Of one batch norm: the fields of `NormUsage` that the graph of calls decides."""
 
     calls: int | None = None
     inputs: int | None = None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steadynorm.doctor.observed import Padding
+from steadynorm.doctor.evidence import Padding
 from steadynorm.kernels.choice import stages_for
 from steadynorm.statistics import Moments, merge
 

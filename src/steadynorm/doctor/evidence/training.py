@@ -57,7 +57,7 @@ class Trend:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class TrainingRun:
     """A monitored run: `steps` training forwards, read at every `every`-th; all layers in the order
     in which they were called. Of a long run `readings` holds every second step, fourth, and so on.
     """
@@ -73,7 +73,7 @@ class Run:
         return [r for r in self.readings if r.layer == layer and r.step >= self.steps / 2]
 
 
-class Look(NamedTuple):
+class ChannelReading(NamedTuple):
     """One layer in one forward, by channel."""
 
     step: int
@@ -113,7 +113,7 @@ class Look(NamedTuple):
         )
 
 
-def trend(looks: Iterable[Look], steps: int) -> Trend | None:
+def trend(looks: Iterable[ChannelReading], steps: int) -> Trend | None:
     """What the looks of a run's second half have in common; None where there is none."""
     late = [look for look in looks if look.step >= steps / 2 and look.finite]
     if not late:

@@ -8,7 +8,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Protocol
 
-from steadynorm.doctor.run import Reading
+from steadynorm.doctor.evidence.training import Reading
 
 FIGURES = ("shift", "ratio", "divergence", "dead", "saturated", "gradient", "nonfinite")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steadynorm.doctor.padding import Padded
+from steadynorm.doctor.evidence.padding import Padded
 from steadynorm.kernels.choice import stages_for
 from steadynorm.models.calibration.layers import Layer
 from steadynorm.nn import checks

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steadynorm.doctor.apart import ENOUGH
-from steadynorm.doctor.observed import sample_worth
-from steadynorm.doctor.watching import Reached, Watch, watching
+from steadynorm.doctor.evidence import sample_worth
+from steadynorm.doctor.evidence.divergence import ENOUGH
+from steadynorm.doctor.evidence.inputs import Reached, Watch, watching
 from steadynorm.models.calibration.batches import Batches, moved
 from steadynorm.models.calibration.functions import calibrate
 from steadynorm.models.calibration.layers import Layer

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from steadynorm.doctor.evidence import Evidence, Layer, Model, Place, State
-from steadynorm.doctor.measure import measure
-from steadynorm.doctor.standing import Standing, standings
-from steadynorm.doctor.stored import PARTS, probe_state
+from steadynorm.doctor.evidence import Evidence, ModelFacts, NormEvidence, NormState, NormUsage
+from steadynorm.doctor.evidence.batches import measure
+from steadynorm.doctor.evidence.checkpoint import PARTS, probe_state
+from steadynorm.doctor.evidence.graph import Standing, standings
 from steadynorm.models.calibration import batches as feeding
 from steadynorm.models.calibration.kept import Kept
 from steadynorm.models.calibration.layers import batch_norms, unwrapped
@@ -70,7 +70,7 @@ def probe_model(
         remarks = (*remarks, f"Lazy or on the meta device, so without values to judge: {some}.")
     decay = _decay(optimizer)
     layers = (
-        Layer(name, type(module).__name__, _state(module, norm),
+        NormEvidence(name, type(module).__name__, _state(module, norm),
               _place(module, norm, standing[module], decay))
         for name, (module, norm) in norms.items()
     )  # fmt: skip
@@ -126,14 +126,14 @@ def _filled(module: nn.Module) -> bool:
     return all(tensor is None or _has_values(tensor) for tensor in tensors)
 
 
-def _state(module: nn.Module, norm: Norm) -> State:
+def _state(module: nn.Module, norm: Norm) -> NormState:
     tensors = {part: getattr(norm, part) for part in PARTS}
     held = {part: tensor for part, tensor in tensors.items() if _has_values(tensor)}
     arrays = {part: array_of(tensor).astype(np.float64) for part, tensor in held.items()}
     sizes = [len(array) for array in arrays.values()]
     batches = getattr(module, "num_batches_tracked", None)
     momentum = getattr(module, "momentum", None)
-    return State(
+    return NormState(
         num_features=sizes[0] if sizes else int(getattr(module, "num_features", 0)),
         framework="torch",
         eps=float(norm.eps),
@@ -144,12 +144,14 @@ def _state(module: nn.Module, norm: Norm) -> State:
     )
 
 
-def _place(module: nn.Module, norm: Norm, standing: Standing, decay: Mapping[int, float]) -> Place:
+def _place(
+    module: nn.Module, norm: Norm, standing: Standing, decay: Mapping[int, float]
+) -> NormUsage:
     policy = getattr(module, "statistics", None)
     tracked = norm.running_mean is not None and bool(getattr(module, "track_running_stats", True))
     affine = {n: p for n, p in module._parameters.items() if p is not None and n in PARTS}
     synchronize: Any = getattr(module, "synchronize", False)
-    return Place(
+    return NormUsage(
         training=module.training,
         policy="Frozen"
         if norm.frozen
@@ -182,7 +184,7 @@ def _decay(optimizer: Any) -> dict[int, float]:
     }
 
 
-def _facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: bool) -> Model:
+def _facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: bool) -> ModelFacts:
     wrapper, replicas = "", 1
     outer: Any = model
     while outer is not inner:
@@ -193,7 +195,7 @@ def _facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: bool) 
             wrapper, replicas = "DataParallel", max(1, len(outer.device_ids))
         outer = outer._orig_mod if hasattr(outer, "_orig_mod") else outer.module
     parameters = list(inner.parameters())
-    return Model(
+    return ModelFacts(
         kind=type(inner).__name__,
         training=inner.training,
         parameters=sum(p.numel() for p in parameters if not nn.parameter.is_lazy(p)),

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from steadynorm.doctor.observed import LayerData, Measured, ModelData, Modes
-from steadynorm.doctor.passes import Exact, Pass, Passes, read, samples_of
-from steadynorm.doctor.slopes import gradients, saturations
-from steadynorm.doctor.watching import Reached, trains
+from steadynorm.doctor.evidence import LossByMode, Measured, ModelData, NormData
+from steadynorm.doctor.evidence.gradients import gradients, saturations
+from steadynorm.doctor.evidence.inputs import Reached, trains
+from steadynorm.doctor.evidence.passes import Exact, Pass, Passes, read, samples_of
 from steadynorm.models.calibration.batches import checked
 from steadynorm.models.calibration.layers import Layer, batch_norms
 from steadynorm.models.calibration.measuring import eagerly
@@ -94,7 +94,7 @@ def _layer(
     reference: Pass | None,
     saturated: dict[str, Any],
     exact: Exact,
-) -> LayerData:
+) -> NormData:
     busy = training.watch.found[layer.name]
     calm = inference.watch.found.get(layer.name, busy)
     calm = calm if calm.whole is not None else busy  # NaN in running statistics spoils what follows
@@ -102,7 +102,7 @@ def _layer(
     seen = other is not None and other.whole is not None
     mean, var = exact.get(layer.name, (busy.mean, busy.var))
     worth = calm.worth() or (None, None)
-    return LayerData(
+    return NormData(
         order=order,
         trains=trains(layer),
         samples=_together(layer, busy),
@@ -142,10 +142,10 @@ def _distance(inference: Pass, other: Pass) -> float | None:
     return float(np.sqrt(np.mean((ours - theirs) ** 2)) / max(spread, 1e-12))
 
 
-def _modes(training: Pass, inference: Pass, calibrated: Pass) -> Modes | None:
+def _modes(training: Pass, inference: Pass, calibrated: Pass) -> LossByMode | None:
     if not inference.losses:
         return None
-    return Modes(*(np.array(done.losses) for done in (training, inference, calibrated)))
+    return LossByMode(*(np.array(done.losses) for done in (training, inference, calibrated)))
 
 
 def _last_batch(batches: Any) -> int | None:

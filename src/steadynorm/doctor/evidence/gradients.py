@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steadynorm.doctor.observed import Gradient, Saturation
-from steadynorm.doctor.watching import watching
+from steadynorm.doctor.evidence import Saturation, WeightGradient
+from steadynorm.doctor.evidence.inputs import watching
 from steadynorm.models.calibration.layers import Layer
 from steadynorm.models.surgery.graph import set_training, tensors
 from steadynorm.models.surgery.layers import is_host
@@ -86,7 +86,7 @@ def _saturation(function: str, y: Tensor) -> Saturation:
 
 def gradients(
     model: nn.Module, layers: Sequence[Layer], scalar: Callable[[], Tensor | None]
-) -> tuple[Gradient, ...]:
+) -> tuple[WeightGradient, ...]:
     """How much gradient reaches each linear layer and convolution, in the order of the forward,
     batches normalized as in training. Empty where the model lets none through.
     """
@@ -113,7 +113,7 @@ def gradients(
         except RuntimeError:  # not every forward can be differentiated
             return ()
     return tuple(
-        Gradient(name, float(grad.detach().double().norm() * weight.detach().double().norm()))
+        WeightGradient(name, float(grad.detach().double().norm() * weight.detach().double().norm()))
         for (name, weight), grad in zip(order.items(), found, strict=True)
         if grad is not None and bool(grad.isfinite().all())
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steadynorm.doctor.run import Look
+from steadynorm.doctor.evidence.training import ChannelReading
 from steadynorm.kernels.choice import stages_for
 from steadynorm.models.surgery.layers import Norm
 from steadynorm.nn import checks
@@ -47,12 +47,14 @@ class Call:
         wide = torch.float32 if gradient.dtype.itemsize < 4 else None  # half would overflow
         self._gradient = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
 
-    def look(self) -> Look:
+    def look(self) -> ChannelReading:
         """The call by channel."""
         mean, var, running_mean, running_var = self._parts.cpu().to(torch.float64).numpy()
         dead = np.zeros(len(mean), bool) if self._dead is None else self._dead.cpu().numpy()
         values = int(self._values)
-        return Look(self.step, values, mean, var, running_mean, running_var, self.eps, dead)
+        return ChannelReading(
+            self.step, values, mean, var, running_mean, running_var, self.eps, dead
+        )
 
     def saturated(self) -> float:
         """Share of outputs where a sigmoid is flat."""

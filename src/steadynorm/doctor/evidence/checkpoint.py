@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from steadynorm.doctor.evidence import Evidence, Layer, State
+from steadynorm.doctor.evidence import Evidence, NormEvidence, NormState
 from steadynorm.models.checkpoints.convert import NAMES, find_layers, join
 from steadynorm.models.checkpoints.files import entries, keras_settings
 from steadynorm.models.checkpoints.formats import Entry, array_of, unnested
@@ -44,7 +44,7 @@ def _entry(value: Any) -> Entry:
 
 def _stored_layers(
     held: Mapping[str, Entry], settings: Mapping[str, float], owner: str
-) -> tuple[Layer, ...]:
+) -> tuple[NormEvidence, ...]:
     shapes = {name: np.broadcast_to(np.int8(0), entry.shape) for name, entry in held.items()}
     for framework, names in NAMES.items():
         layers = []
@@ -55,7 +55,9 @@ def _stored_layers(
                 if (key := join(prefix, name, framework)) in held
             }
             if _is_norm(found, framework):
-                layers.append(Layer(prefix, "BatchNorm", _stored(found, framework, settings)))
+                layers.append(
+                    NormEvidence(prefix, "BatchNorm", _stored(found, framework, settings))
+                )
         if layers:
             return tuple(layers)
     raise ValueError(
@@ -71,10 +73,10 @@ def _is_norm(found: Mapping[str, Entry], framework: str) -> bool:
     return named and len(vectors) == 1 and len(vectors.pop()) == 1
 
 
-def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, float]) -> State:
+def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, float]) -> NormState:
     arrays = {p: np.asarray(found[p].load(), np.float64) for p in PARTS if p in found}
     batches = found.get("batches")
-    return State(
+    return NormState(
         num_features=len(arrays["running_mean"]),
         framework=framework,
         eps=settings.get("epsilon"),
