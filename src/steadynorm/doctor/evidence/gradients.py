@@ -14,8 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from steadynorm.doctor.evidence import Saturation, WeightGradient
 from steadynorm.doctor.evidence.inputs import watching
 from steadynorm.models.calibration.layers import Layer
-from steadynorm.models.surgery.graph import set_training, tensors
+from steadynorm.models.surgery.graph import tensors
 from steadynorm.models.surgery.layers import is_host
+from steadynorm.models.untouched import set_training
 
 FLAT = 0.05  # of the steepest slope: sigmoid' = y(1 - y) is at most 1/4, tanh' = 1 - y² at most 1
 NEARLY_ALL = 0.95

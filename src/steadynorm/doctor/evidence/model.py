@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +17,13 @@ from steadynorm.doctor.evidence.batches import measure
 from steadynorm.doctor.evidence.checkpoint import PARTS, probe_state
 from steadynorm.doctor.evidence.graph import Standing, standings
 from steadynorm.models.calibration import batches as feeding
-from steadynorm.models.calibration.kept import Kept
 from steadynorm.models.calibration.layers import batch_norms, unwrapped
 from steadynorm.models.checkpoints.formats import array_of
 from steadynorm.models.surgery.layers import Norm, recognize
+from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Policy
 
-__all__ = ["probe_model", "probe_state", "unchanged"]
+__all__ = ["probe_model", "probe_state"]
 
 
 def probe_model(
@@ -52,11 +51,11 @@ def probe_model(
     example = None
     if batches is not None:
         batch_norms(inner, "diagnose")  # refuses a model that its first batch would change
-    with unchanged(inner) as kept, warnings.catch_warnings():
+    with untouched(inner) as original, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of gradients that this run does not want, and the like
         if batches is not None:
             example, batches = _first(inner, batches, forward, max_batches)
-            kept.rewind_random()
+            original.restore_random()
         modules = [module for module, _ in norms.values()]
         standing, remarks = standings(inner, modules, example) if norms else ({}, ())
         shown = None
@@ -79,21 +78,6 @@ def probe_model(
         return Evidence(target or facts.kind, tuple(layers), facts, None, remarks)
     judged = tuple(replace(layer, data=shown.layers.get(layer.name)) for layer in layers)
     return Evidence(target or facts.kind, judged, facts, shown.model, remarks)
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[Kept]:
-    """Puts back modes, buffers, gradients and random state at the end, whatever happens."""
-    kept = Kept(model)
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in gradients:
-            parameter.grad = None  # a backward would add to what the caller has
-        yield kept
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        kept.put_back()
 
 
 def _first(

@@ -17,7 +17,8 @@ from steadynorm.doctor.evidence.inputs import Reached, Watch, watching
 from steadynorm.models.calibration.batches import Batches, moved
 from steadynorm.models.calibration.functions import calibrate
 from steadynorm.models.calibration.layers import Layer
-from steadynorm.models.surgery.graph import set_training, tensors
+from steadynorm.models.surgery.graph import tensors
+from steadynorm.models.untouched import set_training
 
 BATCHES = 32  # read so many: their means' scatter is then known to about a quarter
 SAMPLES = 256  # and at least so many samples, if it takes no more than 256 batches

@@ -10,13 +10,13 @@ from torch import nn
 
 from steadynorm.models.calibration import batches as feeding
 from steadynorm.models.calibration.batches import Forward
-from steadynorm.models.calibration.kept import in_inference
 from steadynorm.models.calibration.layers import batch_norms, unwrapped
 from steadynorm.models.calibration.measuring import Mixture
 from steadynorm.models.calibration.population import Population
 from steadynorm.models.calibration.progress import Progress
 from steadynorm.models.calibration.replicas import Replicas
 from steadynorm.models.calibration.report import CalibrationReport
+from steadynorm.models.untouched import set_training, untouched
 from steadynorm.nn.synchronize import Synchronize, process_group
 
 Passes = Literal["one", "layerwise"]
@@ -177,9 +177,12 @@ def _run(
     work = Population(owner, model, feed, layers, mixture, replicas)
     if not work.movable:
         return work.report(0, 0)
-    with in_inference(model) as kept, Progress(progress and replicas.leads, feed) as bar:
+    with untouched(model) as original, Progress(progress and replicas.leads, feed) as bar:
+        set_training(model, False)
         work.start()
-        seen, rounds = work.layerwise(kept, bar) if passes == "layerwise" else work.once(kept, bar)
-        kept.put_back()
+        run = work.layerwise if passes == "layerwise" else work.once
+        seen, rounds = run(original, bar)
+        original.restore()
         work.write()
+        original.accept_buffers(model.buffers())
     return work.report(seen, rounds)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from steadynorm.models.calibration.batches import Batches
-from steadynorm.models.calibration.kept import Kept
 from steadynorm.models.calibration.layers import Layer
 from steadynorm.models.calibration.measuring import Measured, Mixture, measuring
 from steadynorm.models.calibration.progress import Progress
 from steadynorm.models.calibration.replicas import Replicas, Yield
 from steadynorm.models.calibration.report import CalibrationReport, LayerReport, left, moved
+from steadynorm.models.untouched import Original
 from steadynorm.statistics import RunningStatistics
 
 
@@ -52,17 +52,17 @@ class Population:
                     f"{name!r} are not. Use calibrate, which leaves them out."
                 )
 
-    def once(self, kept: Kept, bar: Progress) -> tuple[int, int]:
+    def once(self, original: Original, bar: Progress) -> tuple[int, int]:
         """Measure all layers in one pass."""
-        self.measured, seen = self._pass(kept, list(self.movable.values()), bar)
+        self.measured, seen = self._pass(original, list(self.movable.values()), bar)
         return seen, 1
 
-    def layerwise(self, kept: Kept, bar: Progress) -> tuple[int, int]:
+    def layerwise(self, original: Original, bar: Progress) -> tuple[int, int]:
         """Measure one layer a pass: the first that is reached without its final statistics."""
         open_layers = dict(self.movable)
         seen = rounds = 0
         while open_layers:
-            found, seen = self._pass(kept, list(open_layers.values()), bar)
+            found, seen = self._pass(original, list(open_layers.values()), bar)
             rounds += 1
             bar.expect(rounds + max(len(found) - 1, 0))
             first = next(iter(found), None)
@@ -75,9 +75,9 @@ class Population:
         return seen, rounds
 
     def _pass(
-        self, kept: Kept, layers: Sequence[Layer], bar: Progress
+        self, original: Original, layers: Sequence[Layer], bar: Progress
     ) -> tuple[dict[str, Measured], int]:
-        kept.rewind_random()
+        original.restore_random()
 
         def measure() -> Yield:
             count = 0

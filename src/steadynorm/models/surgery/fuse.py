@@ -33,12 +33,11 @@ from steadynorm.models.surgery.graph import (
     AtomTracer,
     Node,
     is_atom,
-    modes_kept,
-    set_training,
     trace,
 )
 from steadynorm.models.surgery.layers import activation_name, named, replace
 from steadynorm.models.surgery.patterns import Found, Open, Pattern, Refused, find
+from steadynorm.models.untouched import set_training, untouched
 from steadynorm.nn.batchnorm import SteadyNorm
 
 INSIDE = "fused_by_convert"
@@ -335,7 +334,7 @@ def rewrite(block: nn.Module, names: tuple[str, ...]) -> str | None:
 def trace_both(block: nn.Module, leaf: Callable[[nn.Module], bool]) -> list[fx.Graph]:
     """The block's graphs in training and in inference."""
     graphs = []
-    with modes_kept(block):
+    with untouched(block):
         for training in (True, False):
             set_training(block, training)
             graphs.append(AtomTracer(leaf).trace(block))

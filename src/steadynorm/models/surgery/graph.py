@@ -12,7 +12,6 @@ import copy
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -28,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from steadynorm.models.surgery.layers import DROPOUTS, is_host, recognize
+from steadynorm.models.untouched import set_training, untouched
 
 
 @dataclass(eq=False)
@@ -104,42 +104,11 @@ def trace(
 
     Raises ValueError where `torch.fx` cannot follow the model and no example inputs are given.
     """
-    with as_it_was(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
         set_training(model, training)
         if example_inputs is None:
             return _traced(model, atom)
         return _recorded(model, example_inputs, atom)
-
-
-def set_training(model: nn.Module, training: bool) -> None:
-    """Sets the mode of every submodule, past whatever a model's own `train()` does."""
-    for module in model.modules():
-        module.training = training
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back every submodule's mode at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back every submodule's mode, every buffer's values and the random state at the end."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {b.device.index or 0 for b in model.buffers() if b.device.type == "cuda"}
-    try:
-        with modes_kept(model), torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

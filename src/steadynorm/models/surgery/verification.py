@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steadynorm.models.surgery.graph import as_it_was, call, set_training, tensors
+from steadynorm.models.surgery.graph import call, tensors
+from steadynorm.models.untouched import seed, set_training, untouched
 
 # Largest difference allowed between outputs, over the largest output: what a deep network loses by
 # rounding alone, times about ten.
@@ -16,9 +17,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 def answers(model: nn.Module, example_inputs: Any, *, training: bool) -> list[Tensor]:
     """Every tensor the model returns, from a fixed seed; the model is left as it was."""
-    with as_it_was(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
         set_training(model, training)
-        torch.manual_seed(0)
+        seed(0)
         return [tensor.clone() for tensor in tensors(call(model, example_inputs))]
 
 
