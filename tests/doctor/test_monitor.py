@@ -248,7 +248,7 @@ def test_recomputation_is_not_another_reading(reentrant):
 
 def test_steps_by_hand_for_a_loop_that_never_calls_the_model():
     model, data = network(), batches(4)
-    watch = sn.doctor.Watch(model, every=2)
+    watch = sn.doctor.Monitor(model, every=2)
     for x in data:
         watch.begin_step()
         for part in model:
@@ -381,7 +381,7 @@ def test_what_is_no_model_and_no_place_for_readings_is_refused():
 
 def test_a_watch_watches_once_and_stops_twice():
     watch = sn.monitor(network()).start()
-    with pytest.raises(RuntimeError, match="is watching already"):
+    with pytest.raises(RuntimeError, match="is running already"):
         watch.start()
     watch.stop()
     watch.stop()

@@ -85,7 +85,7 @@ def test_divergence_is_the_integral() -> None:
     p, q = density(0.3, 1.2), density(1.0, 2.0)
     expected = np.sum(p * np.log(p / q)) * (x[1] - x[0])
     how = divergence(*map(np.array, ([1.0], [4.0], [0.3], [1.44])), 0.0, eps=0.0)
-    assert how.divergence[0] == pytest.approx(expected, rel=1e-6)
+    assert how.kl[0] == pytest.approx(expected, rel=1e-6)
     assert how.shift[0] == pytest.approx(0.7 / 1.2)
     assert how.ratio[0] == pytest.approx(2 / 1.2)
 
@@ -95,7 +95,7 @@ def test_one_dead_channel_does_not_condemn_a_layer() -> None:
     var = wide.copy()
     var[0] = 0.0
     how = divergence(0 * wide, wide, 0 * wide, var, 0.0)
-    assert how.divergence[0] > 4
+    assert how.kl[0] > 4
     assert not how.far
 
 
@@ -127,7 +127,7 @@ def test_gains_are_paired() -> None:
     ("gap", "loss", "expected"),
     [
         (0.4, None, None),
-        (0.6, None, WARNING),
+        (0.6, None, INFO),  # no layer's statistics are off: the noise of single batches
         (0.6, losses(1.0, 1.0, 1.0), INFO),
         (0.6, losses(1.0, 0.5, 0.5), INFO),  # inference is the better one
         (0.4, losses(1.0, 1.15, 1.0), None),
@@ -201,7 +201,7 @@ def test_sn303_names_the_smallest_batch_of_the_worst_layer() -> None:
     assert found.layer == "poor"
     assert found.evidence["worst_layer"] == "worst"
     assert found.evidence["smallest_batch"] == 7  # 8/1.25, rounded up
-    assert "batches of at least 7, or with a policy that remembers: Steady" in found.cure
+    assert "batches of at least 7, or pool them over replicas. Else train with Steady" in found.cure
 
 
 def test_sn304_of_the_last_batch() -> None:
@@ -232,9 +232,9 @@ def test_sn306_says_which_set_the_statistics_fit() -> None:
     (fits_first,) = said("SN306", layer(**new))
     (fits_second,) = said("SN306", layer(**new, running_mean=ONES))
     assert "the running statistics fit the first set" in fits_first.message
-    assert fits_first.line == "sn.adapt(model, against)"
+    assert fits_first.line == "sn.calibrate(model, against)"
     assert "the running statistics fit the second set" in fits_second.message
-    assert fits_second.line == "sn.adapt(model, batches)"
+    assert fits_second.line == "sn.calibrate(model, batches)"
     assert said("SN306", layer(reference_mean=0.1 * ONES, reference_var=ONES)) == []
     assert said("SN306", layer()) == []
 

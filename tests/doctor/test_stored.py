@@ -23,7 +23,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from steadynorm.cli import app
-from steadynorm.doctor import diagnose, stored
+from steadynorm.doctor import diagnose
+from steadynorm.doctor.evidence import checkpoint as stored
 from steadynorm.doctor.evidence.checkpoint import probe_state
 from steadynorm.models.checkpoints import convert_weights, entries, write
 from steadynorm.models.checkpoints.formats import Entry

@@ -9,19 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from steadynorm.doctor.monitoring import Watch
+from steadynorm.doctor.monitoring import Monitor
 
 
 class _Monitored:
     """What both callbacks do."""
 
-    watch: Watch | None = None
+    watch: Monitor | None = None
 
     def __init__(self, every: int, to: Any, page: str | Path | None) -> None:
         self._every, self._to, self._page = every, to, page
 
-    def _begin(self, model: Any, optimizer: Any) -> Watch:
-        self.watch = Watch(model, self._every, to=self._to, optimizer=optimizer)
+    def _begin(self, model: Any, optimizer: Any) -> Monitor:
+        self.watch = Monitor(model, self._every, to=self._to, optimizer=optimizer)
         return self.watch
 
     def _end(self) -> None:

@@ -1,20 +1,19 @@
-"""How each batch norm stands among the calls of its model, seen by tracing or running it."""
+"""How the graph of calls uses each batch norm, by tracing the model or by running it."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from steadynorm.doctor.evidence import Neighbour
+from steadynorm.doctor.evidence.records import Neighbour
 from steadynorm.models.surgery.bias import biases
 from steadynorm.models.surgery.graph import Graph, Node, is_atom, trace
 from steadynorm.models.surgery.layers import DROPOUTS, TRANSPOSED, is_host, recognize
@@ -25,101 +24,72 @@ CHECKPOINTING = (
     "deepspeed.runtime.activation_checkpointing",
 )
 
-
-@dataclass
-class Standing:
-    """Of one batch norm: the fields of `NormUsage` that the graph of calls decides."""
-
-    calls: int | None = None
-    inputs: int | None = None
-    before: tuple[Neighbour, ...] | None = None
-    after: tuple[Neighbour, ...] | None = None
-    redundant_bias: str | None = None
-    host_peak: np.ndarray | None = None
-    recomputed: bool | None = None
-    samples: int | None = None
+Call = tuple[bool, int | None]
+"""Of a batch norm: whether inside activation checkpointing, and how many samples."""
 
 
-@dataclass
-class Ran:
-    """What hooks saw of one batch norm while the model ran in training."""
+def graph_facts(
+    model: nn.Module, norms: Iterable[nn.Module], example: Callable[[nn.Module], Any] | None = None
+) -> tuple[dict[nn.Module, dict[str, Any]], tuple[str, ...]]:
+    """For each batch norm the fields of `NormUsage` that the graph decides, and remarks on what
+    could not be seen.
 
-    recomputed: list[bool] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
-
-
-def standings(
-    model: nn.Module, norms: Iterable[nn.Module], example: Any = None
-) -> tuple[dict[nn.Module, Standing], tuple[str, ...]]:
-    """Each batch norm's standing, and remarks on what could not be seen.
-
-    `example`: a function that calls the model on a batch; without, `torch.fx` traces it.
+    `example`: calls the model on a batch; without it, `torch.fx` traces the model.
     """
-    norms = list(norms)
-    found = {norm: Standing() for norm in norms}
-    inference, _, problem = _traced(model, norms, example, training=False)
-    training, ran, problem_in_training = _traced(model, norms, example, training=True)
+    calls: dict[nn.Module, list[Call]] = {norm: [] for norm in norms}
+    inference, problem = _traced(model, example, {}, training=False)
+    training, problem_in_training = _traced(model, example, calls, training=True)
     remarks = tuple(dict.fromkeys(p for p in (problem, problem_in_training) if p))
     graph = training or inference
     if graph is None:
-        return found, remarks
+        return {norm: {} for norm in calls}, remarks
     names = dict(model.named_modules(remove_duplicate=False))
-    for norm, standing in found.items():
-        _stand(standing, norm, graph, names, ran[norm])
+    found = {norm: _facts(norm, graph, names, ran) for norm, ran in calls.items()}
     if inference is not None and training is not None:
         for name, _, cancelling, needed in biases(model, [inference, training]):
             for norm in cancelling:
                 if needed is None and norm in found:
-                    found[norm].redundant_bias = f"{name}.bias"
+                    found[norm]["redundant_bias"] = f"{name}.bias"
     return found, remarks
 
 
 def _traced(
-    model: nn.Module, norms: list[nn.Module], example: Any, *, training: bool
-) -> tuple[Graph | None, dict[nn.Module, Ran], str]:
-    """The graph, what hooks saw, and why there is none."""
-    with _watched(norms) as ran:
+    model: nn.Module, example: Any, calls: dict[nn.Module, list[Call]], *, training: bool
+) -> tuple[Graph | None, str]:
+    """The graph, or why there is none."""
+    with _recorded(calls):
         try:
-            return trace(model, example, training=training, atom=_is_atom), ran, ""
+            return trace(model, example, training=training, atom=_is_atom), ""
         except Exception as error:  # noqa: BLE001  whatever a model raises, the rest is judged
             if example is None:
                 what = f"torch.fx cannot follow {type(model).__name__}; give batches to run it on."
-                return None, ran, f"The graph of calls is not known: {what}"
+                return None, f"The graph of calls is not known: {what}"
             mode = "training" if training else "inference"
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            return None, ran, f"The model cannot run in {mode} on the first batch: {lines[0]}"
+            return None, f"The model cannot run in {mode} on the first batch: {lines[0]}"
 
 
 def _is_atom(module: nn.Module) -> bool:
     return is_atom(module) or isinstance(module, DROPOUTS)
 
 
-def _stand(
-    standing: Standing,
-    norm: nn.Module,
-    graph: Graph,
-    modules: dict[str, nn.Module],
-    ran: Ran,
-) -> None:
+def _facts(
+    norm: nn.Module, graph: Graph, modules: dict[str, nn.Module], ran: list[Call]
+) -> dict[str, Any]:
     calls = graph.calls(norm)
-    sources = [call.origin() for call in calls]
-    standing.calls = len(calls)
-    standing.inputs = len({id(call.inputs[0]) for call in calls if call.inputs})
-    standing.before = _distinct(_neighbour(node, modules) for node in sources if node is not None)
-    standing.after = _distinct(
-        _neighbour(user, modules) for call in calls for user, _ in call.ends(None)
-    )
-    hosts = {node.module for node in sources if node is not None}
+    sources = [source for call in calls if (source := call.origin()) is not None]
+    hosts = {node.module for node in sources}
     host = hosts.pop() if len(hosts) == 1 else None
-    if host is not None and is_host(host):
-        standing.host_peak = _peak(host)
-    if ran.recomputed:
-        standing.recomputed = any(ran.recomputed)
-        standing.samples = min(ran.samples, default=None)
-
-
-def _distinct(neighbours: Iterator[Neighbour]) -> tuple[Neighbour, ...]:
-    return tuple(dict.fromkeys(neighbours))
+    users = (user for call in calls for user, _ in call.ends(None))
+    return {
+        "calls": len(calls),
+        "inputs": len({id(call.inputs[0]) for call in calls if call.inputs}),
+        "before": tuple(dict.fromkeys(_neighbour(node, modules) for node in sources)),
+        "after": tuple(dict.fromkeys(_neighbour(node, modules) for node in users)),
+        "host_peak": _peak(host) if host is not None and is_host(host) else None,
+        "recomputed": any(inside for inside, _ in ran) if ran else None,
+        "samples": min((n for _, n in ran if n is not None), default=None),
+    }
 
 
 def _neighbour(node: Node, modules: dict[str, nn.Module]) -> Neighbour:
@@ -145,32 +115,28 @@ def _operator(node: Node) -> str:
 
 
 def _peak(host: Any) -> np.ndarray | None:
-    """The largest weight that makes each output channel."""
+    """The largest weight of each output channel."""
     weight = host.weight.detach()
     if isinstance(host, TRANSPOSED):
         if host.groups != 1:
             return None
         weight = weight.transpose(0, 1)
-    peak: np.ndarray = weight.flatten(1).abs().amax(1).to("cpu", torch.float64).numpy()
+    peak: np.ndarray = weight.flatten(1).abs().amax(1).double().cpu().numpy()
     return peak
 
 
 @contextmanager
-def _watched(norms: list[nn.Module]) -> Iterator[dict[nn.Module, Ran]]:
-    """Hooks on batch norms that note each call, while the block runs."""
-    ran = {norm: Ran() for norm in norms}
+def _recorded(calls: dict[nn.Module, list[Call]]) -> Iterator[None]:
+    """Hooks that note each call of the batch norms, while the block runs."""
 
-    def enter(module: nn.Module, args: Any) -> None:
-        ran[module].recomputed.append(_inside_checkpointing())
-        if args and isinstance(args[0], Tensor) and args[0].ndim:
-            ran[module].samples.append(args[0].shape[0])
+    def note(into: list[Call], _: nn.Module, args: Any) -> None:
+        known = args and isinstance(args[0], Tensor) and args[0].ndim
+        into.append((_inside_checkpointing(), args[0].shape[0] if known else None))
 
-    handles = [norm.register_forward_pre_hook(enter) for norm in norms]
-    try:
-        yield ran
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for norm, into in calls.items():
+            hooks.callback(norm.register_forward_pre_hook(partial(note, into)).remove)
+        yield
 
 
 def _inside_checkpointing() -> bool:

@@ -1,27 +1,40 @@
-"""What reaches the batch norms of a model in one pass over batches."""
+"""The inputs of a model's batch norms, observed by hooks while batches pass through it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steadynorm.doctor.evidence.padding import Padded
-from steadynorm.kernels.choice import stages_for
+from steadynorm.doctor.evidence.moments import joined, mean_and_var, wide_moments
+from steadynorm.doctor.evidence.padding import CALLS, PaddingHint, PaddingStatistics
 from steadynorm.models.calibration.layers import Layer
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
-from steadynorm.statistics import Moments, merge, pool
+from steadynorm.statistics import Moments, pool
 
-SEVERAL = 8  # batches, before their means' scatter is believed: it is then known to about a half
+SEVERAL = 8  # batches, from which the scatter of their means is known to about a half
+
+
+def norm_input(module: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Input (N, C, *) and mask of a batch norm's call; None where the layer itself will refuse."""
+    x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+    size = getattr(module, "num_features", None) or len(module.running_mean)
+    if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != size or not x.numel():
+        return None
+    mask = kwargs.get("mask") if isinstance(module, SteadyNorm) else None
+    if mask is not None:
+        mask = checks.expanded_mask(mask, x, type(module).__name__)
+    return x.detach(), mask
 
 
 class Scatter:
-    """How far single samples' own means m and mean squares scatter, about a pivot near the mean."""
+    """Scatter of single samples' means m and mean squares, about a pivot near the mean."""
 
     def __init__(self, pivot: Tensor) -> None:
         self.pivot = pivot
@@ -46,11 +59,13 @@ class Scatter:
         return of_means, np.maximum(of_squares, 0)
 
 
-class Reached:
-    """What has reached one layer: moments of everything, of single batches, of single samples."""
+class InputStatistics:
+    """Moments of what reached one layer: of everything, of batches, of calls, of samples."""
 
     def __init__(self) -> None:
         self.whole: Moments | None = None
+        self.by_call: dict[int, Moments] = {}  # the first call in every forward, the second, …
+        self.groups: list[Moments] = []  # of a few samples each
         self.scatter: Scatter | None = None
         self.batch_means: list[np.ndarray] = []
         self.samples: list[int] = []
@@ -58,18 +73,24 @@ class Reached:
         self.single: tuple[int, ...] | None = None
         self.nonfinite = 0
         self.masked = False
-        self.padded = Padded()
+        self.padding = PaddingStatistics()
 
-    def add(self, x: Tensor, mask: Tensor | None, *, by_sample: bool) -> Moments | None:
-        """Take in one call's input; its moments, or None if it holds no finite ones."""
-        rows = _moments(x, mask, by_sample=by_sample)
+    def add(
+        self, x: Tensor, mask: Tensor | None, call: int, *, by_sample: bool, parts: int = 0
+    ) -> Moments | None:
+        """Take in one call's input; its moments, or None if they are not finite.
+
+        `call`: its number in the forward. `parts`: how many groups of samples to keep.
+        """
+        rows = _by_sample(x, mask) if by_sample else wide_moments(x, mask)
         if not len(rows.count):
             return None
         part = pool(rows, xp=torch)
         if not (part.mean.isfinite() & part.var.isfinite()).all():
             self.nonfinite += 1
             return None
-        self.whole = part if self.whole is None else merge(self.whole, part)
+        self.whole = joined(self.whole, part)
+        self.by_call[call] = joined(self.by_call.get(call), part)
         self.batch_means.append(part.mean.numpy())
         self.samples.append(x.shape[0])
         self.positions = max(self.positions, x.numel() // max(x.shape[0] * x.shape[1], 1))
@@ -77,39 +98,36 @@ class Reached:
         if by_sample:
             self.scatter = self.scatter or Scatter(part.mean)
             self.scatter.add(rows)
+        if parts:
+            split = zip(*(row.tensor_split(min(parts, len(row))) for row in rows), strict=True)
+            self.groups += [pool(Moments(*group), xp=torch) for group in split]
         return part
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Of all values."""
-        assert self.whole is not None
-        return np.asarray((self.whole.mean + self.whole.mean_low).numpy())
-
-    @property
-    def var(self) -> np.ndarray:
-        """Of all values, biased."""
-        assert self.whole is not None
-        return np.asarray(self.whole.var.numpy())
 
     @property
     def values(self) -> int:
         """Per channel."""
         return 0 if self.whole is None else int(self.whole.count)
 
+    def mean_and_var(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all values; there must be some."""
+        assert self.whole is not None
+        return mean_and_var(self.whole)
+
     def var_of_means(self) -> np.ndarray:
         """Variance of the batches' means, unbiased; 0 where there is one batch."""
         if len(self.batch_means) < 2:
-            return np.zeros_like(self.var)
+            return np.zeros_like(self.batch_means[0])
         return np.asarray(np.var(self.batch_means, axis=0, ddof=1))
 
     def worth(self) -> tuple[float, float] | None:
-        """How many independent values a sample counts for, to know the mean and the variance by;
-        None where samples were not told apart.
+        """How many independent values a sample counts for, for the mean and for the variance; None
+        where samples were not told apart.
         """
         if self.scatter is None:
             return None
-        means, squares = self.scatter.variances(self.mean)
-        return _ratio(self.var, means), _ratio(2 * self.var**2, squares)
+        mean, var = self.mean_and_var()
+        means, squares = self.scatter.variances(mean)
+        return _ratio(var, means), _ratio(2 * var**2, squares)
 
     def effective(self) -> float | None:
         """How many independent values a batch counts for; None where batches are too few."""
@@ -117,7 +135,15 @@ class Reached:
         means = [m for m, n in zip(self.batch_means, self.samples, strict=True) if n == usual]
         if len(means) < SEVERAL:
             return None
-        return _ratio(self.var, np.var(means, axis=0, ddof=1))
+        return _ratio(self.mean_and_var()[1], np.var(means, axis=0, ddof=1))
+
+
+def _by_sample(x: Tensor, mask: Tensor | None) -> Moments:
+    """A row for each sample."""
+    if x.ndim > 2:
+        return wide_moments(x, mask, groups=(1,) * x.shape[0])
+    mean = (x if mask is None else x[mask]).to("cpu", torch.float64)
+    return Moments(torch.ones(len(mean), 1).double(), mean, 0 * mean, 0 * mean)
 
 
 def _ratio(var: np.ndarray, of_means: np.ndarray) -> float:
@@ -129,79 +155,70 @@ def _ratio(var: np.ndarray, of_means: np.ndarray) -> float:
     return 1 / max(share, 1e-12)
 
 
-def _moments(x: Tensor, mask: Tensor | None, *, by_sample: bool) -> Moments:
-    """Moments in float64 on the CPU, a row for each sample or one for all; empty rows left out."""
-    x = x.detach()
-    if by_sample and x.ndim == 2:
-        kept = x if mask is None else x[mask]
-        mean = kept.to("cpu", torch.float64)
-        return Moments(torch.ones(len(mean), 1).double(), mean, 0 * mean, 0 * mean)
-    groups = (1,) * x.shape[0] if by_sample else None
-    count, mean, var, low = stages_for(x, None).moments(x, mask=mask, groups=groups)
-    counts = torch.as_tensor(count).to("cpu", torch.float64).reshape(-1, 1)
-    rows = [part.to("cpu", torch.float64).reshape(-1, x.shape[1]) for part in (mean, var, low)]
-    some = (counts > 0).flatten()
-    mean, var, low = (row[some] for row in rows)
-    return Moments(counts[some], mean + low, var, torch.zeros_like(mean))
+class InputObserver:
+    """Records every call of every layer in one pass over batches, in the order of first calls.
 
-
-class Watch:
-    """One pass: every call of every layer is taken in, in the order of first calls.
-
-    `training`: the layers that train do so, each normalizing with the batch it meets; all else is
-    in inference, dropout included, so that what differs from inference is the batch norms' doing.
+    `training`: the layers that train normalize with the batch they meet. All else is in inference,
+    dropout included, so that a difference from inference is due to the batch norms alone.
+    `by_sample`: samples are told apart, and padding is searched for. `parts`: groups of samples to
+    keep for each call.
     """
 
-    def __init__(self, layers: Sequence[Layer], training: bool) -> None:
-        self.layers = layers
-        self.training = training
-        self.found: dict[str, Reached] = {}
+    def __init__(self, *, training: bool, by_sample: bool, parts: int) -> None:
+        self.training, self.by_sample, self.parts = training, by_sample, parts
+        self.found: dict[str, InputStatistics] = {}
         self.first_nonfinite: str | None = None
-        self.known: list[Tensor] = []  # masks that the batch holds
-        self.samples = 0  # in the batch
+        self._calls: dict[str, int] = {}  # in this forward
+        self._samples = 0  # in the batch
+        self._batches = 0
+        self._padding = PaddingHint(())
 
-    def meet(self, layer: Layer, args: Any, kwargs: Any) -> None:
+    def begin(self, batch: Any, samples: int) -> None:
+        """A forward on this batch follows."""
+        self._calls, self._samples = {}, samples
+        self._batches += 1
+        if self.by_sample and self._batches <= CALLS:
+            self._padding = PaddingHint.of(batch)
+
+    def record(self, layer: Layer, module: Any, args: Any, kwargs: Any) -> None:
         """Take in one call, and see that it can be answered."""
-        module: Any = layer.module
-        x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
-        size = getattr(module, "num_features", None) or len(module.running_mean)
-        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != size or not x.numel():
-            return  # the layer itself says best what is wrong
-        mask = kwargs.get("mask") if isinstance(module, SteadyNorm) else None
-        if mask is not None:
-            mask = checks.expanded_mask(mask, x, type(module).__name__)
-        reached = self.found.setdefault(layer.name, Reached())
-        rows = self._by_sample(x) if mask is None else x
-        part = reached.add(rows, mask, by_sample=not self.training)
+        given = norm_input(module, args, kwargs)
+        if given is None:
+            return
+        x, mask = given
+        call = self._calls.setdefault(layer.name, 0)
+        self._calls[layer.name] += 1
+        seen = self.found.setdefault(layer.name, InputStatistics())
+        part = seen.add(
+            self._with_positions(x) if mask is None else x, mask, call,
+            by_sample=self.by_sample, parts=self.parts,
+        )  # fmt: skip
         if part is None and self.first_nonfinite is None and not bool(x.isfinite().all()):
             self.first_nonfinite = layer.name
-        if part is not None and not self.training and mask is None and x.ndim > 2:
-            reached.padded.add(x, part, self.known)
+        if part is not None and self.by_sample and mask is None and x.ndim > 2:
+            seen.padding.add(x, part, self._padding)
         if self.training and trains(layer):
-            self._prepare(module, part, x, reached)
+            _let_train(module, part, x, seen)
 
-    def _by_sample(self, x: Tensor) -> Tensor:
+    def _with_positions(self, x: Tensor) -> Tensor:
         """Positions that a model has moved into the batch axis, (N·L, C), as (N, C, L) again."""
-        count = self.samples
+        count = self._samples
         if x.ndim > 2 or count < 1 or len(x) <= count or len(x) % count:
             return x
-        regrouped: Tensor = x.detach().unflatten(0, (count, -1))
-        return regrouped.transpose(1, 2)
+        return x.unflatten(0, (count, -1)).transpose(1, 2)
 
-    def _prepare(self, module: Any, part: Moments | None, x: Tensor, reached: Reached) -> None:
-        """Let one call train, by other means where the layer itself would refuse."""
-        one = x.numel() == x.shape[1]
-        kept: Any = module
-        if one and refuses_one(module):
-            reached.single = tuple(x.shape)
-            module.training = False
-        elif isinstance(module, nn.SyncBatchNorm):  # refuses the CPU, waits for other replicas
-            module.training = False
-            if part is not None:
-                kept.running_mean.copy_(part.mean)
-                kept.running_var.copy_(part.var)
-        else:
-            module.training = True
+
+def _let_train(module: Any, part: Moments | None, x: Tensor, seen: InputStatistics) -> None:
+    """Let one call train, by other means where the layer itself would refuse."""
+    module.training = True
+    if x.numel() == x.shape[1] and _refuses_one_value(module):
+        seen.single = tuple(x.shape)
+        module.training = False
+    elif isinstance(module, nn.SyncBatchNorm):  # refuses the CPU, waits for other replicas
+        module.training = False
+        if part is not None and module.running_mean is not None:
+            module.running_mean.copy_(part.mean)
+            module.running_var.copy_(part.var)
 
 
 def trains(layer: Layer) -> bool:
@@ -209,28 +226,24 @@ def trains(layer: Layer) -> bool:
     return layer.left is None or layer.left == "keeps no running statistics"
 
 
-def refuses_one(module: nn.Module) -> bool:
+def _refuses_one_value(module: nn.Module) -> bool:
     """Whether it raises in training for one value per channel, as `Batch` and torch do."""
     return not (isinstance(module, SteadyNorm) and module.statistics.needs_running)
 
 
 @contextmanager
-def watching(layers: Sequence[Layer], *, training: bool) -> Iterator[Watch]:
-    """Hooks on the layers while it lasts; they stand last, so that they see what the layer sees."""
-    watch = Watch(layers, training)
+def observed(
+    layers: Sequence[Layer], *, training: bool = False, by_sample: bool = False, parts: int = 0
+) -> Iterator[InputObserver]:
+    """Hooks on the layers while it lasts; they are called last, and see what the layer sees."""
+    observer = InputObserver(training=training, by_sample=by_sample, parts=parts)
     with ExitStack() as hooks, torch.no_grad():
         for layer in layers:
-            handle = layer.module.register_forward_pre_hook(_hook(watch, layer), with_kwargs=True)
+            hook = partial(observer.record, layer)
+            handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
             if training and isinstance(layer.module, SteadyNorm):
                 # One process looks at its own batches: it must not wait for others.
                 hooks.callback(setattr, layer.module, "synchronize", layer.module.synchronize)
                 layer.module.synchronize = False
-        yield watch
-
-
-def _hook(watch: Watch, layer: Layer) -> Callable[[Any, Any, Any], None]:
-    def hook(_: Any, args: Any, kwargs: Any) -> None:
-        watch.meet(layer, args, kwargs)
-
-    return hook
+        yield observer

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from steadynorm.doctor.evidence import ModelData
+from steadynorm.doctor.evidence.records import ModelData
 
 SMALLEST = 0.02  # of a loss: less is of no use, however sure
 

@@ -1,22 +1,51 @@
-"""Padded positions in the input of a layer, by a mask in the batch or by their equal values."""
+"""Padded positions in the input of a layer: by a mask in the batch, or by their equal values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from steadynorm.doctor.evidence import Padding
-from steadynorm.kernels.choice import stages_for
-from steadynorm.statistics import Moments, merge
+from steadynorm.doctor.evidence.moments import joined, mean_and_var, wide_moments
+from steadynorm.doctor.evidence.records import Padding
+from steadynorm.models.surgery.graph import tensors
+from steadynorm.statistics import Moments, pool
 
 EDGE = 4  # positions at the end that a convolution's own zeros may have touched
-CALLS = 4  # inputs of a layer that are searched; what they hold, the others hold too
+CALLS = 4  # inputs of a layer that are searched; the others hold the same
+FEW = 0.1  # of the samples may be constant at the other end too
 
 
-class Padded:
+class PaddingHint(NamedTuple):
+    """What a batch says of padding: `masks` by the names of its keyword arguments; `seen` whether
+    samples of its tensors end, or begin, in equal values of different lengths.
+    """
+
+    masks: Sequence[Tensor]
+    seen: bool = False
+
+    @classmethod
+    def of(cls, batch: Any) -> PaddingHint:
+        """The hint that a batch gives."""
+        named = batch.items() if isinstance(batch, Mapping) else ()
+        masks = [v for k, v in named if str(k).endswith("mask") and isinstance(v, Tensor)]
+        given = [t for t in tensors(batch) if t.ndim > 1 and len(t) > 1 and t.numel()]
+        # Any axis may hold the positions: (N, C, L), (N, L, C), or tokens (N, L).
+        lines = (
+            t.detach()
+            .movedim(axis, 1)
+            .reshape(len(t), t.shape[axis], -1)
+            .transpose(1, 2)[..., None]
+            for t in given
+            for axis in range(1, t.ndim)
+            if t.shape[axis] > EDGE
+        )
+        return cls(masks, any(_padded(line) is not None for line in lines))
+
+
+class PaddingStatistics:
     """What has been seen of padding in one layer's input, over the first calls."""
 
     def __init__(self) -> None:
@@ -27,71 +56,62 @@ class Padded:
         self.valid: Moments | None = None
         self.known = False
 
-    def add(self, x: Tensor, part: Moments, known: Sequence[Tensor]) -> None:
-        """Take in one input (N, C, *), its moments, and the masks that its batch held."""
+    def add(self, x: Tensor, part: Moments, hint: PaddingHint) -> None:
+        """Take in one input (N, C, *), its moments, and what its batch says of padding."""
         if self.calls == CALLS:
             return
         self.calls += 1
         shape = (x.shape[0], *x.shape[2:])
-        valid = next((mask.bool() for mask in known if mask.shape == shape), None)
+        valid = next((mask.bool() for mask in hint.masks if mask.shape == shape), None)
         self.known |= valid is not None
         if valid is None:
-            valid = by_values(x)
+            valid = by_values(x) if hint.seen else torch.ones(shape, dtype=torch.bool)
         self.positions += valid.numel()
         padded = int((~valid).sum())
         self.padded += padded
-        self.counted = _joined(self.counted, part)
+        self.counted = joined(self.counted, part)
         if not padded:
-            self.valid = _joined(self.valid, part)
+            self.valid = joined(self.valid, part)
         elif padded < valid.numel():
-            count, mean, var, low = stages_for(x, None).moments(x.detach(), mask=valid)
-            wide = [t.to("cpu", torch.float64).reshape(-1) for t in (mean, var, low)]
-            total = torch.as_tensor(count).to("cpu", torch.float64).reshape(1)
-            rest = Moments(total, wide[0] + wide[2], wide[1], torch.zeros_like(wide[0]))
-            self.valid = _joined(self.valid, rest)
+            self.valid = joined(self.valid, pool(wide_moments(x, valid), xp=torch))
 
     def result(self) -> Padding | None:
         """What was found; None where nothing was padded."""
         if not self.padded or self.valid is None or self.counted is None:
             return None
-        return Padding(
-            self.padded / self.positions, *_numbers(self.valid), *_numbers(self.counted), self.known
-        )
-
-
-def _joined(a: Moments | None, b: Moments) -> Moments:
-    return b if a is None else merge(a, b)
-
-
-def _numbers(of: Moments) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray((of.mean + of.mean_low).numpy()), np.asarray(of.var.numpy())
+        of_valid, of_all = mean_and_var(self.valid), mean_and_var(self.counted)
+        return Padding(self.padded / self.positions, *of_valid, *of_all, self.known)
 
 
 def by_values(x: Tensor) -> Tensor:
-    """Valid positions (N, *): all but those that look padded.
-
-    Along each axis of positions: the values of a sample are the same vector from some place up to
-    its end (or from its beginning), the vector is the same for all such samples, and the place is
-    not. A picture's plain margin has two sides: what one side has more than the other is counted.
-    """
+    """Valid positions (N, *): all but those that look padded; see `_padded`."""
     valid = torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool, device=x.device)
     if x.shape[0] < 2:
         return valid
     for axis in range(2, x.ndim):
-        lines = x.detach().movedim(axis, 2).unsqueeze(3).flatten(3)  # (N, C, L, the others)
-        runs, plain = max(
-            ((_runs(lines), False), (_runs(lines.flip(2)), True)), key=lambda run: int(run[0].sum())
-        )
-        other = _runs(lines if plain else lines.flip(2))
-        if runs.max() == runs.min() or runs.sum() <= 2 * other.sum():
-            continue
-        place = torch.arange(x.shape[axis], device=x.device)
-        padded = place[None] >= x.shape[axis] - runs[:, None]
-        padded = padded.flip(1) if plain else padded
-        shape = [x.shape[0], *(1 for _ in x.shape[2:])]
-        shape[axis - 1] = x.shape[axis]
-        valid &= ~padded.reshape(shape)
+        lines = x.detach().movedim(axis, 2).unsqueeze(3).flatten(3)
+        padded = _padded(lines)
+        if padded is not None:
+            shape = [x.shape[0], *(1 for _ in x.shape[2:])]
+            shape[axis - 1] = x.shape[axis]
+            valid &= ~padded.reshape(shape)
     return valid
+
+
+def _padded(lines: Tensor) -> Tensor | None:
+    """Padded positions (N, L) of lines (N, C, L, others); None where none look so.
+
+    The values of a sample are the same vector from some place up to its end (or from its
+    beginning), the vector is the same for all such samples, and the place is not. Next to no sample
+    is constant at the other end: that would be the plain background of a picture.
+    """
+    at_end, at_beginning = _runs(lines), _runs(lines.flip(2))
+    runs, other = sorted((at_end, at_beginning), key=lambda run: -int(run.sum()))
+    if runs.max() == runs.min() or (other > 0).float().mean() > FEW:
+        return None
+    place = torch.arange(lines.shape[2], device=lines.device)
+    padded = place[None] >= lines.shape[2] - runs[:, None]
+    return padded if runs is at_end else padded.flip(1)
 
 
 def _runs(lines: Tensor) -> Tensor:

@@ -149,7 +149,10 @@ class NormData:
 
     `single`: the shape of an input with one value per channel, which training refuses.
     `nonfinite`: calls whose values were not all finite; they are excluded from everything else.
-    `masked`: it is given a mask.
+    `masked`: it is given a mask. `calls_divergence`: of a layer called several times in a forward,
+    the largest divergence of one call's inputs from all of them.
+    `reference_noise`, `reference_limit`: the divergence between the two sets that their samples
+    give if dealt out at random, in the mean and at most.
     """
 
     order: int
@@ -171,6 +174,9 @@ class NormData:
     single: tuple[int, ...] | None = None
     nonfinite: int = 0
     masked: bool = False
+    calls_divergence: float | None = None
+    reference_noise: float = 0.0
+    reference_limit: float = 0.0
     padding: Padding | None = None
     saturation: Saturation | None = None
 
@@ -252,6 +258,8 @@ class ModelData:
     `gradients`: by weight, in the order of the forward; empty where the model gives none.
     `last_batch`: samples in the last batch of an epoch, where the loader tells.
     `first_nonfinite`: the layer that NaN or infinity reaches first, None where all is finite.
+    `outputs_finite`: in inference. `cures`: losses on a second set of data, by batch, with the
+    statistics that there are ("none"), and after "calibrate" and "adapt" on that set.
     """
 
     batches: int = 0
@@ -262,6 +270,8 @@ class ModelData:
     gradients: tuple[WeightGradient, ...] = ()
     last_batch: int | None = None
     first_nonfinite: str | None = None
+    outputs_finite: bool = True
+    cures: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ __all__ = [
     "Numbers",
     "Rule",
     "Severity",
-    "as_first",
+    "first_of",
 ]
 
 INFO, WARNING, ERROR = Severity.INFO, Severity.WARNING, Severity.ERROR
@@ -59,7 +59,10 @@ class Rule:
     ) -> None:
         code, _, name = module.rpartition(".")[2].partition("_")
         self.code, self.name = code.upper(), name.replace("_", "-")
-        parts = [" ".join(part.split()) for part in (text or "").split("\n\n")]
+        parts = [
+            part if part.startswith("Code: ") else " ".join(part.split())
+            for part in (text or "").split("\n\n")
+        ]
         titled = {part.partition(": ")[0]: part.partition(": ")[2] for part in parts[2:]}
         self.summary, self.why = (*parts, "", "")[:2]
         self.threshold, self.cure, self.line, self.source = (
@@ -107,6 +110,6 @@ class Rule:
         )
 
 
-def as_first(message: str, layers: int) -> str:
-    """The message of a finding that stands for several layers."""
-    return message if layers < 2 else f"{message}; first of {layers} layers"
+def first_of(layers: int) -> str:
+    """The end of a message of a finding that stands for several layers."""
+    return f"; {layers} layers are affected, this is the first" if layers > 1 else ""

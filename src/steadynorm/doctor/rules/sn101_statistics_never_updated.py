@@ -8,9 +8,10 @@ loaded.
 When: Every mean exactly 0 and every variance exactly 1, which no data gives. An error where
 training shows elsewhere: in this layer's weight or bias, in its count of batches, or, for a layer
 without weight and bias, in another layer's statistics. A warning where other layers were trained
-and nothing of this one was: new, left out, or not loaded. Information where no forward reaches it,
-or nothing of the model was trained yet. Time steps of a recurrent layer beyond the longest sequence
-are left alone.
+and nothing of this one was (new, left out, or not loaded), and for a frozen layer. Information
+where no forward reaches it, or nothing of the model was trained yet: weights and biases that look
+drawn from one distribution in all layers are an initialization's. Time steps of a recurrent layer
+beyond the longest sequence are left alone.
 
 Cure: Measure the statistics on training data, with the weights held still.
 
@@ -21,7 +22,8 @@ Source: Ioffe & Szegedy 2015, Alg. 2; pytorch/pytorch issues 4741 and 5406.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,28 +40,18 @@ from steadynorm.doctor.rules.rule import (
     Rule,
 )
 
+FROZEN: dict[str, Any] = {
+    "cure": "Load the pretrained statistics: the layer applies its weight and bias alone.",
+    "line": "",
+    "safe": None,
+}
+
 rule = Rule(__name__, __doc__, ERROR, safe=True, explains=("SN301", "SN302"))
 
 
 @rule.each_layer
 def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
-    worse = loss_raised_by_calibration(evidence.data)
-    for finding in _found(layer, evidence):
-        if worse is None:
-            yield finding
-        else:
-            yield replace(
-                finding,
-                cure=f"Train on with the layer in training mode. The weights were trained with "
-                f"0 and 1: calibration alone would raise the loss from {worse.after:.3g} to "
-                f"{worse.before:.3g}.",
-                line="model.train()",
-                safe=False,
-            )
-
-
-def _found(layer: NormEvidence, evidence: Evidence) -> Findings:
-    state = layer.state
+    state, usage = layer.state, layer.usage
     if not initial(state) or _later_step(layer, evidence):
         return
     others = sum(not initial(other.state) for other in evidence.layers)
@@ -73,25 +65,39 @@ def _found(layer: NormEvidence, evidence: Evidence) -> Findings:
     if batches is not None:
         numbers["num_batches_tracked"] = batches
     message = f"running_mean is 0 and running_var is 1 in all {state.num_features} channels"
-    if batches:
-        yield rule.finding(layer, f"{message}, after {batches} batches", numbers)
+    severity = ERROR
+    changed: dict[str, Any] = {}
+    if usage is not None and usage.policy == "Frozen":
+        severity, changed = WARNING, FROZEN
+        message += " of a frozen layer, which neither training nor calibration changes"
+    elif batches:
+        message += f", after {batches} batches"
+    elif untrained(evidence):
+        severity = INFO
+        message += "; nothing in this model was trained yet"
     elif affine_moved(state):
-        yield rule.finding(layer, f"{message}, but weight and bias were trained", numbers)
+        message += ", but weight and bias were trained"
     elif others:
-        message = f"{message}, but {others} of {len(evidence.layers)} layers have statistics"
-        known = state.bias is not None or state.weight is not None
-        if layer.usage is not None and layer.usage.calls == 0:
+        message += f", but {others} of {len(evidence.layers)} layers have statistics"
+        if usage is not None and usage.calls == 0:
             message += "; no forward reaches this one"
             severity = INFO
-        elif known:
+        elif state.bias is not None or state.weight is not None:
             message += "; nothing of this one was trained"
             severity = WARNING
-        else:
-            severity = ERROR
-        yield rule.finding(layer, message, numbers, severity=severity)
     else:
-        message = f"{message}; nothing in this model was trained yet"
-        yield rule.finding(layer, message, numbers, severity=INFO)
+        severity = INFO
+        message += "; nothing of this layer was trained yet"
+    worse = loss_raised_by_calibration(evidence.data)
+    if worse is not None and not changed:
+        changed = {
+            "cure": f"Train on with the layer in training mode. The weights were trained with 0 "
+            f"and 1: calibration alone would raise the loss from {worse.after:.3g} to "
+            f"{worse.before:.3g}.",
+            "line": "model.train()",
+            "safe": False,
+        }
+    yield rule.finding(layer, message, numbers, severity=severity, **changed)
 
 
 def _later_step(layer: NormEvidence, evidence: Evidence) -> bool:
@@ -101,6 +107,50 @@ def _later_step(layer: NormEvidence, evidence: Evidence) -> bool:
         return False
     first = f"{owner}.steps.0"
     return any(other.name == first and not initial(other.state) for other in evidence.layers)
+
+
+def untrained(evidence: Evidence) -> bool:
+    """Whether all statistics are 0 and 1, no batch was counted, and weight and bias are as some
+    initialization leaves them.
+    """
+    states = [layer.state for layer in evidence.layers]
+    if any(state.num_batches_tracked or not initial(state) for state in states):
+        return False
+    return not any(map(affine_moved, states)) or drawn_at_random(states)
+
+
+def drawn_at_random(states: Sequence[NormState]) -> bool:
+    """Whether the weights of all layers, and their biases, look drawn from one distribution.
+
+    A random initialization does that. Training parts the layers: it moves their means or spreads
+    by more than such draws differ in, here five standard deviations of the sum of squares.
+    """
+    drawn = []
+    for name in ("weight", "bias"):
+        arrays = [array for state in states if (array := getattr(state, name)) is not None]
+        if arrays:
+            drawn.append(_one_distribution([a for a in arrays if a.size > 1]))
+    return bool(drawn) and all(drawn)
+
+
+def _one_distribution(arrays: Sequence[np.ndarray]) -> bool:
+    """Means against s/√n, and logarithms of variances against √((kurtosis - 1)/n)."""
+    if len(arrays) < 3 or not all(np.isfinite(array).all() for array in arrays):
+        return False
+    values = np.concatenate(arrays)
+    center, var = values.mean(), values.var()
+    if var == 0:
+        return True
+    sizes = np.array([array.size for array in arrays])
+    variances = np.array([array.var(ddof=1) for array in arrays])
+    if not variances.all():
+        return False
+    kurtosis = np.mean((values - center) ** 4) / var**2
+    means = np.array([array.mean() for array in arrays])
+    limit = len(arrays) + 5 * np.sqrt(2 * len(arrays))
+    of_means = np.sum((means - center) ** 2 * sizes / var)
+    of_variances = np.sum(np.log(variances / var) ** 2 * sizes / (kurtosis - 1))
+    return bool(of_means < limit and of_variances < limit)
 
 
 def initial(state: NormState) -> bool:

@@ -1,7 +1,7 @@
 """The running statistics are kept in float16 or bfloat16.
 
 In training a running average moves by momentum times the difference, and in half precision such a
-step is often less than half a unit of the last usage, so that it is rounded away: statistics stop
+step is often less than half a unit of the last place, so that it is rounded away: statistics stop
 short of the data's and stay there. With momentum 0.001 and bfloat16, a running mean that should be
 3 stays at 1. In inference only the rounding of the finished number counts, which matters where a
 mean is large beside its spread.
@@ -10,10 +10,10 @@ When: A warning where the layer trains; where statistics alone are in half preci
 bias are not; or where rounding alone may shift a channel by more than a twentieth of its standard
 deviation. Else information: a network cast whole, to be shipped.
 
-Cure: Keep statistics in float32, as this package's layers do by themselves; measure those anew that
-moved in half precision.
+Cure: Keep statistics in float32, as this package's layers do; measure those anew that moved in half
+precision.
 
-Code: model, _ = sn.convert(model.float()); sn.calibrate(model, batches)
+Code: model, _ = sn.convert(model.float())
 
 Source: pytorch/pytorch issues 88929 and 70901.
 """

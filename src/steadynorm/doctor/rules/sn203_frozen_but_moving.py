@@ -9,7 +9,8 @@ When: The layer is in training mode and would update its statistics, it has weig
 requires a gradient; for a layer without either, the layers that feed it must be frozen. In
 inference mode nothing moves.
 
-Cure: Freeze both halves, so that it survives model.train(); or train both.
+Cure: Freeze both halves, so that it survives model.train(); or train both. Leave it where the
+statistics are meant to move, as in a momentum encoder.
 
 Code: model, changes = sn.freeze(model)
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, NormEvidence, Rule
 
-rule = Rule(__name__, __doc__, WARNING, safe=True, explains=("SN301", "SN302"))
+rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 
 
 @rule.each_layer

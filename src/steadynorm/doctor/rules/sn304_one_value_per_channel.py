@@ -16,33 +16,31 @@ Source: pytorch/pytorch issues 4534 and 77014.
 
 from __future__ import annotations
 
-from steadynorm.doctor.evidence.divergence import measured_layers
-from steadynorm.doctor.rules.rule import (
-    ERROR,
-    WARNING,
-    Evidence,
-    Finding,
-    Findings,
-    NormEvidence,
-    Rule,
-)
+from steadynorm.doctor.evidence.divergence import measured
+from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule, first_of
 
 rule = Rule(__name__, __doc__, ERROR, safe=False)
 
 
 @rule.whole
 def _check(evidence: Evidence) -> Findings:
-    layers = measured_layers(evidence)
-    single = [layer for layer in layers if layer.data is not None and layer.data.single]
-    if single:
-        yield _met(single[0], len(single))
+    layers = measured(evidence)
+    refused = [(layer, data.single) for layer, data in layers if data.single]
+    if refused:
+        (layer, shape), count = refused[0], len(refused)
+        yield rule.finding(
+            layer,
+            f"an input of shape {shape} has one value per channel: training refuses it"
+            f"{first_of(count)}",
+            {"shape": str(shape), "layers_concerned": count},
+            line='model, changes = sn.convert(model, statistics="steady")',
+        )
         return
     if evidence.data is None or evidence.data.last_batch != 1:
         return
-    for layer in layers:
-        data, usage = layer.data, layer.usage
-        plain = usage is None or usage.policy in ("Batch", "Ghost")
-        if data is not None and data.trains and data.positions == 1 and plain:
+    for layer, data in layers:
+        by_batch = layer.usage is None or layer.usage.policy in ("Batch", "Ghost")
+        if data.trains and data.positions == 1 and by_batch:
             yield rule.finding(
                 layer,
                 f"the last batch of an epoch holds 1 sample, where the others hold "
@@ -51,18 +49,3 @@ def _check(evidence: Evidence) -> Findings:
                 severity=WARNING,
             )
             return
-
-
-def _met(layer: NormEvidence, count: int) -> Finding:
-    assert layer.data is not None
-    assert layer.data.single is not None
-    shape = layer.data.single
-    message = f"an input of shape {shape} has one value per channel: training refuses it"
-    if count > 1:
-        message += f"; so do {count - 1} layers after it"
-    return rule.finding(
-        layer,
-        message,
-        {"shape": str(shape), "layers_concerned": count},
-        line='model, changes = sn.convert(model, statistics="steady")',
-    )

@@ -7,8 +7,9 @@ meets other statistics.
 
 When: At least a twentieth of all positions padded, and a divergence of 0.02 between the statistics
 with and without them: means 0.2 standard deviations apart, or standard deviations 20 %. Padding is
-known from a mask in the batch, or seen: the same vector at the end of several samples, from places
-that differ. A warning.
+known from a mask in the batch, or seen there and in the layer's input: the same vector at the end
+of several samples, from places that differ, while next to no sample is constant at the other end,
+as the plain background of a picture would be. A warning.
 
 Cure: Give the layer a mask of the valid positions; ours take one.
 
@@ -19,8 +20,8 @@ Source: pytorch/pytorch issues 70529 and 30414; keras-team/keras issue 19848.
 
 from __future__ import annotations
 
-from steadynorm.doctor.evidence.divergence import EPS, divergence, measured_layers
-from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
+from steadynorm.doctor.evidence.divergence import EPS, FAR, divergence, measured
+from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule, first_of
 
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 
@@ -28,30 +29,22 @@ rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 @rule.whole
 def _check(evidence: Evidence) -> Findings:
     found = []
-    for layer in measured_layers(evidence):
-        data = layer.data
-        if data is None or data.padding is None or data.masked or not data.trains:
-            continue
+    for layer, data in measured(evidence):
         padding = data.padding
-        if padding.share < 0.05:
+        if padding is None or padding.share < 0.05 or data.masked or not data.trains:
             continue
-        eps = layer.state.eps or EPS
-        how = divergence(
-            padding.counted_mean, padding.counted_var, padding.mean, padding.var, 0.0, eps
-        )
-        if how.mean_kl > 0.02:
+        counted, eps = (padding.counted_mean, padding.counted_var), layer.state.eps or EPS
+        how = divergence(*counted, padding.mean, padding.var, eps=eps)
+        if how.mean_kl > FAR:
             found.append((layer, padding, how))
     if not found:
         return
     layer, padding, how = found[0]
-    message = f"{100 * padding.share:.0f} % of the positions are padded"
-    message += ", says the batch's mask" if padding.known else ", by their equal values"
-    message += f"; with them counted, {how}"
-    if len(found) > 1:
-        message += f"; {len(found)} layers are concerned, this is the first"
+    known = "says the batch's mask" if padding.known else "by their equal values"
     yield rule.finding(
         layer,
-        message,
+        f"{100 * padding.share:.0f} % of the positions are padded, {known}; with them counted, "
+        f"{how}{first_of(len(found))}",
         {
             "padded_share": padding.share,
             "shift": how.typical_shift,

@@ -16,36 +16,28 @@ Source: Ioffe & Szegedy 2015, sections 1 and 4.1; Glorot & Bengio 2010.
 
 from __future__ import annotations
 
-from steadynorm.doctor.evidence.divergence import measured_layers
-from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule
+from steadynorm.doctor.evidence.divergence import measured
+from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule, first_of
 
 rule = Rule(__name__, __doc__, ERROR, safe=False, explains=("SN301", "SN308"))
 
 
 @rule.whole
 def _check(evidence: Evidence) -> Findings:
-    found = []
-    for layer in measured_layers(evidence):
-        seen = None if layer.data is None else layer.data.saturation
-        if seen is not None and seen.share > 0.5:
-            found.append((layer, seen))
+    seen = [(layer, data.saturation) for layer, data in measured(evidence) if data.saturation]
+    found = [(layer, saturation) for layer, saturation in seen if saturation.share > 0.5]
     if not found:
         return
-    layer, seen = found[0]
-    worst = max(share.share for _, share in found)
-    message = (
-        f"{100 * seen.share:.0f} % of the values of the {seen.function} that follows lie where "
-        f"it is flat, in {100 * seen.idle:.0f} % of the channels nearly all"
-    )
-    if len(found) > 1:
-        message += f"; {len(found)} layers are concerned, this is the first"
+    layer, first = found[0]
+    worst = max(saturation.share for _, saturation in found)
     yield rule.finding(
         layer,
-        message,
+        f"{100 * first.share:.0f} % of the values of the {first.function} that follows lie where "
+        f"it is flat, in {100 * first.idle:.0f} % of the channels nearly all{first_of(len(found))}",
         {
-            "function": seen.function,
-            "flat_share": seen.share,
-            "idle_channels": seen.idle,
+            "function": first.function,
+            "flat_share": first.share,
+            "idle_channels": first.idle,
             "layers_concerned": len(found),
         },
         severity=ERROR if worst > 0.9 else WARNING,

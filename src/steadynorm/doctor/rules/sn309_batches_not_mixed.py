@@ -17,7 +17,7 @@ Source: Wu & Johnson 2021, sections 4 and 6 (leakage through batch statistics).
 
 from __future__ import annotations
 
-from steadynorm.doctor.evidence.divergence import measured_layers
+from steadynorm.doctor.evidence.divergence import measured
 from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
@@ -26,14 +26,12 @@ rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 @rule.whole
 def _check(evidence: Evidence) -> Findings:
     batches = 0 if evidence.data is None else evidence.data.batches
-    for layer in measured_layers(evidence):
-        data, usage = layer.data, layer.usage
-        if data is None or data.effective is None or data.worth_of_mean is None or not data.trains:
-            continue
-        if usage is not None and usage.policy != "Batch":
+    for layer, data in measured(evidence):
+        by_batch = layer.usage is None or layer.usage.policy == "Batch"
+        if not data.trains or not by_batch or data.samples < 8 or data.nonfinite:
             continue
         # A layer called more than once in a forward meets several kinds of input by itself.
-        if data.samples < 8 or data.calls != batches or data.nonfinite:
+        if data.effective is None or data.worth_of_mean is None or data.calls != batches:
             continue
         expected = data.samples * data.worth_of_mean
         if data.effective >= expected / 4:
