@@ -31,8 +31,6 @@ from steadynorm.models.surgery.copying import copied
 from steadynorm.models.surgery.files import write_weights
 from steadynorm.models.untouched import set_training, untouched
 
-HELD_BACK = 4  # every fourth batch proves a cure; the others are calibrated on meanwhile
-
 
 class Fixed(NamedTuple):
     """The cured copy, what was done to it, and what the doctor says of it before and after."""
@@ -79,11 +77,11 @@ def fix(
     `drop_redundant_bias` and `calibrate`, in this order. A finding asks for those that its line of
     code names; everything else is left for you to decide.
 
-    Each is proved on batches that it has not seen, every fourth: where the mean loss of inference
-    rises by more than two standard errors, it is taken back. Nothing is calibrated without a loss,
-    unless inference gives NaN or infinity as it is: a network that was trained with frozen batch
-    norms would be harmed. Nothing is calibrated either where `against` shows other data than
-    `batches`. The model given stays as it was.
+    Each is proved: where the mean loss of inference rises by more than two standard errors, it is
+    taken back. Calibration is proved on batches held back: on one half after measuring the other.
+    Nothing is calibrated without a loss, unless inference gives NaN or infinity as it is: a network
+    that was trained with frozen batch norms would be harmed. Nothing is calibrated either where
+    `against` shows other data than `batches`. The model given stays as it was.
 
     Args:
         model: the one that was diagnosed.
@@ -112,13 +110,14 @@ def fix(
         )
     cured = copied(unwrapped(model), "diagnose")
     repair = Repair(report, batches, given)
+    held = [] if batches is None else read(feeding(batches, cured), "batches")
     changes = Changes()
     for act, apply in ACTS.items():
         layers = repair.layers(act)
         if layers:
             trial = copied(cured, "diagnose")
             made = Changes(apply(trial, repair, layers))
-            reason = _worse(cured, trial, repair)
+            reason = _worse(*(_losses(m, held, repair) for m in (cured, trial)), "of inference")
             if reason is None:
                 cured = trial
             else:
@@ -144,34 +143,24 @@ def _left(act: str, layers: list[str], reason: str) -> Change:
     return Change("left", layers[0] or "(model)", held, held, reason)
 
 
-def _worse(before: nn.Module, after: nn.Module, repair: Repair) -> str | None:
-    """Why a cure is to be taken back, by the loss on batches held back; None where it is not."""
-    if repair.batches is None:
-        return None
-    old, new = (_losses(model, repair) for model in (before, after))
-    change = loss_change(new, old)
+def _worse(before: np.ndarray, after: np.ndarray, where: str) -> str | None:
+    """Why a cure is to be taken back, by the loss on each batch; None where it is not."""
+    change = loss_change(after, before)
     if change is not None and change.clear(2):
-        return f"the loss on batches held back rose from {change.after:.3g} to {change.before:.3g}"
+        return f"the loss {where} rose from {change.after:.3g} to {change.before:.3g}"
     return None
 
 
-def _losses(model: nn.Module, repair: Repair) -> np.ndarray:
-    """The loss of inference on each batch held back; none where there is no loss."""
-    feed = feeding(repair.batches, model, repair.given.get("forward"))
+def _losses(model: nn.Module, batches: list[Any], repair: Repair) -> np.ndarray:
+    """The loss of inference on each batch; none where there is no loss."""
+    feed = feeding(batches, model, repair.given.get("forward"))
     found = []
     with untouched(model), torch.no_grad():
-        for batch in _held_back(read(feed, "batches"))[1]:
+        for batch in batches:
             set_training(model, False)
             loss = loss_of(repair.given.get("loss"), feed.forward(model, batch), batch)
             found += [] if loss is None else [float(loss)]
     return np.array(found)
-
-
-def _held_back(batches: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Batches to calibrate on and batches to prove it by; the same where there are few."""
-    proof = batches[HELD_BACK - 1 :: HELD_BACK]
-    rest = [batch for number, batch in enumerate(batches, 1) if number % HELD_BACK]
-    return (rest, proof) if proof else (batches, batches)
 
 
 def _of_copy(given: Any, model: nn.Module, cured: nn.Module) -> Any:
@@ -211,16 +200,24 @@ def _calibrate(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[
     reason = _why_not_calibrate(repair)
     if reason is None:
         try:
-            batches = read(feeding(repair.batches, model), "batches")
-            trial = copied(model, "diagnose")
-            _measure(trial, _held_back(batches)[0], repair)
-            reason = _worse(model, trial, repair)
+            reason = _rises_on_held_back(model, repair)
             if reason is None:
                 yield from map(_calibrated, _measure(model, repair.batches, repair).moved)
         except ValueError as error:  # batches that are not finite
             reason = str(error)
     if reason is not None:
         yield _left("calibrate", layers, reason)
+
+
+def _rises_on_held_back(model: nn.Module, repair: Repair) -> str | None:
+    batches = read(feeding(repair.batches, model), "batches")
+    before, after = [], []
+    for measured, proof in ((batches[::2], batches[1::2]), (batches[1::2], batches[::2])):
+        trial = copied(model, "diagnose")
+        _measure(trial, measured or batches, repair)
+        for network, losses in ((model, before), (trial, after)):
+            losses.append(_losses(network, proof, repair))
+    return _worse(np.concatenate(before), np.concatenate(after), "on batches held back")
 
 
 def _measure(model: nn.Module, batches: Any, repair: Repair) -> CalibrationReport:
