@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steadynorm.evidence.lab.report import Saved, findings, markdown, page, saved
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.page import Chart, Table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -239,7 +239,7 @@ def test_a_model_on_the_meta_device() -> None:
     model = build("ResNet").to("meta")
     assert sn.diagnose(model).worst in (None, Severity.INFO)
     with pytest.raises(
-        ValueError, match="must hold values to be run on batches; .* is on the meta"
+        ValueError, match=r"must hold values to be run on batches; .* is on the meta"
     ):
         sn.diagnose(model, data())
 

@@ -26,8 +26,9 @@ from steadynorm.cli import app
 from steadynorm.doctor import diagnose
 from steadynorm.doctor.evidence import checkpoint as stored
 from steadynorm.doctor.evidence.checkpoint import probe_state
-from steadynorm.models.checkpoints import convert_weights, entries, write
-from steadynorm.models.checkpoints.formats import Entry
+from steadynorm.models.checkpoints import convert_weights
+from steadynorm.models.files import entries, write
+from steadynorm.models.formats import Entry
 
 FEW = settings(
     max_examples=150, deadline=None, derandomize=True,

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steadynorm.doctor.evidence.inputs import norm_input
 from steadynorm.doctor.evidence.training import ChannelReading
 from steadynorm.kernels.choice import stages_for
-from steadynorm.models.surgery.layers import Norm
+from steadynorm.models.layers import Norm
+from steadynorm.models.observe import input_of
 
 # Where the slope of a sigmoid is a twentieth of its largest: s(1 − s) = 1/80.
 STEEP_UNTIL = 4.36
@@ -43,11 +43,11 @@ class NormCall:
         cls, norm: Norm, module: nn.Module, args: Any, kwargs: Any, layer: str, step: int
     ) -> NormCall | None:
         """The moments of a layer's input, beside its running statistics as they are now."""
-        given = norm_input(module, args, kwargs)
-        if given is None or not given[0].is_floating_point():
+        given = input_of(module, args, kwargs)
+        if given is None or not given[0].is_floating_point() or not given[0].numel():
             return None
         x, mask = given
-        count, mean, var, _ = stages_for(x, None).moments(x, mask=mask)
+        count, mean, var, _ = stages_for(x, None).moments(x.detach(), mask=mask)
         none = torch.full_like(mean, nan)
         running = (norm.running_mean, norm.running_var)
         parts = [mean, var, *(none if t is None else t.to(mean.dtype) for t in running)]

@@ -21,14 +21,14 @@ from steadynorm.doctor.evidence.model import optimizers
 from steadynorm.doctor.evidence.passes import CALLS, feeding, loss_of, read
 from steadynorm.doctor.finding import Finding
 from steadynorm.doctor.rules import find_rule
-from steadynorm.models.calibration.functions import calibrate
-from steadynorm.models.calibration.layers import unwrapped
-from steadynorm.models.calibration.report import CalibrationReport, LayerReport
-from steadynorm.models.surgery import bias
-from steadynorm.models.surgery.changes import Change, Changes
-from steadynorm.models.surgery.conversion import HALF, convert
-from steadynorm.models.surgery.copying import copied
-from steadynorm.models.surgery.files import write_weights
+from steadynorm.models import bias
+from steadynorm.models.calibrate import calibrate
+from steadynorm.models.changes import Change, Changes
+from steadynorm.models.convert import HALF, convert
+from steadynorm.models.equivalence import copied
+from steadynorm.models.files import write
+from steadynorm.models.layers import unwrapped
+from steadynorm.models.report import CalibrationReport, LayerReport
 from steadynorm.models.untouched import set_training, untouched
 
 
@@ -42,7 +42,7 @@ class Fixed(NamedTuple):
 
     def write(self, path: str | Path) -> None:
         """Its state dict as .safetensors, or .pt; an old file stays whole until the new one is."""
-        write_weights(self.model.state_dict(), Path(path))
+        write(self.model.state_dict(), Path(path))
 
     def __str__(self) -> str:
         return f"{self.changes}\n\n{self.after}"

@@ -22,9 +22,8 @@ from steadynorm.doctor.evidence.training import (
     trend,
 )
 from steadynorm.doctor.writers import FIGURES, writers
-from steadynorm.models.calibration.layers import unwrapped
-from steadynorm.models.surgery.graph import tensors
-from steadynorm.models.surgery.layers import named, recognize
+from steadynorm.models.graph import tensors
+from steadynorm.models.layers import named, recognize, unwrapped
 from steadynorm.nn.recomputation import is_recomputation
 
 if TYPE_CHECKING:

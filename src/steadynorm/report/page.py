@@ -20,7 +20,7 @@ from typing import Any, Literal
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 
 Cell = str | int | float | None
 

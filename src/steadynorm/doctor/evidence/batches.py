@@ -20,8 +20,8 @@ from steadynorm.doctor.evidence.moments import mean_and_var
 from steadynorm.doctor.evidence.passes import Exact, Passes, PassResult, feeding, read, samples_of
 from steadynorm.doctor.evidence.records import LossByMode, ModelData, NormData
 from steadynorm.doctor.evidence.resampling import resample
-from steadynorm.models.calibration.layers import Layer, batch_norms
-from steadynorm.models.calibration.measuring import eagerly
+from steadynorm.models.layers import NormLayer, batch_norms
+from steadynorm.models.observe import eagerly
 from steadynorm.models.untouched import Original
 from steadynorm.statistics import Ghost
 
@@ -96,7 +96,7 @@ def measure(
 
 
 def _norm_data(
-    layer: Layer, order: int, training: InputStatistics, inference: InputStatistics,
+    layer: NormLayer, order: int, training: InputStatistics, inference: InputStatistics,
     calibrated: InputStatistics, exact: Exact,
 ) -> NormData:  # fmt: skip
     """What the passes say of one layer. Samples are compared once statistics fit: wrong ones make
@@ -136,7 +136,7 @@ def _calls_divergence(seen: InputStatistics) -> float | None:
     return max(divergence(*mixed, *mean_and_var(call)).mean_kl for call in seen.by_call.values())
 
 
-def _normalized_together(layer: Layer, seen: InputStatistics) -> int:
+def _normalized_together(layer: NormLayer, seen: InputStatistics) -> int:
     samples = int(np.median(seen.samples))
     policy = getattr(layer.module, "statistics", None)
     return min(samples, policy.size) if isinstance(policy, Ghost) else samples

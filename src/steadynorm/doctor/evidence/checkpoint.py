@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from steadynorm.doctor.evidence.records import Evidence, NormEvidence, NormState
-from steadynorm.models.checkpoints.convert import NAMES, find_layers, join
-from steadynorm.models.checkpoints.files import entries, keras_settings
-from steadynorm.models.checkpoints.formats import Entry, array_of, unnested
+from steadynorm.models.checkpoints import NAMES, find_layers, join
+from steadynorm.models.files import entries, keras_settings
+from steadynorm.models.formats import Entry, array_of, tensor_entry, unnested
 
 PARTS = ("weight", "bias", "running_mean", "running_var")
 
@@ -48,8 +48,7 @@ def norms_in(state: Mapping[str, Any]) -> tuple[NormEvidence, ...]:
 
 def _entry(value: Any) -> Entry:
     if isinstance(value, torch.Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return Entry(tuple(value.shape), dtype, lambda: array_of(value))
+        return tensor_entry(value)
     array = np.asarray(value)
     return Entry(array.shape, array.dtype.name, lambda: array)
 
@@ -81,7 +80,7 @@ def _is_norm(found: Mapping[str, Entry], framework: str) -> bool:
 
 
 def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, float]) -> NormState:
-    arrays = {p: np.asarray(found[p].load(), np.float64) for p in PARTS if p in found}
+    arrays = {p: array_of(found[p].load()).astype(np.float64) for p in PARTS if p in found}
     batches = found.get("batches")
     return NormState(
         num_features=len(arrays["running_mean"]),
@@ -90,7 +89,7 @@ def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, f
         momentum=settings.get("momentum"),
         **{part: arrays.get(part) for part in PARTS},
         dtypes={part: found[part].dtype for part in arrays},
-        num_batches_tracked=None if batches is None else _count(batches.load()),
+        num_batches_tracked=None if batches is None else _count(array_of(batches.load())),
     )
 
 

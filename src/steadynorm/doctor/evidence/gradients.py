@@ -14,9 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from steadynorm.doctor.evidence.inputs import observed
 from steadynorm.doctor.evidence.records import Saturation, WeightGradient
-from steadynorm.models.calibration.layers import Layer
-from steadynorm.models.surgery.graph import tensors
-from steadynorm.models.surgery.layers import is_host
+from steadynorm.models.graph import tensors
+from steadynorm.models.layers import NormLayer, is_host
 
 FLAT = 0.05  # of the steepest slope: sigmoid' = y(1 - y) is at most 1/4, tanh' = 1 - y² at most 1
 NEARLY_ALL = 0.95
@@ -45,7 +44,7 @@ class _ActivationRecorder(TorchDispatchMode):
             self.seen.append((layer, name, result))
         return result
 
-    def returned(self, layer: Layer, module: Any, _: Any, result: Any) -> None:
+    def returned(self, layer: NormLayer, module: Any, _: Any, result: Any) -> None:
         """A batch norm has returned; its own activation may be inside."""
         fused = getattr(module, "activation", None)
         if not isinstance(result, Tensor):
@@ -56,7 +55,7 @@ class _ActivationRecorder(TorchDispatchMode):
             self.makers[result] = layer.name
 
 
-def saturations(layers: Sequence[Layer], call: Callable[[], Any]) -> dict[str, Saturation]:
+def saturations(layers: Sequence[NormLayer], call: Callable[[], Any]) -> dict[str, Saturation]:
     """By layer, how saturated the sigmoid or tanh after it is, batches normalized as in training.
 
     The model's answer is left out: it is meant to decide.
@@ -83,7 +82,7 @@ def _saturation(function: str, y: Tensor) -> Saturation:
 
 
 def gradients(
-    model: nn.Module, layers: Sequence[Layer], scalar: Callable[[], Tensor | None]
+    model: nn.Module, layers: Sequence[NormLayer], scalar: Callable[[], Tensor | None]
 ) -> tuple[WeightGradient, ...]:
     """The gradient of each linear layer and convolution, in the order of the forward, batches
     normalized as in training. Empty where the model cannot be differentiated.

@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from steadynorm.doctor.evidence.records import Neighbour
-from steadynorm.models.surgery.bias import biases
-from steadynorm.models.surgery.graph import Graph, Node, is_atom, trace
-from steadynorm.models.surgery.layers import DROPOUTS, TRANSPOSED, is_host, recognize
+from steadynorm.models.bias import biases
+from steadynorm.models.graph import Graph, Node, is_atom, trace
+from steadynorm.models.layers import DROPOUTS, TRANSPOSED, is_host, recognize
 
 CHECKPOINTING = (
     "torch.utils.checkpoint",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,24 +12,12 @@ from torch import Tensor, nn
 
 from steadynorm.doctor.evidence.moments import joined, mean_and_var, wide_moments
 from steadynorm.doctor.evidence.padding import CALLS, PaddingHint, PaddingStatistics
-from steadynorm.models.calibration.layers import Layer
-from steadynorm.nn import checks
+from steadynorm.models.layers import NormLayer
+from steadynorm.models.observe import observing
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.statistics import Moments, pool
 
 SEVERAL = 8  # batches, from which the scatter of their means is known to about a half
-
-
-def norm_input(module: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Input (N, C, *) and mask of a batch norm's call; None where the layer itself will refuse."""
-    x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
-    size = getattr(module, "num_features", None) or len(module.running_mean)
-    if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != size or not x.numel():
-        return None
-    mask = kwargs.get("mask") if isinstance(module, SteadyNorm) else None
-    if mask is not None:
-        mask = checks.expanded_mask(mask, x, type(module).__name__)
-    return x.detach(), mask
 
 
 class Scatter:
@@ -180,12 +167,11 @@ class InputObserver:
         if self.by_sample and self._batches <= CALLS:
             self._padding = PaddingHint.of(batch)
 
-    def record(self, layer: Layer, module: Any, args: Any, kwargs: Any) -> None:
+    def record(self, layer: NormLayer, x: Tensor, mask: Tensor | None) -> None:
         """Take in one call, and see that it can be answered."""
-        given = norm_input(module, args, kwargs)
-        if given is None:
-            return
-        x, mask = given
+        if not x.numel():
+            return  # the layer itself says best what is wrong
+        x = x.detach()
         call = self._calls.setdefault(layer.name, 0)
         self._calls[layer.name] += 1
         seen = self.found.setdefault(layer.name, InputStatistics())
@@ -198,7 +184,7 @@ class InputObserver:
         if part is not None and self.by_sample and mask is None and x.ndim > 2:
             seen.padding.add(x, part, self._padding)
         if self.training and trains(layer):
-            _let_train(module, part, x, seen)
+            _let_train(layer.module, part, x, seen)
 
     def _with_positions(self, x: Tensor) -> Tensor:
         """Positions that a model has moved into the batch axis, (N·L, C), as (N, C, L) again."""
@@ -221,7 +207,7 @@ def _let_train(module: Any, part: Moments | None, x: Tensor, seen: InputStatisti
             module.running_var.copy_(part.var)
 
 
-def trains(layer: Layer) -> bool:
+def trains(layer: NormLayer) -> bool:
     """Whether `model.train()` would have it normalize with batches."""
     return layer.left is None or layer.left == "keeps no running statistics"
 
@@ -233,17 +219,14 @@ def _refuses_one_value(module: nn.Module) -> bool:
 
 @contextmanager
 def observed(
-    layers: Sequence[Layer], *, training: bool = False, by_sample: bool = False, parts: int = 0
+    layers: Sequence[NormLayer], *, training: bool = False, by_sample: bool = False, parts: int = 0
 ) -> Iterator[InputObserver]:
-    """Hooks on the layers while it lasts; they are called last, and see what the layer sees."""
+    """Observes all calls of the layers while it lasts."""
     observer = InputObserver(training=training, by_sample=by_sample, parts=parts)
-    with ExitStack() as hooks, torch.no_grad():
-        for layer in layers:
-            hook = partial(observer.record, layer)
-            handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
-            hooks.callback(handle.remove)
-            if training and isinstance(layer.module, SteadyNorm):
+    with ExitStack() as restored, observing(layers, observer.record):
+        for module in (layer.module for layer in layers if training):
+            if isinstance(module, SteadyNorm):
                 # One process looks at its own batches: it must not wait for others.
-                hooks.callback(setattr, layer.module, "synchronize", layer.module.synchronize)
-                layer.module.synchronize = False
+                restored.callback(setattr, module, "synchronize", module.synchronize)
+                module.synchronize = False
         yield observer

@@ -22,10 +22,9 @@ from steadynorm.doctor.evidence.records import (
     NormState,
     NormUsage,
 )
-from steadynorm.models.calibration.batches import moved
-from steadynorm.models.calibration.layers import batch_norms, unwrapped
-from steadynorm.models.checkpoints.formats import array_of
-from steadynorm.models.surgery.layers import Norm, recognize
+from steadynorm.models.batches import moved
+from steadynorm.models.formats import array_of
+from steadynorm.models.layers import Norm, batch_norms, recognize, unwrapped
 from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Policy
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steadynorm.doctor.evidence.moments import joined, mean_and_var, wide_moments
 from steadynorm.doctor.evidence.records import Padding
-from steadynorm.models.surgery.graph import tensors
+from steadynorm.models.graph import tensors
 from steadynorm.statistics import Moments, pool
 
 EDGE = 4  # positions at the end that a convolution's own zeros may have touched

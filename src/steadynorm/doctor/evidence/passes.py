@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from steadynorm.doctor.evidence.divergence import ENOUGH
 from steadynorm.doctor.evidence.inputs import InputObserver, InputStatistics, observed
 from steadynorm.doctor.evidence.records import sample_worth
-from steadynorm.models.calibration.batches import Batches, checked, moved
-from steadynorm.models.calibration.functions import adapt, calibrate
-from steadynorm.models.calibration.layers import Layer
-from steadynorm.models.surgery.graph import tensors
+from steadynorm.models.batches import Batches, checked, moved
+from steadynorm.models.calibrate import adapt, calibrate
+from steadynorm.models.graph import tensors
+from steadynorm.models.layers import NormLayer
 from steadynorm.models.untouched import Original, set_training, untouched
 
 BATCHES = 32  # read so many: the scatter of their means is then known to about a quarter
@@ -52,7 +52,7 @@ class Passes:
 
     def __init__(
         self, model: nn.Module, original: Original, feed: Batches, batches: list[Any],
-        layers: Sequence[Layer], loss: Any, advance: Callable[[], object],
+        layers: Sequence[NormLayer], loss: Any, advance: Callable[[], object],
     ) -> None:  # fmt: skip
         self.model, self.original, self.feed, self.batches = model, original, feed, batches
         self.layers, self.loss, self.advance = layers, loss, advance
@@ -195,7 +195,7 @@ def values_in_batch(seen: InputStatistics | None) -> float:
 
 
 @torch.no_grad()
-def _write(layer: Layer, seen: InputStatistics | None) -> None:
+def _write(layer: NormLayer, seen: InputStatistics | None) -> None:
     """Put what was measured into the running statistics."""
     if seen is None:
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 from steadynorm.evidence.bench.measure import Measurement, geometric_mean
 from steadynorm.evidence.bench.workloads import Workload
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.page import Chart, Page, Section, Table
 
 Key = tuple[str, str, str, str, bool]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from steadynorm.evidence.lab.experiment import Experiment, Runs, Shown
 from steadynorm.evidence.lab.experiments import NAMES, get
 from steadynorm.evidence.lab.store import read
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.page import Page, Section, Table
 
 HOLDS = {"yes": "seen", "no": "not seen", "open": "open"}

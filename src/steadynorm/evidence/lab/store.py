@@ -18,7 +18,7 @@ from steadynorm.evidence.lab.experiment import (
     Runs,
     canonical,
 )
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.machine import processor
 
 DIGITS = 6  # significant digits that a stored number keeps

@@ -15,7 +15,7 @@ from typing import Any
 from steadynorm.evidence.lab import jobs
 from steadynorm.evidence.lab.data import load
 from steadynorm.evidence.tour.stop import Setting, Stop, StopResult
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.machine import processor
 from steadynorm.report.page import Page, Section
 

@@ -28,7 +28,8 @@ from steadynorm.evidence.lab.experiment import (
 from steadynorm.evidence.lab.networks import convolutional, fully_connected, initialize
 from steadynorm.evidence.lab.show import table
 from steadynorm.evidence.lab.training import Tick
-from steadynorm.models.surgery import convert, fold
+from steadynorm.models.convert import convert
+from steadynorm.models.fold import fold
 
 KINDS = {"none": "no normalization", "torch": "torch.nn", "apart": "ours", "fused": "ours, fused",
          "folded": "ours, folded"}  # fmt: skip

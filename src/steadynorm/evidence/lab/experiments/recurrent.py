@@ -27,7 +27,7 @@ from steadynorm.evidence.lab.experiment import (
 )  # fmt: skip
 from steadynorm.evidence.lab.show import curves, table
 from steadynorm.evidence.lab.training import Tick, inference_accuracy
-from steadynorm.models.calibration import calibrate
+from steadynorm.models.calibrate import calibrate
 from steadynorm.nn import BatchNormLSTM
 from steadynorm.report.charts import lines
 

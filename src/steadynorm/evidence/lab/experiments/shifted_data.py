@@ -27,7 +27,7 @@ from steadynorm.evidence.lab.experiment import (
 from steadynorm.evidence.lab.networks import convolutional, initialize, normalization_2d
 from steadynorm.evidence.lab.show import table
 from steadynorm.evidence.lab.training import Recipe, Tick, inference_accuracy, train
-from steadynorm.models.calibration import adapt
+from steadynorm.models.calibrate import adapt
 
 SHIFTS = ("none", "noise", "contrast", "brightness", "blur")
 KNOWN = {"none": "running averages", "16": "adapted to 16 digits", "all": "adapted to all"}

@@ -32,8 +32,7 @@ from steadynorm.evidence.lab.training import (
     inference_accuracy,
     train,
 )
-from steadynorm.models.calibration import calibrate
-from steadynorm.models.calibration.functions import Passes
+from steadynorm.models.calibrate import Passes, calibrate
 from steadynorm.report.charts import lines
 
 SIZES = (64, 16, 4, 2)

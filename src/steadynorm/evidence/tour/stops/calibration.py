@@ -41,7 +41,7 @@ def calibrated(
     recipe: Recipe, data_dir: str | None, seed: int, *, tick: Tick | None = None
 ) -> Accuracies:
     """Train at a small batch, then measure the statistics on the same training digits."""
-    from steadynorm.models.calibration import calibrate
+    from steadynorm.models.calibrate import calibrate
 
     digits = load(data_dir)
     network = fully_connected(digits.train_images[0].size, normalization_1d("batch"))
@@ -64,7 +64,7 @@ def adapted(
     recipe: Recipe, data_dir: str | None, seed: int, *, tick: Tick | None = None
 ) -> Accuracies:
     """Train at full contrast, then adapt to groups of paler test digits, without their labels."""
-    from steadynorm.models.calibration import adapt
+    from steadynorm.models.calibrate import adapt
 
     digits = load(data_dir)
     network = convolutional(normalization_2d("batch"))

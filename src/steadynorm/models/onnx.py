@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from steadynorm.models.surgery.files import replacing
-from steadynorm.models.surgery.graph import tensors
-from steadynorm.models.surgery.verification import answers, compare
+from steadynorm.models.equivalence import answers, compare
+from steadynorm.models.files import replacing
+from steadynorm.models.graph import tensors
 
 
 def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from steadynorm.models.surgery.changes import Change, Changes
-from steadynorm.models.surgery.copying import copied
-from steadynorm.models.surgery.graph import Graph, Node, trace
-from steadynorm.models.surgery.layers import (
+from steadynorm.models.changes import Change, Changes
+from steadynorm.models.equivalence import answers, compare, copied
+from steadynorm.models.graph import Graph, Node, trace
+from steadynorm.models.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
     behaves,
@@ -23,8 +23,7 @@ from steadynorm.models.surgery.layers import (
     replace,
     why_untouchable,
 )
-from steadynorm.models.surgery.verification import answers, compare
-from steadynorm.models.surgery.weights import pads, scale_input, scale_output
+from steadynorm.models.weights import pads, scale_input, scale_output
 
 Model = TypeVar("Model", bound=nn.Module)
 Rewrite = Callable[[nn.Module, Tensor, Tensor], None]
@@ -45,7 +44,7 @@ def fold(
     format. A batch norm's place is taken by `nn.Identity`, or by the activation it had inside.
 
     The graph of calls decides, not the order of names
-    (see `steadynorm.models.surgery.graph`). Folded is
+    (see `steadynorm.models.graph`). Folded is
     only what provably gives the same: the output of the layer before goes to this batch norm alone;
     a convolution after it must not pad with zeros. Everything else is left and named in the
     changes, with the reason.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from steadynorm.models.surgery.layers import TRANSPOSED, exact, recognize
+from steadynorm.models.layers import TRANSPOSED, exact, recognize
 
 
 def scale_output(layer: Any, scale: Tensor, shift: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 
 
 def test_writes_text_and_bytes_and_makes_folders(tmp_path):
@@ -32,7 +32,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     def interrupted(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("steadynorm.report.files.os.fsync", interrupted)
+    monkeypatch.setattr("steadynorm.files.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         replace_file(path, "new")
     assert path.read_text() == "old"

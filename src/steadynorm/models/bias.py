@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from steadynorm.models.surgery.changes import Change, Changes
-from steadynorm.models.surgery.copying import copied
-from steadynorm.models.surgery.graph import Graph, trace
-from steadynorm.models.surgery.layers import (
+from steadynorm.models.changes import Change, Changes
+from steadynorm.models.equivalence import answers, compare, copied
+from steadynorm.models.graph import Graph, trace
+from steadynorm.models.layers import (
     channel_axis,
     channels,
     exact,
@@ -20,7 +20,6 @@ from steadynorm.models.surgery.layers import (
     recognize,
     why_untouchable,
 )
-from steadynorm.models.surgery.verification import answers, compare
 from steadynorm.statistics import Running, Steady
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +39,7 @@ def drop_redundant_bias(
     channel less to store, update and decay.
 
     The graphs of calls in training and in inference must both agree
-    (`steadynorm.models.surgery.graph`).
+    (`steadynorm.models.graph`).
     Biases before a batch norm that are not redundant are left and named: those of layers whose
     output goes elsewhere too, those before frozen batch norms, which subtract a constant, and those
     under `Steady` and `Running`, which subtract the batch's mean only in part: there a part of the

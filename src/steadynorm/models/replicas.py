@@ -8,19 +8,39 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from steadynorm.models.calibration.measuring import Measured
+from steadynorm.statistics import Moments, merge
 
 T = TypeVar("T")
 
 
-class Yield(NamedTuple):
+class LayerMoments(NamedTuple):
+    """What has reached a layer: its moments in float64, in how many calls, of how many samples."""
+
+    moments: Moments
+    calls: int
+    samples: int
+
+    def joined(self, other: LayerMoments) -> LayerMoments:
+        """Both together, as if measured at once."""
+        return LayerMoments(
+            merge(self.moments, other.moments),
+            self.calls + other.calls,
+            self.samples + other.samples,
+        )
+
+    def cpu(self) -> LayerMoments:
+        """The same with its tensors on the CPU."""
+        return self._replace(moments=Moments(*(part.cpu() for part in self.moments)))
+
+
+class PassResult(NamedTuple):
     """What one pass gave: how many batches there were, and what reached each layer."""
 
     batches: int
-    found: dict[str, Measured]
+    found: dict[str, LayerMoments]
 
 
-class Replicas:
+class ReplicaGroup:
     """The processes of a group, or this one alone.
 
     Each pass ends with one exchange of channel-sized numbers, so replicas may hold different
@@ -32,7 +52,7 @@ class Replicas:
         self.owner = owner
         self.leads = group is None or group.rank() == 0
 
-    def pooled(self, measure: Callable[[], Yield]) -> Yield:
+    def pooled(self, measure: Callable[[], PassResult]) -> PassResult:
         """`measure()` of every replica as one, the same on all of them to the bit.
 
         An exception on one replica is raised there, and as RuntimeError on the others.
@@ -45,17 +65,18 @@ class Replicas:
             self._exchange(f"{type(error).__name__}: {error}")
             raise
         answers = self._exchange(
-            Yield(own.batches, {name: part.cpu() for name, part in own.found.items()})
+            PassResult(own.batches, {name: part.cpu() for name, part in own.found.items()})
         )
         for rank, answer in enumerate(answers):
             if isinstance(answer, str):
                 raise RuntimeError(f"{self.owner}: replica {rank} failed: {answer}")
         names = dict.fromkeys(name for answer in answers for name in answer.found)
-        return Yield(
+        return PassResult(
             sum(answer.batches for answer in answers),
             {
                 name: reduce(
-                    Measured.joined, [part.found[name] for part in answers if name in part.found]
+                    LayerMoments.joined,
+                    [part.found[name] for part in answers if name in part.found],
                 )
                 for name in names
             },

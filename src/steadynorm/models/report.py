@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from steadynorm.models.calibration.layers import Layer
-from steadynorm.models.calibration.measuring import Measured
+from steadynorm.models.layers import NormLayer
+from steadynorm.models.replicas import LayerMoments
 from steadynorm.statistics import RunningStatistics
 
 
@@ -113,13 +113,17 @@ def _not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def left(layer: Layer, reason: str) -> LayerReport:
+def left(layer: NormLayer, reason: str) -> LayerReport:
     """The record of a layer left as it was."""
     return LayerReport(layer.name, type(layer.module).__name__, "left", reason)
 
 
 def moved(
-    layer: Layer, status: str, before: RunningStatistics, measured: Measured, now: RunningStatistics
+    layer: NormLayer,
+    status: str,
+    before: RunningStatistics,
+    measured: LayerMoments,
+    now: RunningStatistics,
 ) -> LayerReport:
     """The record of a layer whose statistics were `before` and, from the data alone, are `now`."""
     eps = float(layer.module.eps)  # type: ignore[arg-type]

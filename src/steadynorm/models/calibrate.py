@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from steadynorm.models.calibration import batches as feeding
-from steadynorm.models.calibration.batches import Forward
-from steadynorm.models.calibration.layers import batch_norms, unwrapped
-from steadynorm.models.calibration.measuring import Mixture
-from steadynorm.models.calibration.population import Population
-from steadynorm.models.calibration.progress import Progress
-from steadynorm.models.calibration.replicas import Replicas
-from steadynorm.models.calibration.report import CalibrationReport
+from steadynorm.models import batches as feeding
+from steadynorm.models.batches import Forward
+from steadynorm.models.layers import batch_norms, unwrapped
+from steadynorm.models.population import Mixture, Population
+from steadynorm.models.progress import Progress
+from steadynorm.models.replicas import ReplicaGroup
+from steadynorm.models.report import CalibrationReport
 from steadynorm.models.untouched import set_training, untouched
 from steadynorm.nn.synchronize import Synchronize, process_group
 
@@ -173,7 +172,7 @@ def _run(
         batches, forward, max_batches, device, again=passes == "layerwise", model=model, owner=owner
     )
     layers = batch_norms(model, owner)
-    replicas = Replicas(process_group(synchronize, owner), owner)
+    replicas = ReplicaGroup(process_group(synchronize, owner), owner)
     work = Population(owner, model, feed, layers, mixture, replicas)
     if not work.movable:
         return work.report(0, 0)

@@ -1,4 +1,8 @@
-"""Checkpoint files as arrays by name. Nothing is unpickled into code."""
+"""The one reader and writer of checkpoints and data: tensors and arrays by name.
+
+Nothing read here is unpickled into code, and reading costs at most `LARGEST_EXPANSION` times the
+file's size for all its arrays together, which is checked before any of them is read.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,21 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from steadynorm.models.checkpoints import formats
-from steadynorm.models.checkpoints.formats import LARGEST_EXPANSION, Entry
+from steadynorm.files import replacing
+from steadynorm.models import formats
+from steadynorm.models.formats import Entry, array_of, within_size
 
 READERS = {
     ".safetensors": formats.safetensors,
     ".pt": formats.torch_file,
     ".pth": formats.torch_file,
     ".bin": formats.torch_file,
+    ".npy": formats.npy,
     ".npz": formats.npz,
     ".h5": formats.hdf5,
     ".keras": formats.keras,
@@ -40,11 +45,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     joined by dots or slashes.
 
     Raises:
-        ValueError: another kind of file, or one that is damaged or would run code, in one line.
+        ValueError: another kind of file, or one that is damaged, would run code, or whose arrays
+            are too large for such a file, in one line.
         FileNotFoundError: no such file.
     """
     with entries(path) as held:
-        return {name: entry.load() for name, entry in held.items()}
+        return {name: array_of(entry.load()) for name, entry in held.items()}
 
 
 @contextmanager
@@ -54,20 +60,53 @@ def entries(path: str | os.PathLike[str]) -> Iterator[dict[str, Entry]]:
     Raises as `read` does, inside the block too.
     """
     path = Path(path)
+    reader = READERS.get(path.suffix)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the checkpoint file in it.")
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file.")  # a FIFO would be waited for
+    if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
-    reader = READERS.get(path.suffix)
     if reader is None:
         raise ValueError(f"path must end in one of {READABLE}; got {path.name!r}.")
-    size = path.stat().st_size
-    if not size:
+    if not path.stat().st_size:
         raise ValueError(f"{path} is empty.")
     with ExitStack() as opened:
-        with damage_told(path):
+        with explained(path):
             found = reader(path, opened)
-        yield {name: _guarded(entry, name, path, size) for name, entry in found.items()}
+            within_size(found, path)
+        yield {name: _explained(entry, path) for name, entry in found.items()}
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """All tensors of a file by name, in the types they are stored in. Raises as `read` does."""
+    import torch
+
+    with entries(path) as held:
+        loaded = {name: entry.load() for name, entry in held.items()}
+        return {  # a copy: memory that maps a file would change with it
+            name: value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
+            for name, value in loaded.items()
+        }
+
+
+def read_data(path: Path) -> Any:
+    """Example inputs: one tensor, a tuple, or a dict, from .safetensors, .npy, .npz or .pt."""
+    held = read_tensors(path)
+    if len(held) == 1:
+        return next(iter(held.values()))
+    return tuple(held.values()) if formats.is_sequence(held) else held
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """Loads a checkpoint into a model, name by name.
+
+    Raises ValueError for a file that cannot be read, or whose names or shapes do not fit.
+    """
+    try:
+        model.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model. {error}") from error
 
 
 def keras_settings(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -78,25 +117,39 @@ def keras_settings(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if path.suffix != ".keras":
         return []
-    with damage_told(path):
+    with explained(path):
         return formats.keras_settings(path)
 
 
-def _guarded(entry: Entry, name: str, path: Path, size: int) -> Entry:
-    def load() -> np.ndarray:
-        if 2 * prod(entry.shape) > LARGEST_EXPANSION * max(size, 1 << 16):
-            raise ValueError(
-                f"{path} cannot be read: {name!r} of shape {entry.shape} is larger than such a "
-                f"file can hold."
-            )
-        with damage_told(path):
+def write(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes tensors or arrays, as the name's ending says: .safetensors, .npz, .pt, .pth or .bin.
+
+    An old file stays whole until the new one is; see `steadynorm.files.replacing`. Tensors that
+    share memory are written each in full.
+
+    Raises ValueError for another kind of file, or what is no array of numbers.
+    """
+    path = Path(path)
+    if path.suffix not in formats.WRITERS:
+        kinds = ", ".join(formats.WRITERS)
+        raise ValueError(f"path must end in one of {kinds}; got {path.name!r}.")
+    held = {name: formats.whole(value) for name, value in weights.items()}
+    if objects := [name for name, value in held.items() if value.dtype == object]:
+        raise ValueError(f"weights must be arrays of numbers; got objects under {objects}.")
+    with replacing(path) as part:
+        formats.WRITERS[path.suffix](held, part)
+
+
+def _explained(entry: Entry, path: Path) -> Entry:
+    def load() -> Any:
+        with explained(path):
             return entry.load()
 
     return entry._replace(load=load)
 
 
 @contextmanager
-def damage_told(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turns whatever a library says of bytes it cannot make sense of into one line."""
     try:
         with warnings.catch_warnings():
@@ -124,28 +177,3 @@ def _why_not_unpickled(error: pickle.UnpicklingError) -> str:
             f"dict alone, or as .safetensors"
         )
     return "it is no checkpoint of tensors alone"
-
-
-def write(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write arrays to `.safetensors` or `.npz`; an old file stays whole until the new one is.
-
-    Raises:
-        ValueError: another kind of file, or what is no array of numbers.
-    """
-    path = Path(path)
-    if path.suffix not in {".safetensors", ".npz"}:
-        raise ValueError(f"path must end in .safetensors or .npz; got {path.name!r}.")
-    arrays = {name: np.array(array, order="C") for name, array in weights.items()}
-    if strange := [name for name, array in arrays.items() if array.dtype == object]:
-        raise ValueError(f"weights must be arrays of numbers; got objects under {strange}.")
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        if path.suffix == ".npz":
-            np.savez(beside, allow_pickle=False, **arrays)
-        else:
-            from safetensors.numpy import save_file
-
-            save_file(arrays, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The layers that surgery deals with, recognized by what they are made of."""
+"""The layers that these tools deal with, recognized by what they are made of."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from steadynorm import statistics
 from steadynorm.nn.batchnorm import SteadyNorm
+from steadynorm.statistics import Frozen, Policy, RunningStatistics
+from steadynorm.statistics import fold as scale_and_shift
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -46,7 +48,7 @@ class Norm(NamedTuple):
             None if t is None else exact(t)
             for t in (self.running_mean, self.running_var, self.weight, self.bias)
         )
-        return statistics.fold(mean, var, weight, bias, self.eps)
+        return scale_and_shift(mean, var, weight, bias, self.eps)
 
 
 def exact(tensor: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ def recognize(module: nn.Module) -> Norm | None:
     if isinstance(module, _BatchNorm):
         kind = "torch" if type(module).forward in TORCH_FORWARDS else "other"
         if isinstance(module, SteadyNorm):
-            kind, frozen = "ours", isinstance(module.statistics, statistics.Frozen)
+            kind, frozen = "ours", isinstance(module.statistics, Frozen)
         if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():
             return Norm(kind, module.eps, None, None, None, None, None, frozen)
     elif "BatchNorm" in type(module).__name__ and _holds_statistics(module):
@@ -80,39 +82,47 @@ def _holds_statistics(module: nn.Module) -> bool:
     return mean is not None and var is not None and mean.ndim == 1 and mean.shape == var.shape
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "hardswish": nn.Hardswish,
-    "elu": nn.ELU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
+ACTIVATIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "relu": (nn.ReLU, {}),
+    "relu6": (nn.ReLU6, {"min_val": 0.0, "max_val": 6.0}),
+    "leaky_relu": (nn.LeakyReLU, {"negative_slope": 0.01}),
+    "silu": (nn.SiLU, {}),
+    "gelu": (nn.GELU, {"approximate": "none"}),
+    "hardswish": (nn.Hardswish, {}),
+    "elu": (nn.ELU, {"alpha": 1.0}),
+    "sigmoid": (nn.Sigmoid, {}),
+    "tanh": (nn.Tanh, {}),
 }
+"""By the layers' own names: the module, and the settings that it must have."""
+_NAME_OF = {kind: name for name, (kind, _) in ACTIVATIONS.items()}
 
 
 def _activation(module: nn.Module) -> nn.Module | None:
     """The activation a batch norm applies itself: ours by its name, timm's as a submodule."""
     name = getattr(module, "activation", None)
     if isinstance(name, str) and name in ACTIVATIONS:
-        return ACTIVATIONS[name]()
+        return ACTIVATIONS[name][0]()
     inner = getattr(module, "act", None)
     return inner if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity) else None
 
 
 def activation_name(module: nn.Module) -> str | None:
     """The layers' name for an activation module, None where they have none for it."""
-    for name, kind in ACTIVATIONS.items():
-        if type(module) is kind:
-            default = {k: v for k, v in vars(kind()).items() if _setting(k, v)}
-            return name if all(getattr(module, k) == v for k, v in default.items()) else None
-    return None
+    name = _NAME_OF.get(type(module))
+    if name is None or "forward" in vars(module):
+        return None
+    settings = ACTIVATIONS[name][1]
+    return name if all(getattr(module, key) == value for key, value in settings.items()) else None
 
 
-def _setting(name: str, value: object) -> bool:
-    return isinstance(value, int | float | str) and name not in ("inplace", "training")
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def is_host(module: nn.Module) -> bool:
@@ -208,3 +218,82 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
             if child is old:
                 parent._modules[name] = new
     return model
+
+
+# --- the batch norms of a model whose statistics can be measured
+
+
+class NormLayer(NamedTuple):
+    """A batch norm of a model; `left` says why its statistics stay as they are, None if they move.
+
+    `unbiased`: whether it keeps the unbiased variance.
+    """
+
+    name: str
+    module: nn.Module
+    left: str | None
+    unbiased: bool
+
+    @property
+    def statistics(self) -> RunningStatistics:
+        """A copy of its running statistics in float64, on the CPU: not every device has it."""
+        mean, var = (
+            getattr(self.module, name).detach().to("cpu", torch.float64, copy=True)
+            for name in ("running_mean", "running_var")
+        )
+        return RunningStatistics(mean, var, None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper.
+
+    DistributedDataParallel would broadcast buffers in every forward: overwriting what is measured,
+    and waiting for ever where replicas hold different numbers of batches.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def batch_norms(model: nn.Module, owner: str) -> list[NormLayer]:
+    """Every batch norm once, in the order of the model.
+
+    Raises ValueError for a model with parts that have not seen an input yet: the first batch would
+    create parameters, which an interruption could not undo.
+    """
+    lazy = next((name for name, part in named(model) if _uninitialized(part)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"{owner}: every part of `model` must have its parameters; {lazy!r} is lazy and has "
+            f"not seen an input yet. Run the model on one batch first."
+        )
+    found = []
+    for name, module in named(model):
+        norm = recognize(module)
+        if norm is None:
+            continue
+        policy = getattr(module, "statistics", None)
+        unbiased = policy.unbiased if isinstance(policy, Policy) else True
+        frozen = norm.frozen or isinstance(policy, Frozen)
+        found.append(NormLayer(name, module, _why_left(model, module, frozen), unbiased))
+    return found
+
+
+def _why_left(model: nn.Module, module: nn.Module, frozen: bool) -> str | None:
+    if frozen:
+        return "frozen"
+    if not isinstance(module, _BatchNorm):
+        return "no torch.nn batch norm; convert the model first"
+    if module.running_mean is None or module.running_var is None:
+        return "keeps no running statistics"
+    if model.training and not module.training:
+        return "held in inference mode while the model is in training mode"
+    return None
+
+
+def _uninitialized(module: nn.Module) -> bool:
+    parts = [*module._parameters.values(), *module._buffers.values()]
+    return any(part is not None and is_lazy(part) for part in parts)

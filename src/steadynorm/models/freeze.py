@@ -6,9 +6,9 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
-from steadynorm.models.surgery.adoption import SETTINGS, adopt
-from steadynorm.models.surgery.changes import Change, Changes
-from steadynorm.models.surgery.layers import Norm, describe, named, recognize
+from steadynorm.models.changes import Change, Changes
+from steadynorm.models.convert import SETTINGS, adopt
+from steadynorm.models.layers import Norm, describe, named, recognize
 from steadynorm.statistics import Frozen, Policy
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from steadynorm.models.surgery.layers import DROPOUTS, is_host, recognize
+from steadynorm.models.fuse import unfused
+from steadynorm.models.layers import DROPOUTS, is_host, recognize
 from steadynorm.models.untouched import set_training, untouched
 
 
@@ -104,7 +106,7 @@ def trace(
 
     Raises ValueError where `torch.fx` cannot follow the model and no example inputs are given.
     """
-    with untouched(model), torch.no_grad():
+    with untouched(model), unfused(model), torch.no_grad():
         set_training(model, training)
         if example_inputs is None:
             return _traced(model, atom)
@@ -169,24 +171,41 @@ for _name in (
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
-class AtomTracer(fx.Tracer):
-    """Follows everything but torch's own layers, batch norms and what `leaf` names."""
+_TRACING = threading.Lock()  # torch.fx patches nn.Module for the whole process
 
-    def __init__(self, leaf: Callable[[nn.Module], bool] = is_atom) -> None:
+
+class _Tracer(fx.Tracer):
+    """Follows everything but torch's own layers, batch norms and what `atom` names."""
+
+    def __init__(self, atom: Callable[[nn.Module], bool]) -> None:
         super().__init__()
-        self._is_leaf = leaf
+        self._atom = atom
         self._leaves: set[nn.Module] = set()
+        self._thread = threading.get_ident()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         # Asked beforehand: while tracing, a look at a parameter would itself be recorded.
-        self._leaves = {m for m in root.modules() if is_atom(m) or self._is_leaf(m)} - {root}
-        return super().trace(root, concrete_args)
+        self._leaves = {m for m in root.modules() if is_atom(m) or self._atom(m)} - {root}
+        with _TRACING:
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._leaves or super().is_leaf_module(m, module_qualified_name)
+
+    # Other threads run their models meanwhile, and come here by what torch.fx has patched.
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
@@ -196,7 +215,7 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
         start.users, end.inputs = [only], [only]
         return Graph([start, only, end], set(), recorded=False)
     try:
-        graph = AtomTracer(atom).trace(model)
+        graph = _Tracer(atom).trace(model)
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(

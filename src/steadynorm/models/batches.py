@@ -62,11 +62,11 @@ def checked(
             raise TypeError(f"{owner}: `max_batches` must be an int or None; got {max_batches!r}.")
         if max_batches < 1:
             raise ValueError(f"{owner}: `max_batches` must be at least 1; got {max_batches}.")
-    target = home(model) if device is None else torch.device(device)
+    target = device_of(model) if device is None else torch.device(device)
     return Batches(batches, forward or default_forward, max_batches, target, owner)
 
 
-def home(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU if it has none."""
     tensors = (tensor for part in (model.parameters, model.buffers) for tensor in part())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
