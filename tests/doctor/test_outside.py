@@ -244,7 +244,7 @@ def test_a_model_on_the_meta_device() -> None:
         sn.diagnose(model, data())
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # of tracing
 @pytest.mark.parametrize("make", [torch.jit.trace, torch.export.export])
 def test_what_cannot_be_examined_is_judged_by_its_state(make: Any) -> None:
     model = trained()
@@ -290,3 +290,48 @@ def test_the_package_is_a_command() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("SN101 statistics-never-updated")
+
+
+def test_a_whole_keras_model_in_one_file(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "model.h5", "w") as file:  # as keras.Model.save("model.h5") does
+        layer = file.create_group("model_weights/bn/sequential/bn")
+        for name, value in (("gamma", 1.1), ("beta", 0.1), ("moving_mean", 0.5)):
+            layer[name] = [value, value]
+        layer["moving_variance"] = [1.0, float("nan")]
+    (finding,) = of(sn.diagnose(tmp_path / "model.h5"), "SN102")
+    assert finding.layer == "bn/sequential/bn"
+
+
+class Fails(nn.Module):
+    """A model whose third forward raises."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("no more")
+        return {"loss": F.cross_entropy(self.inner(pixel_values), labels)}
+
+
+def test_an_exception_in_trainer_leaves_no_hook(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    from steadynorm.doctor.callbacks import trainer_callback
+
+    model = Fails(trained())
+    callback = trainer_callback(every=1)
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(*data(1)[0], strict=True)] * 4
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=16, num_train_epochs=1, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+    with pytest.raises(RuntimeError, match="no more"):
+        trainer.train()
+    assert callback.watch.steps == 3
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())

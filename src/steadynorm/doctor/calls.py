@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steadynorm.doctor.evidence.graph import inside_checkpointing
 from steadynorm.doctor.evidence.training import ChannelReading
 from steadynorm.kernels.choice import stages_for
 from steadynorm.models.layers import Norm
@@ -65,6 +66,8 @@ class NormCall:
         if output.requires_grad:
             self._gradient = torch.zeros(())  # until one comes
             output.register_hook(self._backward)
+        elif not torch.is_grad_enabled() and not inside_checkpointing():
+            self._gradient = torch.zeros(())  # a block under no_grad: none will come
 
     def _backward(self, gradient: Tensor) -> None:
         wide = torch.float32 if gradient.dtype.itemsize < 4 else None  # half would overflow

@@ -104,7 +104,7 @@ class Monitor:
         self._by_channel: dict[str, deque[ChannelReading]] = {}
         self._stride = every  # between the steps that are kept
         self._pending: list[NormCall] = []
-        self._counts_before: dict[str, int] = {}
+        self._counts_before = self._counts()
         self._in_inference = 0
         self._on_model: list[Any] = []
         self._on_layers: list[Any] = []
@@ -120,9 +120,17 @@ class Monitor:
         """Begin; `with` does it."""
         if self._on_model:
             raise RuntimeError("monitor: this Monitor is running already.")
-        self._counts_before = self._counts()
         self._on_model = [self.model.register_forward_pre_hook(self._before)]
         return self
+
+    def next_forward(self) -> None:
+        """Watch the next forward of the model alone, whatever becomes of it; instead of `start`."""
+        self._disarm()
+        self._on_layers = [self.model.register_forward_pre_hook(self._only)]
+
+    def _only(self, model: nn.Module, args: Any) -> None:
+        self._disarm()
+        self._before(model, args)
 
     def stop(self) -> None:
         """End: removes every hook and writes what was read. Calling it twice is no harm."""

@@ -131,7 +131,7 @@ def _recorded(calls: dict[nn.Module, list[Call]]) -> Iterator[None]:
 
     def note(into: list[Call], _: nn.Module, args: Any) -> None:
         known = args and isinstance(args[0], Tensor) and args[0].ndim
-        into.append((_inside_checkpointing(), args[0].shape[0] if known else None))
+        into.append((inside_checkpointing(), args[0].shape[0] if known else None))
 
     with ExitStack() as hooks:
         for norm, into in calls.items():
@@ -139,7 +139,7 @@ def _recorded(calls: dict[nn.Module, list[Call]]) -> Iterator[None]:
         yield
 
 
-def _inside_checkpointing() -> bool:
+def inside_checkpointing() -> bool:
     """Whether a function of an activation checkpointing library is on the stack.
 
     Their hooks on saved tensors and their switching off of gradients are not the same: a model may

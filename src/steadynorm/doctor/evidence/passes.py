@@ -105,7 +105,7 @@ class Passes:
             self.original.restore_buffers()
             result = self.after(calibrate, self.batches, passes="layerwise", by_sample=True)
             for layer in movable:
-                exact[layer.name] = (layer.kept.mean.numpy(), layer.kept.var.numpy())
+                exact[layer.name] = (layer.statistics.mean.numpy(), layer.statistics.var.numpy())
         self.original.restore_buffers()
         return result, exact
 

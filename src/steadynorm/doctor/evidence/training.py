@@ -46,8 +46,9 @@ class Trend:
     batches cancels in it, and `error` is what is left of it (the mean's standard error). `ratio`:
     the batches' unbiased variance over the running one, as a ratio of standard deviations.
     `dead`: in all of the readings. `values`: of a channel in all of them. `samples`: in a batch.
-    `independent`: independent values that a batch counts for, the variance within batches over half
-    the mean squared difference of the means of successive readings, harmonic mean over channels.
+    `independent`: independent values that a batch counts for: the variance of values over that of
+    (batch mean − running mean), harmonic mean over channels. The running mean takes out the slow
+    movement of the weights.
     """
 
     readings: int
@@ -144,15 +145,13 @@ def trend(readings: Iterable[ChannelReading], steps: int) -> Trend | None:
 
 
 def _independent(late: list[ChannelReading]) -> float:
-    """Differences of successive readings: the slow movement of the weights cancels in them."""
     if len(late) < 2:
         return float("nan")
-    of_means = np.mean(np.diff([r.mean for r in late], axis=0) ** 2, axis=0) / 2
-    within = np.mean([r.var for r in late], axis=0)
-    some = of_means + within > 0
-    # The variance within and between batches is that of single values.
-    shares = of_means[some] / (of_means + within)[some]
-    return 1 / max(float(np.mean(shares)), 1e-12) if some.any() else float("nan")
+    of_means = np.var([r.mean - r.running_mean for r in late], axis=0, ddof=1)
+    # Single values vary within and between batches.
+    var = np.mean([r.var for r in late], axis=0) + of_means
+    some = var > 0
+    return 1 / max(float(np.mean(of_means[some] / var[some])), 1e-12) if some.any() else np.inf
 
 
 def _std(var: np.ndarray, eps: float) -> np.ndarray:

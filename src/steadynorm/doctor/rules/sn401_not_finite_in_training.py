@@ -28,8 +28,10 @@ def _check(evidence: Evidence) -> Findings:
     first = bad[0]
     layer = next((layer for layer in evidence.layers if layer.name == first.layer), None)
     steps = len({reading.step for reading in bad})
+    good = max((r.step for r in run.readings if r.step < first.step), default=None)
+    since = "" if good is None else f" (not yet at step {good})"
     message = (
-        f"NaN or infinity in {first.nonfinite} channels at step {first.step}; "
+        f"NaN or infinity in {first.nonfinite} channels at step {first.step}{since}; "
         f"in {steps} of the {len({r.step for r in run.readings})} steps that were read"
     )
     yield rule.finding(

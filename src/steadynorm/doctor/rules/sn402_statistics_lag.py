@@ -11,7 +11,8 @@ than 1.3 times the running one or less than 1/1.3. A warning where a quarter of 
 lag.
 
 Cure: Measure the statistics when training is over, or raise momentum (running = (1 −
-momentum)·running + momentum·batch).
+momentum)·running + momentum·batch). Where the statistics were updated more often than the model was
+trained, put it into inference mode for the other forwards.
 
 Code: sn.calibrate(model, batches)
 
@@ -26,15 +27,17 @@ from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, NormEviden
 
 LAG = 0.3
 RATIO = 1.3
+FOREIGN = 1.2  # updates in a training step, from which others than training must make them
 
 rule = Rule(__name__, __doc__, WARNING, safe=True)
 
 
 @rule.each_layer
 def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
-    trend = None if evidence.run is None else evidence.run.trends.get(layer.name)
+    run = evidence.run
+    trend = None if run is None else run.trends.get(layer.name)
     moves = layer.usage is None or layer.usage.moves
-    if trend is None or trend.readings < 8 or not moves:
+    if run is None or trend is None or trend.readings < 8 or not moves:
         return
     off = (np.abs(trend.lag) > LAG) & (np.abs(trend.lag) > 4 * trend.error)
     wide = np.abs(np.log(trend.ratio)) > np.log(RATIO)
@@ -55,4 +58,17 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     if momentum is not None:
         numbers["momentum"] = momentum
         message += f", with momentum {momentum:g}"
-    yield rule.finding(layer, message, numbers)
+    steps, updates = run.steps, run.updates.get(layer.name)
+    if updates is None or updates <= FOREIGN * steps:
+        yield rule.finding(layer, message, numbers)
+        return
+    numbers |= {"updates": updates, "steps": steps}
+    message += f"; {updates} updates in {steps} training steps: other forwards update them too"
+    yield rule.finding(
+        layer,
+        message,
+        numbers,
+        cure="Put the model into inference mode for forwards that do not train it.",
+        line="model.eval()",
+        safe=None,
+    )
