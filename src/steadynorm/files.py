@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib
 import os
 import stat
 import tempfile
@@ -10,12 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows: stale files stay
-    fcntl = None  # type: ignore[assignment]
-
+# On Windows stale files stay.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 STALE_AFTER = 60.0
 """Seconds after which an unlocked temporary file is one that a killed process left behind."""
 

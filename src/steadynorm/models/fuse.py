@@ -111,15 +111,15 @@ def _matches(residual: Any, input: Tensor) -> bool:
     )
 
 
-def _unpickled(kind: type[nn.Module], sites: frozenset[rewrite.Site]) -> nn.Module:
+def _unpickled(kind: Any, sites: frozenset[rewrite.Site]) -> Any:
     known = rewrite.sites(kind.forward) if sites else ()
     fits = not isinstance(known, str) and sites <= set(known)
-    made: type[nn.Module] = fused_class(kind, sites) if fits else kind
+    made = fused_class(kind, sites) if fits else kind
     return made.__new__(made)
 
 
 @functools.cache
-def fused_class(kind: type[nn.Module], sites: frozenset[rewrite.Site]) -> Any:
+def fused_class(kind: Any, sites: frozenset[rewrite.Site]) -> Any:
     """A subclass of a block's class with a merged forward; without sites, `nn.Sequential`'s."""
     original = kind.forward
     merged = rewrite.merged(original, sites) if sites else _run_in_order
@@ -159,7 +159,9 @@ def _run_in_order(self: Any, input: Any) -> Any:
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """While it lasts, every block has its own class."""
-    blocks = [(module, type(module)) for module in model.modules() if isinstance(module, Fused)]
+    blocks: list[tuple[Any, Any]] = [
+        (module, type(module)) for module in model.modules() if isinstance(module, Fused)
+    ]
     for block, kind in blocks:
         block.__class__ = kind.fused_from
     try:
@@ -191,7 +193,8 @@ def fuse(model: nn.Module, changes: Changes) -> None:
         sites = look(fusing)
         if sites is not None:
             try:
-                block.__class__ = fused_class(type(block), sites)
+                kind: Any = type(block)
+                block.__class__ = fused_class(kind, sites)
             except TypeError as error:  # a class that cannot be subclassed, or has other slots
                 fusing.leave_all(str(error))
         for norm, row in fusing.rows.items():
@@ -244,7 +247,8 @@ def _look_at_sequence(block: _Block) -> frozenset[rewrite.Site] | None:
 
 def _look_at_code(block: _Block) -> frozenset[rewrite.Site] | None:
     norms = [module for module in block.module.children() if _is_ours(module)]
-    known = rewrite.sites(type(block.module).forward) if norms else ()
+    forward: Any = type(block.module).forward
+    known = rewrite.sites(forward) if norms else ()
     if isinstance(known, str):
         for norm in norms:
             block.say(norm, "what follows", known)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from steadynorm.files import replacing
 from steadynorm.models.equivalence import answers, compare
-from steadynorm.models.files import replacing
 from steadynorm.models.graph import tensors
 
 

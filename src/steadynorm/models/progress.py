@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import TracebackType
 from typing import Any
 
@@ -14,12 +13,13 @@ class Progress:
 
     def __init__(self, shown: bool, feed: Batches) -> None:
         self._bar: Any = None
-        if not (shown and sys.stderr.isatty()):
-            return
         try:
             from rich import progress
             from rich.console import Console
         except ImportError:
+            return
+        console = Console(stderr=True)  # the caller may have a bar on the usual one
+        if not (shown and console.is_terminal):
             return
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
@@ -27,7 +27,7 @@ class Progress:
             progress.MofNCompleteColumn(),
             progress.TextColumn("batches"),
             progress.TimeElapsedColumn(),
-            console=Console(stderr=True),  # the caller may have a bar on the usual one
+            console=console,
             transient=True,
         )
         try:
