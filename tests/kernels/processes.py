@@ -24,14 +24,15 @@ as_root = pytest.mark.skipif(
 
 
 @functools.cache
-def _can_become() -> bool:
+def can_become() -> bool:
+    """Whether this process can start others as `STRANGER`."""
     if shutil.which(BECOME[0]) is None:
         return False
     return subprocess.run([*BECOME, "true"], capture_output=True, check=False).returncode == 0
 
 
 as_a_stranger = pytest.mark.skipif(
-    not _can_become(), reason="takes root and setpriv to become a user without an account"
+    not can_become(), reason="takes root and setpriv to become a user without an account"
 )
 
 
