@@ -107,8 +107,9 @@ def _native_goes_with(
 ) -> bool:
     """Whether PyTorch's own operator takes these together; False also for what is amiss."""
     channels = x.size(1)
-    kind = x.dtype if weight is None else weight.dtype
-    if kind is not x.dtype and (kind is not torch.float32 or x.dtype not in native.HALF):
+    computed = native.computed_type(x)
+    kind = computed if weight is None else weight.dtype
+    if kind is not computed and (kind is not torch.float32 or x.dtype not in native.HALF):
         return False
     for channel in (weight, running_mean, running_var):
         if channel is not None and (channel.dtype is not kind or channel.numel() != channels):
