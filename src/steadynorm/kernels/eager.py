@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.torch_arrays import xp
 from steadynorm.statistics.moments import Moments
 
 Groups = tuple[int, ...] | None
@@ -144,7 +145,7 @@ def apply(
         frame: _Frame, t: Tensor, extra: Tensor | None, mid: Tensor, slope: Tensor, step: Tensor
     ) -> tuple[Tensor]:
         z = _affine(frame, t, extra, mid, slope, step)
-        y = z if activation is None else ACTIVATIONS[activation].forward(z)
+        y = z if activation is None else xp.activate(activation, z)
         return (y.flatten(0, 1) if frame.split else y,)
 
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -181,9 +182,10 @@ class _Branch(NamedTuple):
             return grad
         kind = ACTIVATIONS[self.activation]
         if kind.from_output and y is not None:
-            return kind.gradient(grad, y.to(center.dtype))
+            return kind.gradient(grad, y.to(center.dtype), xp)
         z = _affine(self.frame, x, residual, center, self.scale, self.shift)
-        return kind.gradient(grad, kind.forward(z) if kind.from_output else z)
+        t = xp.activate(self.activation, z) if kind.from_output else z
+        return kind.gradient(grad, t, xp)
 
 
 def reduce_grad(

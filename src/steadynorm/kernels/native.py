@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.torch_arrays import xp
 
 HALF = (torch.float16, torch.bfloat16)
 # Number of axes -> the shape in which a channel array broadcasts.
@@ -97,7 +97,7 @@ def one_operator(
 def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     if residual is not None:
         y = y + residual
-    return y if activation is None else ACTIVATIONS[activation].forward(y)
+    return y if activation is None else xp.activate(activation, y)
 
 
 @lru_cache(maxsize=256)

@@ -15,6 +15,7 @@ from steadynorm.kernels.choice import (
     needs_plain_operations,
     stages_for,
 )
+from steadynorm.kernels.torch_arrays import xp
 from steadynorm.statistics import (
     Coefficients,
     Moments,
@@ -364,8 +365,8 @@ def _second_order_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if signs is not None:
             y = stages_for(x, None).outputs_for(signs, x, call.groups)
         elif y is None:
-            y = z if kind.from_output is False else kind.forward(z)
-        g = kind.gradient(grad, y)
+            y = xp.activate(call.activation, z) if kind.from_output else z
+        g = kind.gradient(grad, y, xp)
     wanted = [
         t if needed else None
         for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False)
