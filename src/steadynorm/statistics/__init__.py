@@ -15,6 +15,7 @@ from steadynorm.statistics.normalizer import (
     fold,
     gradient_coefficients,
     gradient_factors,
+    of_running,
     parameter_gradients,
 )
 from steadynorm.statistics.policies import (
@@ -26,22 +27,24 @@ from steadynorm.statistics.policies import (
     Renorm,
     Running,
     Steady,
-    of_running,
     policy_from,
-    step,
 )
 from steadynorm.statistics.running import (
     CONVENTIONS,
+    MANY_BATCHES,
     Convention,
     RunningStatistics,
+    batches_seen,
     convert_momentum,
     convert_variance,
     new_batch_weight,
     update_average,
 )
+from steadynorm.statistics.step import step
 
 __all__ = [
     "CONVENTIONS",
+    "MANY_BATCHES",
     "Batch",
     "Coefficients",
     "Context",
@@ -58,6 +61,7 @@ __all__ = [
     "RunningStatistics",
     "Steady",
     "attach",
+    "batches_seen",
     "coefficients",
     "contribution",
     "convert_momentum",
