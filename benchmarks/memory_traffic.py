@@ -20,9 +20,9 @@ from numba import njit
 from torch import Tensor
 
 from steadynorm.evidence.bench.measure import machine
-from steadynorm.kernels import cpu_slabs
-from steadynorm.kernels.cpu_memory import like, widen
-from steadynorm.kernels.plain import Prepared
+from steadynorm.kernels.cpu import slabs as cpu_slabs
+from steadynorm.kernels.cpu.pointers import like, widen
+from steadynorm.kernels.cpu.prepared import Prepared
 
 SHAPES = [(32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 512, 14, 14)]
 SUM = {"error_model": "numpy", "fastmath": {"reassoc", "contract"}}

@@ -27,7 +27,8 @@ from tests.kernels.cpu_cases import (
 )
 from tests.tolerances import error, within_bar
 
-from steadynorm.kernels import cpu, cpu_runtime
+from steadynorm.kernels import cpu
+from steadynorm.kernels.cpu import runtime as cpu_runtime
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 

@@ -53,12 +53,13 @@ def test_without_a_cache_folder_all_works(tmp_path):
 FORK = """
     import os, signal, warnings
     import torch
-    from steadynorm.kernels import cpu, cpu_slabs
+    from steadynorm.kernels import cpu
+    from steadynorm.kernels.cpu import slabs
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     x = torch.randn(16, 24, 30, 30)
     right, _ = cpu.normalize(x, None, None, 1e-5)
-    assert cpu_slabs.plan(16, 24, 900, 4, 2).threads == 2
+    assert slabs.plan(16, 24, 900, 4, 2).threads == 2
     child = os.fork()
     if child == 0:
         signal.alarm(60)  # a hang is a failure

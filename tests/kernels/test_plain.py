@@ -8,7 +8,8 @@ import torch
 from tests import truth
 
 import steadynorm as sn
-from steadynorm.kernels import choice, cpu, cpu_slabs, plain
+from steadynorm.kernels import choice, cpu
+from steadynorm.kernels.cpu import prepared, slabs
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
@@ -30,18 +31,18 @@ def only_compiled(monkeypatch):
 @pytest.fixture(params=["one visit", "two passes", "two passes past the caches"])
 def visits(request, monkeypatch):
     """The ways to cut the work, whatever the size."""
-    plan = cpu_slabs.plan.__wrapped__
+    plan = slabs.plan.__wrapped__
 
     def cut(*arguments):
         return plan(*arguments)._replace(visit=request.param == "one visit")
 
-    monkeypatch.setattr(cpu_slabs, "plan", cut)
+    monkeypatch.setattr(slabs, "plan", cut)
     if "past the caches" in request.param:
         for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
-            monkeypatch.setattr(cpu_slabs, name, 0)
-    plain.prepared.cache_clear()
+            monkeypatch.setattr(slabs, name, 0)
+    prepared.prepared.cache_clear()
     yield request.param
-    plain.prepared.cache_clear()
+    prepared.prepared.cache_clear()
 
 
 def make(shape, layout, mean=0.0, seed=0, dtype=torch.float32):
@@ -103,7 +104,7 @@ def test_a_training_step_is_the_truths(name, layout, case, visits):
 
 @pytest.mark.parametrize(("rows", "together"), [(32, 5), (64, 5), (128, 2), (256, 1)])
 def test_planes_are_together_as_long_as_one_visit_serves(rows, together):
-    plan = cpu_slabs.plan(rows, 256, 56 * 56, 4, 2)
+    plan = slabs.plan(rows, 256, 56 * 56, 4, 2)
     assert plan.visit
     assert plan.block == together
 

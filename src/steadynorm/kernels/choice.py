@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import eager, native
+from steadynorm.kernels import aten as native
+from steadynorm.kernels import reference as eager
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, for plain
 # calls: the crossover that benchmarks/small_calls.py measures, in docs/speed.md.
@@ -93,9 +94,9 @@ def plain_call(
 
 @lru_cache(maxsize=1)
 def _plain_node() -> ModuleType:
-    from steadynorm.kernels import plain
+    from steadynorm.kernels.cpu import prepared
 
-    return plain
+    return prepared
 
 
 def _native_pays(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch.library import custom_op, register_autograd
 
 from steadynorm.kernels.activations import kept_for_backward
 from steadynorm.kernels.choice import cpu_kernels
-from steadynorm.kernels.eager import statistics_dtype
+from steadynorm.kernels.reference import statistics_dtype
 from steadynorm.statistics import (
     Coefficients,
     Moments,

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import compiled, eager, native
+from steadynorm.kernels import aten as native
+from steadynorm.kernels import compiled
+from steadynorm.kernels import reference as eager
 from steadynorm.kernels.activations import ACTIVATIONS, kept_for_backward
 from steadynorm.kernels.choice import (
     compiler_calls_cpu_kernels,

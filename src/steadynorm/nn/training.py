@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import choice, eager, operators
+from steadynorm.kernels import choice, operators
+from steadynorm.kernels import reference as eager
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas
 from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step

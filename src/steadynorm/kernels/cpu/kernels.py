@@ -8,11 +8,11 @@ from functools import cache
 import numpy as np
 import torch
 
-from .cpu_activations import BY_EITHER, CODES, FROM_INPUT
-from .cpu_backward import backward
-from .cpu_forward import forward
-from .cpu_runtime import Kernel, compile_kernel
-from .cpu_signs import GATES
+from .activations import BY_EITHER, CODES, FROM_INPUT
+from .backward import backward
+from .forward import forward
+from .runtime import Kernel, compile_kernel
+from .signs import GATES
 
 SCALARS = {
     torch.float32: (np.float32, np.float32),

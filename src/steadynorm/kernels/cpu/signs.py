@@ -16,10 +16,10 @@ from numba.core import types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
-from .cpu_activations import CODES, RELU, RELU6, by_activation
-from .cpu_loops import called
-from .cpu_memory import LANES, apart, like, widen
-from .cpu_slabs import Groups, slabs
+from .activations import CODES, RELU, RELU6, by_activation
+from .loops import called
+from .pointers import LANES, apart, like, widen
+from .slabs import Groups, slabs
 
 GATES = frozenset({RELU, RELU6})
 """Those that let a gradient through or not: one bit of each output says all."""

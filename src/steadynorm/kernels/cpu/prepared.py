@@ -20,16 +20,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import cpu, cpu_slabs, operators
-from steadynorm.kernels import cpu_loops as at
-from steadynorm.kernels.cpu_kernels import (
+from steadynorm.kernels import operators
+from steadynorm.kernels.cpu import loops as at
+from steadynorm.kernels.cpu import slabs as cpu_slabs
+from steadynorm.kernels.cpu import stages as cpu
+from steadynorm.kernels.cpu.allocator import empty_like
+from steadynorm.kernels.cpu.kernels import (
     SCALARS,
     backward_kernel,
     forward_kernel,
     gradient_options,
 )
-from steadynorm.kernels.cpu_runtime import Arguments
-from steadynorm.kernels.memory import empty_like
+from steadynorm.kernels.cpu.runtime import Arguments
 from steadynorm.statistics import Moments, Normalizer, coefficients
 
 # Rows of what a training step leaves for its backward, (KEPT, C); the last three are the backward's

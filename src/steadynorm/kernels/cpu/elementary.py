@@ -13,7 +13,7 @@ from typing import Any
 from numba.core import types
 from numba.core.extending import overload, register_jitable
 
-from .cpu_memory import bits, from_bits, like
+from .pointers import bits, from_bits, like
 
 strictly = register_jitable(forceinline=True, error_model="numpy", fastmath={"contract"})
 

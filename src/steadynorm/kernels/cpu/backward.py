@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .cpu_activations import IDENTITY, by_activation, gradient_at
-from .cpu_loops import (
+from .activations import IDENTITY, by_activation, gradient_at
+from .loops import (
     BLOCKS,
     CENTER,
     COMPILED,
@@ -60,7 +60,7 @@ from .cpu_loops import (
     start_of,
     wait_for,
 )  # fmt: skip
-from .cpu_memory import (
+from .pointers import (
     LANES,
     STAGE,
     WIDTH,
@@ -74,7 +74,7 @@ from .cpu_memory import (
     take,
     widen,
 )
-from .cpu_signs import through_gates
+from .signs import through_gates
 
 
 @called  # type: ignore[untyped-decorator]

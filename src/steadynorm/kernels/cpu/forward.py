@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .cpu_activations import activate, by_activation
-from .cpu_loops import (
+from .activations import activate, by_activation
+from .loops import (
     AGAIN,
     BATCHES,
     BIAS,
@@ -63,7 +63,7 @@ from .cpu_loops import (
     start_of,
     wait_for,
 )  # fmt: skip
-from .cpu_memory import (
+from .pointers import (
     LANES,
     STAGE,
     WIDTH,
@@ -78,7 +78,7 @@ from .cpu_memory import (
     take,
     widen,
 )
-from .cpu_signs import GATES, write_signs
+from .signs import GATES, write_signs
 
 
 @called  # type: ignore[untyped-decorator]

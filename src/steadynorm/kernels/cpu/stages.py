@@ -14,11 +14,12 @@ from torch import Tensor
 
 from steadynorm.statistics.moments import Moments
 
-from . import cpu_loops as at
-from .cpu_activations import BY_EITHER, CODES, FROM_INPUT, IDENTITY
-from .cpu_kernels import SCALARS, backward_kernel, forward_kernel, name_of, warmup
-from .cpu_signs import outputs_for, signs_for
-from .cpu_slabs import (
+from . import loops as at
+from .activations import BY_EITHER, CODES, FROM_INPUT, IDENTITY
+from .allocator import empty_like
+from .kernels import SCALARS, backward_kernel, forward_kernel, name_of, warmup
+from .signs import outputs_for, signs_for
+from .slabs import (
     MOMENTS,
     Groups,
     Slab,
@@ -30,7 +31,6 @@ from .cpu_slabs import (
     shape_of,
     slabs,
 )
-from .memory import empty_like
 
 __all__ = [
     "apply", "apply_grad", "backward_kernel", "calls", "forward_kernel", "moments", "normalize",

@@ -14,8 +14,8 @@ from typing import Any
 from numba.core import types
 from numba.core.extending import overload
 
-from .cpu_exponential import erf, exp, expm1_below_zero, strictly, tanh
-from .cpu_memory import like, widen
+from .elementary import erf, exp, expm1_below_zero, strictly, tanh
+from .pointers import like, widen
 
 IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, GELU, HARDSWISH, ELU, SIGMOID, TANH = range(10)
 CODES = {

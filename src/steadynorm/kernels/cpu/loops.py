@@ -28,7 +28,7 @@ from typing import Any
 
 from numba import njit
 
-from .cpu_memory import LANES, apart, like, look, pause, rest, stream, to_boundary, widen
+from .pointers import LANES, apart, like, look, pause, rest, stream, to_boundary, widen
 
 PIECE = 4096  # elements of a plane whose float32 sum goes to float64
 FLUSH = 64  # strips, likewise

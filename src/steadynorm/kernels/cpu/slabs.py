@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_loops as at
-from .cpu_memory import LANES, ROOM, WIDTH
-from .cpu_runtime import Arguments, Kernel
-from .memory import empty_like
+from . import loops as at
+from .allocator import empty_like
+from .pointers import LANES, ROOM, WIDTH
+from .runtime import Arguments, Kernel
 
 Groups = tuple[int, ...] | None
 

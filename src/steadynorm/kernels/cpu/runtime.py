@@ -22,7 +22,7 @@ from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 from numba import cfunc, types
 from numba.core import config
 
-from .cpu_loops import SIZE, YIELD
+from .loops import SIZE, YIELD
 
 Arguments = ctypes.c_int64 * SIZE
 
@@ -81,7 +81,7 @@ def _fingerprint() -> str:
     made_with = (numba.__version__, config.OPT, config.CPU_NAME, config.CPU_FEATURES)
     processor = (get_host_cpu_name(), get_host_cpu_features().flatten())
     digest = hashlib.sha256(repr((made_with, processor)).encode())
-    for source in sorted(Path(__file__).parent.glob("cpu*.py")):
+    for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
 
