@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels import aten as native
-from steadynorm.kernels import reference as eager
+from steadynorm.kernels.torch_arrays import reference
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, for plain
 # calls: the crossover that benchmarks/small_calls.py measures, in docs/speed.md.
@@ -44,7 +44,7 @@ def _cpu_kernels() -> tuple[ModuleType | None, str]:
     return cpu, ""
 
 
-def cpu_kernels() -> ModuleType:
+def cpu_kernels() -> Any:
     """The CPU kernels, for callers that have made sure of them."""
     found, trouble = _cpu_kernels()
     if found is None:
@@ -93,7 +93,7 @@ def plain_call(
 
 
 @lru_cache(maxsize=1)
-def _plain_node() -> ModuleType:
+def _plain_node() -> Any:
     from steadynorm.kernels.cpu import prepared
 
     return prepared
@@ -137,13 +137,13 @@ def compiler_calls_cpu_kernels(x: Tensor) -> bool:
     )
 
 
-def stages_for(x: Tensor, residual: Tensor | None) -> ModuleType:
-    """The module whose four stages serve this input: `cpu`, or `eager` for all the rest."""
+def stages_for(x: Tensor, residual: Tensor | None) -> Any:
+    """The module whose four stages serve this input: `cpu`, or `reference` for all the rest."""
     if x.is_cpu and x.__class__ is Tensor:
         cpu, _ = _cpu_kernels()
         if cpu is not None and cpu.takes(x, residual=residual) is None:
             return cpu
-    return eager
+    return reference
 
 
 def explain(

@@ -17,7 +17,7 @@ from torch.library import custom_op, register_autograd
 
 from steadynorm.kernels.activations import kept_for_backward
 from steadynorm.kernels.choice import cpu_kernels
-from steadynorm.kernels.reference import statistics_dtype
+from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import (
     Coefficients,
     Moments,
@@ -95,7 +95,7 @@ def _moments(x: Tensor, mask: MaybeTensor, groups: MaybeGroups) -> tuple[Tensor,
 @_moments.register_fake
 def _(x: Tensor, mask: MaybeTensor, groups: MaybeGroups) -> tuple[Tensor, Tensor]:
     rows = () if groups is None else (len(groups),)
-    made = x.new_empty((3, *rows, x.shape[1]), dtype=statistics_dtype(x))
+    made = x.new_empty((3, *rows, x.shape[1]), dtype=reference.statistics_dtype(x))
     return made.new_empty((*rows, 1)), made
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from steadynorm.kernels import aten as native
 from steadynorm.kernels import compiled
-from steadynorm.kernels import reference as eager
 from steadynorm.kernels.activations import ACTIVATIONS, kept_for_backward
 from steadynorm.kernels.choice import (
     compiler_calls_cpu_kernels,
@@ -17,7 +16,8 @@ from steadynorm.kernels.choice import (
     needs_plain_operations,
     stages_for,
 )
-from steadynorm.kernels.torch_arrays import xp
+from steadynorm.kernels.reference import Groups
+from steadynorm.kernels.torch_arrays import reference, xp
 from steadynorm.statistics import (
     Coefficients,
     Moments,
@@ -58,7 +58,7 @@ class Call:
         self,
         eps: float,
         *,
-        groups: eager.Groups = None,
+        groups: Groups = None,
         activation: str | None = None,
         replicas: Exchange | None = None,
     ) -> None:
@@ -144,7 +144,7 @@ def normalize_by_running(
         return native.one_operator(
             x, weight, bias, running_mean, running_var, eps, residual, activation
         )
-    dtype = eager.statistics_dtype(x)
+    dtype = reference.statistics_dtype(x)
     # A copy: the buffer itself may change between this forward and its backward.
     mean = running_mean.to(dtype, copy=True)
     call = _ByRunning(mean, running_var.to(dtype), eps, activation)
@@ -158,7 +158,7 @@ def _is_exported() -> bool:
 
 
 def _wide(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.to(eager.statistics_dtype(x))
+    return None if parameter is None else parameter.to(reference.statistics_dtype(x))
 
 
 def _forward(
@@ -175,7 +175,7 @@ def _forward(
     if signs is not None:
         outside["signs"] = signs
     weight, bias = _wide(weight, x), _wide(bias, x)
-    if call.own_moments and mask is None and stages is not eager:
+    if call.own_moments and mask is None and stages is not reference:
         y, local = stages.normalize(x, weight, bias, call.eps, **outside)
         batch, normalizer = call.settle(local)
         return y, Settled(batch, normalizer, coefficients(normalizer, weight, bias, call.eps))
@@ -200,7 +200,7 @@ def _traceable(
         batch, normalizer = call.settle(measured)
         around = (call.eps, call.activation, call.groups)
         return compiled.normalize_by(normalizer, batch, x, weight, bias, residual, mask, *around)
-    live = eager.moments(x, mask=mask, groups=call.groups) if call.moments_needed else None
+    live = reference.moments(x, mask=mask, groups=call.groups) if call.moments_needed else None
     _, normalizer = call.settle(None if live is None else _constant(live))
     return _differentiable(x, weight, bias, residual, call, live, normalizer, call.activation)
 
@@ -225,7 +225,7 @@ def _differentiable(
             live = call.replicas.link(live)
         normalizer = attach(normalizer, _constant(live), live)
     known = coefficients(normalizer, _wide(weight, x), _wide(bias, x), call.eps)
-    return eager.apply(
+    return reference.apply(
         x,
         known.center,
         known.scale,
@@ -254,7 +254,7 @@ class Normalize(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         stages = stages_for(x, residual)
-        compiled_ = stages is not eager
+        compiled_ = stages is not reference
         signs = stages.signs_for(x, residual, call.activation, call.groups) if compiled_ else None
         y, ctx.settled = _forward(x, weight, bias, residual, mask, call, signs)
         ctx.call = call
@@ -326,7 +326,7 @@ def _gradients(
     factors = None
     if through and batch is not None:
         factors = gradient_factors(normalizer, batch, known.scale, known.rho)
-        if call.replicas is None and mask is None and stages is not eager:
+        if call.replicas is None and mask is None and stages is not reference:
             dx, dresidual, total, moved = stages.normalize_grad(
                 *place, *factors, want_residual=want_residual, **branch
             )
@@ -359,7 +359,7 @@ def _second_order_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, mask, y, signs = ctx.saved_tensors
     call: Call = ctx.call
     batch, normalizer, _ = ctx.settled
-    live = None if batch is None else eager.moments(x, mask=mask, groups=call.groups)
+    live = None if batch is None else reference.moments(x, mask=mask, groups=call.groups)
     z = _differentiable(x, weight, bias, residual, call, live, normalizer, None)
     g = grad
     if call.activation is not None:

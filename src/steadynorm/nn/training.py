@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels import choice, operators
-from steadynorm.kernels import reference as eager
+from steadynorm.kernels.torch_arrays import reference
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas
 from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
@@ -153,7 +153,7 @@ class TrainingStep(operators.Call):
         if self.exchange is not None:
             batch, samples = self.exchange.pool(batch, samples)
         self._check(batch)
-        running = self.buffers.read(eager.statistics_dtype(self.input))
+        running = self.buffers.read(reference.statistics_dtype(self.input))
         context = Context(samples, self.momentum, self.eps, torch)
         normalizer, after = step(
             self.policy, batch, running, context, skip_nonfinite=self.nonfinite == "skip"
