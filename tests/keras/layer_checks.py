@@ -14,7 +14,7 @@ from keras import ops
 from tests import truth
 
 import steadynorm as sn
-from steadynorm.keras import BatchNormalization
+from steadynorm.keras import BatchNormalization, convert
 
 # Keras's variables have NumPy's old `__array__`, without `copy`.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -40,6 +40,11 @@ def array(tensor: Any) -> np.ndarray:
     return ops.convert_to_numpy(tensor)
 
 
+def counted(layer: Layer, batches: int) -> list[np.int32]:
+    """What follows Keras's weights in a list for `set_weights`."""
+    return [] if getattr(layer, "num_batches_tracked", None) is None else [np.int32(batches)]
+
+
 def built(kind: type[Layer], shape: tuple[int, ...], seed: int = 5, **arguments: Any) -> Layer:
     """A layer with arbitrary weights: gamma, beta and the moving statistics."""
     layer = kind(**arguments)
@@ -48,7 +53,7 @@ def built(kind: type[Layer], shape: tuple[int, ...], seed: int = 5, **arguments:
     values = [draw(channels, seed=seed + i) for i in range(2 * layer.scale + layer.center)]
     values = values[: layer.scale + layer.center]
     moving = [draw(channels, seed=seed + 7), draw(channels, seed=seed + 8) ** 2 + 0.5]
-    layer.set_weights([*values, *moving, *([np.int32(7)] if len(layer.weights) == 5 else [])])
+    layer.set_weights([*values, *moving, *counted(layer, 7)])
     return layer
 
 
@@ -114,7 +119,7 @@ def test_values_gradients_and_statistics_are_right(policy: str, masked: bool) ->
     np.testing.assert_allclose(dbeta, expected.dbias, atol=2e-5)
     np.testing.assert_allclose(array(layer.moving_mean), expected.running.mean, atol=1e-6)
     np.testing.assert_allclose(array(layer.moving_variance), expected.running.var, rtol=2e-6)
-    layer.set_weights([gamma, beta, mean, var, *([np.int32(7)] if len(layer.weights) == 5 else [])])
+    layer.set_weights([gamma, beta, mean, var, *counted(layer, 7)])
     y = array(layer(x, training=True, **call))
     np.testing.assert_allclose(np.moveaxis(y, axis, 1), expected.y, atol=3e-6)
 
@@ -158,7 +163,7 @@ def test_forward_is_within_the_bar(policy: str, mean: float) -> None:
     layer = BatchNormalization(epsilon=1e-5, statistics=POLICIES[policy])
     layer.build(x.shape)
     moving = [np.ones(5), np.zeros(5), np.full(5, np.float32(mean + 0.3)), np.ones(5)]
-    layer.set_weights([*moving, *([np.int32(7)] if len(layer.weights) == 5 else [])])
+    layer.set_weights([*moving, *counted(layer, 7)])
     running = truth.Running(*layer.get_weights()[2:4], 7)
     setting = truth.Setting(momentum=0.01, unbiased=False)
     expected = truth.train(np.moveaxis(x, -1, 1), POLICIES[policy], running, setting)
@@ -266,20 +271,113 @@ def test_files_round_trip(policy: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
-@pytest.mark.parametrize("policy", ["batch", "running"])
-def test_weight_files_of_kerass_layer_load(policy: str, tmp_path: Path) -> None:
-    theirs = keras.Sequential([keras.Input((3,)), Layer()])
-    theirs.layers[0].set_weights([draw(3, seed=i) ** 2 for i in range(4)])
-    theirs.save_weights(tmp_path / "a.weights.h5")
-    ours = keras.Sequential([keras.Input((3,)), BatchNormalization(statistics=policy, name="b")])
-    ours.layers[0].name = theirs.layers[0].name
-    model = keras.Sequential([keras.Input((3,)), ours.layers[0]])
-    model.layers[0].load_own_variables({str(i): w for i, w in enumerate(theirs.get_weights())})
-    x = draw(6, 3)
-    np.testing.assert_allclose(array(model(x)), array(theirs(x)), atol=2e-6)
+def trained(kind: type[Layer], **arguments: Any) -> keras.Model:
+    """A small model with two norms, and statistics that are not 0 and 1."""
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(4), kind(**arguments), layers.Dense(2), kind(**arguments)]
+    )
+    for i, w in enumerate(model.weights):
+        w.assign(draw(*w.shape, seed=i) ** 2 + 0.5)
+    return model
+
+
+def assert_statistics_survive_a_batch(model: keras.Model, x: np.ndarray) -> None:
+    """The batch weighs what it weighs after many: by the momentum, or by the horizon."""
+    dense, norm = model.layers[:2]
+    before, batch = array(norm.moving_mean), array(dense(x)).mean(0)
     model(x, training=True)
-    moved = 0.99 * draw(3, seed=2) ** 2 + 0.01 * x.mean(0)  # momentum holds: batches were "many"
-    np.testing.assert_allclose(array(model.layers[0].moving_mean), moved, atol=1e-6)
+    weight = (array(norm.moving_mean) - before) / (batch - before)
+    horizon = getattr(norm.statistics, "horizon", None)
+    expected = 0.01 if horizon is None else len(x) / (len(x) + horizon)
+    np.testing.assert_allclose(weight, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
+@pytest.mark.parametrize("policy", ["batch", "steady", "running", "renorm"])
+def test_files_of_kerass_layer_load(policy: str, suffix: str, tmp_path: Path) -> None:
+    theirs, x = trained(Layer), draw(6, 3)
+    file = tmp_path / f"a{suffix}"
+    (theirs.save if suffix == ".keras" else theirs.save_weights)(file)
+    model = trained(BatchNormalization, statistics=policy)
+    model.set_weights([0 * w for w in model.get_weights()])
+    model.load_weights(file)
+    np.testing.assert_allclose(array(model(x)), array(theirs(x)), atol=2e-6)
+    assert_statistics_survive_a_batch(model, x)
+
+
+@pytest.mark.parametrize("policy", ["steady", "running"])
+def test_pretrained_statistics_survive_set_weights_and_convert(policy: str) -> None:
+    theirs, x = trained(Layer), draw(6, 3)
+    model = trained(BatchNormalization, statistics=policy)
+    model.set_weights(theirs.get_weights())
+    for ours in (model, convert(theirs, statistics=policy)):
+        assert_statistics_survive_a_batch(ours, x)
+    fresh = BatchNormalization(statistics=policy)  # the first batch of all stands alone
+    fresh(x, training=True)
+    np.testing.assert_allclose(array(fresh.moving_mean), x.mean(0), atol=1e-6)
+
+
+def test_convert_a_keras_application() -> None:
+    arguments = {"input_shape": (32, 32, 3), "alpha": 0.25, "classes": 3, "weights": None}
+    theirs = keras.applications.MobileNet(**arguments)
+    for layer in theirs.layers:
+        if isinstance(layer, Layer):
+            channels = layer.moving_mean.shape[0]
+            layer.moving_mean.assign(0.1 * draw(channels))
+            layer.moving_variance.assign(0.5 + 0 * draw(channels))
+    ours, x = convert(theirs, statistics="steady", nonfinite="skip"), draw(2, 32, 32, 3)
+    kinds = {type(layer) for layer in ours.layers if isinstance(layer, Layer)}
+    assert kinds == {BatchNormalization}
+    assert [layer.name for layer in ours.layers[1:]] == [layer.name for layer in theirs.layers[1:]]
+    expected = array(theirs(x))
+    np.testing.assert_allclose(array(ours(x)), expected, atol=1e-5)
+    assert ours.layers[2].momentum == theirs.layers[2].momentum
+    assert ours.layers[2].nonfinite == "skip"
+    other = keras.applications.MobileNet(**arguments)
+    ours.set_weights(other.get_weights())
+    np.testing.assert_allclose(array(ours(x)), array(other(x)), atol=1e-5)
+    np.testing.assert_array_equal(array(theirs(x)), expected)  # left as it was
+
+
+def test_convert_keeps_sharing_nesting_and_counts() -> None:
+    shared, inner = Layer(name="shared"), trained(Layer)
+    a, b = keras.Input((3,)), keras.Input((3,))
+    y = shared(a) + shared(b)
+    theirs = keras.Model([a, b], inner(y))
+    shared.set_weights([draw(3, seed=i) ** 2 for i in range(4)])
+    shared.trainable = False
+    ours, call = convert(theirs, statistics="running"), [draw(5, 3), draw(5, 3, seed=1)]
+    np.testing.assert_allclose(array(ours(call)), array(theirs(call)), atol=1e-5)
+    assert ours.get_layer("shared").trainable is False
+    assert len(ours.weights) == len(theirs.weights)
+    ours.layers[-1](draw(6, 3), training=True)
+    again = convert(ours)
+    norms = [layer for layer in again.layers[-1].layers if isinstance(layer, Layer)]
+    assert all(layer.statistics == POLICIES["running"] for layer in norms)
+    assert all(int(layer.num_batches_tracked) > 1000 for layer in norms)
+
+
+def test_convert_says_what_it_leaves() -> None:
+    @keras.saving.register_keras_serializable(package="tests")
+    class Special(Layer):  # type: ignore[misc]
+        pass
+
+    model = keras.Sequential([keras.Input((3,)), Special(name="special")])
+    with pytest.warns(UserWarning, match=r"left as they are: .*special\. Layers inside other"):
+        assert type(convert(model).layers[0]) is Special
+
+
+def test_renorm_of_keras_moves_nothing_without_a_valid_value() -> None:
+    x, layer = draw(6, 3), BatchNormalization(renorm=True, nonfinite="skip")
+    layer(x, training=True)
+    before = layer.get_weights()
+    layer(x, training=True, mask=np.zeros(6, bool))
+    layer(x * np.inf, training=True)
+    for was, now in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(was, now)
+    layer(x, training=True)
+    assert not np.array_equal(layer.get_weights()[-1], before[-1])
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
@@ -321,8 +419,10 @@ def test_what_is_refused() -> None:
         BatchNormalization()(x, residual=x[:1])
     with pytest.raises(ValueError, match=r"one axis fewer than `inputs`: the shape \(6, 4\)"):
         BatchNormalization()(x, training=True, mask=np.ones((6,), bool))
-    with pytest.raises(ValueError, match=r"Write statistics=sn\.Renorm\("):
-        BatchNormalization(renorm=True)
+    with pytest.raises(
+        ValueError, match="renorm=True goes with statistics='batch' alone; got 'stea"
+    ):
+        BatchNormalization(renorm=True, statistics="steady")
     with pytest.raises(ValueError, match="`nonfinite` must be 'propagate' or 'skip'"):
         BatchNormalization(nonfinite="drop")
     with pytest.raises(ValueError, match="statistics must be one of 'batch'"):

@@ -17,12 +17,24 @@ def environment(backend: str) -> dict[str, str]:
     return {**os.environ, **quiet, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
 
 
+# Keras's tests have a marker of their own, and warn of what is not ours.
+AS_KERAS_RUNS_THEM = (
+    *("-o", "markers=requires_trainable_backend: trains"),
+    *("-o", "filterwarnings=default"),
+)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layer(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [("layer_checks.py", ()), ("kerass_own_checks.py", AS_KERAS_RUNS_THEM)],
+    ids=["ours", "kerass own"],
+)
+def test_layer(file: str, options: tuple[str, ...], backend: str) -> None:
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    checks = Path(__file__).with_name("layer_checks.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    checks = str(Path(__file__).with_name(file))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, checks]
     done = subprocess.run(
         command,
         cwd=ROOT,

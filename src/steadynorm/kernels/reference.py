@@ -289,7 +289,7 @@ class Reference:
             (
                 run,
                 [None if t is None else self._view(run, t) for t in x_sized],
-                [self.xp.reshape(t[run.rows], run.beside) for t in per_channel],
+                [self._spread(run, t) for t in per_channel],
             )
             for run in _runs(len(shape), shape[axis], axis, groups)
         ]
@@ -298,6 +298,10 @@ class Reference:
         if run.groups is None:
             return x
         return self.xp.reshape(x[run.samples], (*run.groups, *self.xp.shape(x)[1:]))
+
+    def _spread(self, run: _Run, channels: Array) -> Array:
+        rows = channels if run.groups is None else channels[run.rows]
+        return self.xp.reshape(rows, run.beside)
 
     def _merge(self, run: _Run, x: Array) -> Array:
         """The inverse of `_view`."""

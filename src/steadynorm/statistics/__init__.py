@@ -15,6 +15,7 @@ from steadynorm.statistics.normalizer import (
     fold,
     gradient_coefficients,
     gradient_factors,
+    of_batch,
     of_running,
     parameter_gradients,
 )
@@ -40,7 +41,7 @@ from steadynorm.statistics.running import (
     new_batch_weight,
     update_average,
 )
-from steadynorm.statistics.step import step
+from steadynorm.statistics.step import step, usable
 
 __all__ = [
     "CONVENTIONS",
@@ -71,10 +72,12 @@ __all__ = [
     "gradient_factors",
     "merge",
     "new_batch_weight",
+    "of_batch",
     "of_running",
     "parameter_gradients",
     "policy_from",
     "pool",
     "step",
     "update_average",
+    "usable",
 ]

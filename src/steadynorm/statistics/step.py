@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from steadynorm.statistics.moments import Array, Moments
 from steadynorm.statistics.normalizer import Normalizer, of_running
 from steadynorm.statistics.policies.base import Context, Policy
@@ -11,6 +13,19 @@ from steadynorm.statistics.running import RunningStatistics
 def _standard(like: Array) -> Normalizer:
     """Leaves x as it is: for a batch without a value where nothing was ever tracked."""
     return Normalizer(like * 0, 0.0, like * 0 + 1, 1.0, 0.0, 0.0)
+
+
+def usable(batch: Moments, *, skip_nonfinite: bool, xp: Any) -> Array | bool:
+    """Whether a batch may move the running statistics: a boolean array, or True or False.
+
+    Not without a value, and with `skip_nonfinite` not with NaN or infinity in its moments.
+    """
+    known = isinstance(batch.count, int | float)
+    some = batch.count > 0 if known else xp.any(batch.count > 0)
+    if some is False or not skip_nonfinite:
+        return some
+    finite = xp.all(xp.logical_and(xp.isfinite(batch.mean), xp.isfinite(batch.var)))
+    return finite if known else xp.logical_and(some, finite)
 
 
 def step(
@@ -28,28 +43,28 @@ def step(
     """
     xp = context.xp
     idle = of_running(running) if running is not None else _standard(batch.var)
-    known = isinstance(batch.count, int | float)
-    if known and batch.count == 0:
+    keep = usable(batch, skip_nonfinite=skip_nonfinite, xp=xp)
+    if keep is False:
         return idle, running
     normalizer = policy.normalizer(batch, running, context)
-    counts = None if known else batch.count > 0
-    if counts is not None:
+    if not isinstance(batch.count, int | float):
+        some = batch.count > 0
         zero = 0 * batch.count  # `where` of two plain numbers would be float32 in torch
         normalizer = Normalizer(
-            *(xp.where(counts, a + zero, b + zero) for a, b in zip(normalizer, idle, strict=True))
+            *(xp.where(some, a + zero, b + zero) for a, b in zip(normalizer, idle, strict=True))
         )
     if running is None:
         return normalizer, None
     after = policy.update(batch, running, context)
-    keep = None if counts is None else xp.any(counts)
-    if skip_nonfinite:
-        finite = xp.all(xp.logical_and(xp.isfinite(batch.mean), xp.isfinite(batch.var)))
-        keep = finite if keep is None else xp.logical_and(keep, finite)
-    if keep is not None:
-        after = RunningStatistics(
-            *(
-                old if new is None else xp.where(keep, new, old)
-                for new, old in zip(after, running, strict=True)
-            )
+    return normalizer, after if keep is True else _select(keep, after, running, xp)
+
+
+def _select(
+    keep: Array, after: RunningStatistics, before: RunningStatistics, xp: Any
+) -> RunningStatistics:
+    return RunningStatistics(
+        *(
+            old if new is None else xp.where(keep, new, old)
+            for new, old in zip(after, before, strict=True)
         )
-    return normalizer, after
+    )
