@@ -72,7 +72,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         inputs: of any rank.
         training: whether the policy decides and the moving statistics move.
         mask: true where valid; of inputs' shape without the channel axis, wherever that is, or with
-            length 1 in places. Moments come from valid positions; every position is normalized.
+            length 1 in places. Moments come from valid positions; every position is normalized. A
+            mask that only fits without the last axis, as Keras's layers make them, is taken too.
         residual: of inputs' shape; added before the activation.
 
     Raises:
@@ -332,17 +333,26 @@ def _policy(statistics: Policy | str | Mapping[str, Any]) -> Policy:
 
 
 def _expanded(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
-    """`mask` as boolean, of inputs' shape without the channel axis."""
-    target = tuple(n for i, n in enumerate(ops.shape(inputs)) if i != axis)
-    static = [n for i, n in enumerate(inputs.shape) if i != axis]
-    came = tuple(mask.shape)
-    fits = len(came) == len(static) and all(
-        n in (1, None) or wanted in (n, None) for n, wanted in zip(came, static, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"BatchNormalization: `mask` must have one axis fewer than `inputs`: the shape "
-            f"{tuple(static)}, that of `inputs` without its channel axis {axis}, or 1 in places; "
-            f"got {came}."
+    """`mask` as boolean, of inputs' shape without the channel axis.
+
+    A mask of the inputs' shape without the *last* axis, as Keras's layers make them, where that is
+    another shape, becomes one of the inputs' whole shape.
+    """
+    shape, came = ops.shape(inputs), tuple(mask.shape)
+
+    def fits(without: int) -> bool:
+        static = [n for i, n in enumerate(inputs.shape) if i != without]
+        return len(came) == len(static) and all(
+            n in (1, None) or wanted in (n, None) for n, wanted in zip(came, static, strict=True)
         )
-    return ops.broadcast_to(ops.cast(mask, "bool"), target)
+
+    mask, last = ops.cast(mask, "bool"), len(inputs.shape) - 1
+    if fits(axis):
+        return ops.broadcast_to(mask, tuple(n for i, n in enumerate(shape) if i != axis))
+    if fits(last):
+        return ops.broadcast_to(ops.expand_dims(mask, -1), shape)
+    static = tuple(n for i, n in enumerate(inputs.shape) if i != axis)
+    raise ValueError(
+        f"BatchNormalization: `mask` must have one axis fewer than `inputs`: the shape {static}, "
+        f"that of `inputs` without its channel axis {axis}, or 1 in places; got {came}."
+    )

@@ -6,7 +6,8 @@ derivatives of them are those of the closed form.
 
 x has its channels on `axis`, counted from the front. Per-channel arrays are (C,), or (G, C) with
 groups, in `statistics_dtype(x)`. `groups` is None or the lengths of the groups along axis 0, which
-then is not the channel axis. `mask` is None or boolean, of x's shape without the channel axis.
+then is not the channel axis. `mask` is None or boolean, of x's shape without the channel axis, or
+of x's whole shape where every channel has its own valid positions.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Reference:
         """
         xp = self.xp
         wide = xp.cast(x, xp.statistics_dtype(x))
-        valid = None if mask is None else xp.expand_dims(mask, axis)
+        valid = self._beside(mask, x, axis)
         parts = [
             self._moments_of_run(run, *arrays)
             for run, arrays, _ in self._split([wide, valid], [], axis, groups)
@@ -146,7 +147,7 @@ class Reference:
         var = mean(xp.square(centered - low))
         low = xp.where(xp.isfinite(high), low, 0)  # else NaN, where the mean is infinite
         if count is not None:
-            count = xp.reshape(count, (*run.per_channel[:-1], 1))
+            count = xp.reshape(count, (*run.per_channel[:-1], -1))  # 1 or C values
         return count, *(xp.reshape(t, run.per_channel) for t in (high, var, low))
 
     def _count(self, x: Array, axis: int, groups: Groups) -> Any:
@@ -232,7 +233,7 @@ class Reference:
     ) -> tuple[Array, Array | None]:
         """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted."""
         xp = self.xp
-        valid = None if mask is None else xp.expand_dims(mask, axis)
+        valid = self._beside(mask, x, axis)
         dx, dresidual = [], []
         for run, (d, t, out, extra, ok), (middle, gain, step, tilt, level) in self._split(
             [grad, x, y, residual, valid], [center, scale, shift, slope, constant], axis, groups
@@ -293,6 +294,10 @@ class Reference:
             )
             for run in _runs(len(shape), shape[axis], axis, groups)
         ]
+
+    def _beside(self, mask: Array | None, x: Array, axis: int) -> Array | None:
+        whole = mask is None or len(mask.shape) == len(x.shape)
+        return mask if whole else self.xp.expand_dims(mask, axis)
 
     def _view(self, run: _Run, x: Array) -> Array:
         if run.groups is None:

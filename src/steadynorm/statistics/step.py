@@ -16,12 +16,15 @@ def _standard(like: Array) -> Normalizer:
 
 
 def usable(batch: Moments, *, skip_nonfinite: bool, xp: Any) -> Array | bool:
-    """Whether a batch may move the running statistics: a boolean array, or True or False.
+    """Where a batch may move the running statistics: a boolean array, or True or False.
 
-    Not without a value, and with `skip_nonfinite` not with NaN or infinity in its moments.
+    Not without a value; with counts of their own, channel by channel. With `skip_nonfinite` nowhere
+    if the moments hold NaN or infinity.
     """
     known = isinstance(batch.count, int | float)
-    some = batch.count > 0 if known else xp.any(batch.count > 0)
+    some = batch.count > 0
+    if not known and len(batch.mean.shape) > 1:
+        some = xp.any(some)  # groups
     if some is False or not skip_nonfinite:
         return some
     finite = xp.all(xp.logical_and(xp.isfinite(batch.mean), xp.isfinite(batch.var)))
@@ -38,8 +41,9 @@ def step(
 ) -> tuple[Normalizer, RunningStatistics | None]:
     """One training batch under a policy: what normalizes it, and the running statistics after it.
 
-    A batch without a value is normalized by the running statistics and updates nothing. With
-    `skip_nonfinite` a batch whose moments hold NaN or infinity updates nothing either.
+    A batch (or a group) without a value is normalized by the running statistics and updates
+    nothing. With `skip_nonfinite` a batch whose moments hold NaN or infinity updates nothing
+    either.
     """
     xp = context.xp
     idle = of_running(running) if running is not None else _standard(batch.var)
@@ -48,7 +52,7 @@ def step(
         return idle, running
     normalizer = policy.normalizer(batch, running, context)
     if not isinstance(batch.count, int | float):
-        some = batch.count > 0
+        some = batch.count > 0 if len(batch.mean.shape) > 1 else xp.any(batch.count > 0)
         zero = 0 * batch.count  # `where` of two plain numbers would be float32 in torch
         normalizer = Normalizer(
             *(xp.where(some, a + zero, b + zero) for a, b in zip(normalizer, idle, strict=True))
@@ -62,9 +66,7 @@ def step(
 def _select(
     keep: Array, after: RunningStatistics, before: RunningStatistics, xp: Any
 ) -> RunningStatistics:
-    return RunningStatistics(
-        *(
-            old if new is None else xp.where(keep, new, old)
-            for new, old in zip(after, before, strict=True)
-        )
-    )
+    mean, var = (xp.where(keep, new, old) for new, old in zip(after[:2], before[:2], strict=True))
+    if after.batches is None:
+        return RunningStatistics(mean, var, before.batches)
+    return RunningStatistics(mean, var, xp.where(xp.any(keep), after.batches, before.batches))
