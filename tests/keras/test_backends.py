@@ -1,4 +1,4 @@
-"""Keras reads its backend once, so `layer_checks.py` runs in one process for each backend."""
+"""Keras reads its backend once, so its checks run in one process for each backend."""
 
 import os
 import subprocess
@@ -27,8 +27,12 @@ AS_KERAS_RUNS_THEM = (
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("file", "options"),
-    [("layer_checks.py", ()), ("kerass_own_checks.py", AS_KERAS_RUNS_THEM)],
-    ids=["ours", "kerass own"],
+    [
+        ("layer_checks.py", ()),
+        ("model_checks.py", ()),
+        ("kerass_own_checks.py", AS_KERAS_RUNS_THEM),
+    ],
+    ids=["layer", "models", "kerass own"],
 )
 def test_layer(file: str, options: tuple[str, ...], backend: str) -> None:
     if find_spec(backend) is None:
@@ -50,11 +54,16 @@ def test_layer(file: str, options: tuple[str, ...], backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_import_loads_the_backend_alone(backend: str) -> None:
+def test_a_call_loads_the_backend_alone(backend: str) -> None:
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    others = [name for name in ("torch", "tensorflow", "flax") if name != backend]
-    ask = f"import sys, steadynorm.keras; print(*(f for f in {others} if f in sys.modules))"
+    others = [name for name in ("torch", "tensorflow", "flax", "numba") if name != backend]
+    ask = (
+        "import sys, numpy, steadynorm.keras\n"
+        "layer = steadynorm.keras.BatchNormalization(statistics='steady', activation='relu')\n"
+        "layer(numpy.ones((2, 3)), training=True)\n"
+        f"print(*(f for f in {others} if f in sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", ask],
         env=environment(backend),

@@ -71,7 +71,8 @@ class JaxArrays:
 
     @staticmethod
     def mean(x: Array, axes: Sequence[int]) -> Array:
-        return JaxArrays.sum(x, axes) / max(JaxArrays.size(x, axes), 1)
+        mean: Array = JaxArrays.sum(x, axes) / max(JaxArrays.size(x, axes), 1)
+        return mean
 
     @staticmethod
     def add(a: Array, b: Array, *, out: Array) -> Array:
