@@ -54,11 +54,11 @@ class JaxArrays:
         return jnp.array(numbers, like.dtype)
 
     @staticmethod
-    def size(x: Array, axes: Sequence[int]) -> int:
+    def size(x: Array, axes: tuple[int, ...]) -> int:
         return prod(x.shape[axis] for axis in axes)
 
     @staticmethod
-    def sum(x: Array, axes: Sequence[int]) -> Array:
+    def sum(x: Array, axes: tuple[int, ...]) -> Array:
         """The sum, one axis after the other, the last first.
 
         XLA on the CPU adds hundreds of values of a channel sequentially; for data near 1e6, whose
@@ -70,7 +70,7 @@ class JaxArrays:
         return x
 
     @staticmethod
-    def mean(x: Array, axes: Sequence[int]) -> Array:
+    def mean(x: Array, axes: tuple[int, ...]) -> Array:
         mean: Array = JaxArrays.sum(x, axes) / max(JaxArrays.size(x, axes), 1)
         return mean
 

@@ -252,9 +252,7 @@ def _forward(
     affine = coefficients(normalizer, gamma, beta, settings.epsilon)
     y = reference.apply(
         x,
-        affine.center,
-        affine.scale,
-        affine.shift,
+        *affine[:3],
         axis=settings.axis,
         residual=residual,
         activation=settings.activation,
@@ -278,7 +276,7 @@ def _forward(
 def _backward(settings: _Settings, saved: _Saved, gradients: tuple[Array, Any]) -> tuple[_Inputs]:
     grad, _ = gradients
     inputs, batch, normalizer, affine = saved.inputs, saved.batch, saved.normalizer, saved.affine
-    arrays = (grad, inputs.x, affine.center, affine.scale, affine.shift)
+    arrays = (grad, inputs.x, *affine[:3])
     branch: dict[str, Any] = {
         "axis": settings.axis,
         "y": saved.y,

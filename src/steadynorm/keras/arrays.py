@@ -41,14 +41,14 @@ class KerasArrays:
         return ops.convert_to_tensor(numbers, dtype=like.dtype)
 
     @staticmethod
-    def size(x: Tensor, axes: Sequence[int]) -> Any:
+    def size(x: Tensor, axes: tuple[int, ...]) -> Any:
         lengths = [ops.shape(x)[axis] for axis in axes]
         if all(isinstance(length, int) for length in lengths):
             return prod(lengths)
         return ops.cast(ops.prod(ops.stack([ops.cast(n, "int32") for n in lengths])), x.dtype)
 
     @staticmethod
-    def sum(x: Tensor, axes: Sequence[int]) -> Tensor:
+    def sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
         """The sum, one axis after the other, the last first.
 
         XLA on the CPU adds hundreds of values of a channel sequentially; for data near 1e6, whose
@@ -61,7 +61,7 @@ class KerasArrays:
         return x
 
     @staticmethod
-    def mean(x: Tensor, axes: Sequence[int]) -> Tensor:
+    def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
         size = KerasArrays.size(x, axes)
         size = max(size, 1) if isinstance(size, int) else ops.maximum(size, 1)
         return KerasArrays.sum(x, axes) / size

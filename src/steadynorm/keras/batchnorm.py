@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any
 
 import keras
@@ -102,62 +101,24 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
-        beta_initializer: Any = "zeros",
-        gamma_initializer: Any = "ones",
-        moving_mean_initializer: Any = "zeros",
-        moving_variance_initializer: Any = "ones",
-        beta_regularizer: Any = None,
-        gamma_regularizer: Any = None,
-        beta_constraint: Any = None,
-        gamma_constraint: Any = None,
-        renorm: bool = False,
-        renorm_clipping: Any = None,
-        renorm_momentum: float = 0.99,
+        *others: Any,
         synchronized: bool = False,
-        *,
         statistics: Policy | str | Mapping[str, Any] = "batch",
         activation: str | Callable[[Tensor], Tensor] | None = None,
         nonfinite: str = "propagate",
-        **kwargs: Any,
+        **keras_arguments: Any,
     ) -> None:
         nonfinite_name(nonfinite, "BatchNormalization")
-        policy = _policy(statistics)
-        if renorm and policy != Batch():
+        super().__init__(axis, momentum, epsilon, center, scale, *others, **keras_arguments)
+        self.statistics = _policy(statistics)
+        self.renorm = getattr(self, "renorm", False)  # older releases of Keras have none
+        if self.renorm and self.statistics != Batch():
             raise ValueError(
                 f"BatchNormalization: renorm=True goes with statistics='batch' alone; got "
                 f"{statistics!r}. Write statistics=sn.Renorm(r_max=..., d_max=...), which needs no "
                 f"weights beyond the moving statistics, or leave `statistics` out."
             )
-        renorming = dict(
-            renorm=renorm, renorm_clipping=renorm_clipping, renorm_momentum=renorm_momentum
-        )
-        if "renorm" not in signature(keras.layers.BatchNormalization.__init__).parameters:
-            if renorm:
-                raise ValueError(
-                    "BatchNormalization: renorm=True needs a Keras whose own layer has it; got "
-                    f"Keras {keras.__version__}. Write statistics=sn.Renorm()."
-                )
-            renorming = {}
-        super().__init__(
-            axis=axis,
-            momentum=momentum,
-            epsilon=epsilon,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            moving_mean_initializer=moving_mean_initializer,
-            moving_variance_initializer=moving_variance_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            **renorming,
-            **kwargs,
-        )
-        self.renorm = renorm
         self.synchronized = synchronized
-        self.statistics = policy
         self.activation = None if activation is None else keras.activations.get(activation)
         self.nonfinite = nonfinite
         self.num_batches_tracked: Any = None
@@ -206,15 +167,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             normalizer, groups = of_running(self._running(dtype)), None
         gamma, beta = (None if w is None else ops.cast(w, dtype) for w in (self.gamma, self.beta))
         affine = coefficients(normalizer, gamma, beta, self.epsilon)
-        y = reference.apply(
-            x,
-            affine.center,
-            affine.scale,
-            affine.shift,
-            axis=axis,
-            residual=residual,
-            groups=groups,
-        )
+        y = reference.apply(x, *affine[:3], axis=axis, residual=residual, groups=groups)
         return ops.cast(y if self.activation is None else self.activation(y), self.compute_dtype)
 
     def _running(self, dtype: str) -> RunningStatistics:
@@ -230,7 +183,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """What normalizes a batch, with gradient, and in which groups; moves the statistics."""
         groups = self._groups(x, axis)
         live = reference.moments(x, axis=axis, mask=mask, groups=groups)
-        samples = xp.size(x, [0]) if len(x.shape) > 1 else 1
+        samples = xp.size(x, (0,)) if len(x.shape) > 1 else 1
         replicas = replica_context() if self.synchronized and groups is None else None
         if replicas is not None:
             live, samples = replicas.pool(live, samples)

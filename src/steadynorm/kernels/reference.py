@@ -50,13 +50,13 @@ class ArrayNamespace(Protocol):
     def shape(self, x: Array) -> tuple[Any, ...]:
         """The shape; a length that is not known when tracing is a scalar array."""
 
-    def size(self, x: Array, axes: Sequence[int]) -> Any:
+    def size(self, x: Array, axes: tuple[int, ...]) -> Any:
         """How many values the axes span: a number, or a scalar array of x's type."""
 
-    def sum(self, x: Array, axes: Sequence[int]) -> Array:
+    def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
         """The sum over `axes`, which stay with length 1."""
 
-    def mean(self, x: Array, axes: Sequence[int]) -> Array:
+    def mean(self, x: Array, axes: tuple[int, ...]) -> Array:
         """The mean over `axes`, which stay with length 1; 0 where there is no value."""
 
     def stop_gradient(self, x: Array) -> Array:
@@ -152,8 +152,8 @@ class Reference:
 
     def _count(self, x: Array, axis: int, groups: Groups) -> Any:
         if groups is None:
-            return self.xp.size(x, [i for i in range(len(x.shape)) if i != axis])
-        per_sample = self.xp.size(x, [i for i in range(1, len(x.shape)) if i != axis])
+            return self.xp.size(x, tuple(i for i in range(len(x.shape)) if i != axis))
+        per_sample = self.xp.size(x, tuple(i for i in range(1, len(x.shape)) if i != axis))
         return self.xp.constant(groups, x)[:, None] * per_sample
 
     def apply(

@@ -61,18 +61,18 @@ class TorchArrays:
         return x.shape
 
     @staticmethod
-    def size(x: Tensor, axes: Sequence[int]) -> int:
+    def size(x: Tensor, axes: tuple[int, ...]) -> int:
         size = 1
         for axis in axes:
             size = size * x.shape[axis]
         return size
 
     @staticmethod
-    def sum(x: Tensor, axes: Sequence[int]) -> Tensor:
+    def sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
         return x.sum(axes, keepdim=True)
 
     @staticmethod
-    def mean(x: Tensor, axes: Sequence[int]) -> Tensor:
+    def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
         # An empty batch is summed too: replicas then meet in its backward.
         return x.mean(axes, keepdim=True) if x.numel() else x.sum(axes, keepdim=True)
 
