@@ -85,7 +85,8 @@ class JaxArrays:
     @staticmethod
     def activate(name: str, z: Array) -> Array:
         """By the definition: XLA fuses it into one pass."""
-        return ACTIVATIONS[name].forward(z, JaxArrays)
+        y: Array = ACTIVATIONS[name].forward(z, JaxArrays)
+        return y
 
 
 reference = Reference(JaxArrays())
