@@ -9,10 +9,10 @@ import pytest
 
 ONE_KERNEL = """
     import torch
-    from steadynorm.kernels import cpu
+    from steadynorm.kernels.cpu import stages as cpu
     x = torch.arange(12.0).reshape(4, 3)
     assert cpu.moments(x).mean.tolist() == [4.5, 5.5, 6.5]
-    from steadynorm.kernels.cpu import forward_kernel
+    from steadynorm.kernels.cpu.kernels import forward_kernel
     print(forward_kernel(torch.float32, masked=False).cached)
 """
 
@@ -53,7 +53,7 @@ def test_without_a_cache_folder_all_works(tmp_path):
 FORK = """
     import os, signal, warnings
     import torch
-    from steadynorm.kernels import cpu
+    from steadynorm.kernels.cpu import stages as cpu
     from steadynorm.kernels.cpu import slabs
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
@@ -74,7 +74,7 @@ FORK = """
 LOADER = """
     import warnings
     import torch
-    from steadynorm.kernels import cpu
+    from steadynorm.kernels.cpu import stages as cpu
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     x = torch.randn(16, 24, 30, 30)

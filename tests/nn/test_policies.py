@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import steadynorm as sn
 from steadynorm.nn import checks
 
-EAGER = pytest.mark.parametrize("route", ["eager"], indirect=True)
+EAGER = pytest.mark.parametrize("route", ["reference"], indirect=True)
 pytestmark = [EAGER, pytest.mark.usefixtures("route")]
 
 POLICIES = {

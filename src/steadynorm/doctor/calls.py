@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.doctor.run import Look
-from steadynorm.kernels.choice import stages_for
+from steadynorm.kernels.dispatch import stages_for
 from steadynorm.models.surgery.layers import Norm
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
@@ -75,7 +75,7 @@ def met(norm: Norm, layer: nn.Module, args: Any, kwargs: Any, name: str, step: i
     mask = kwargs.get("mask") if isinstance(layer, SteadyNorm) else None
     if mask is not None:
         mask = checks.expanded_mask(mask, x, type(layer).__name__)
-    count, mean, var, _ = stages_for(x, None).moments(x.detach(), mask=mask)
+    count, mean, var, _ = stages_for(x).moments(x.detach(), mask=mask)
     none = torch.full_like(mean, float("nan"))
     running = (norm.running_mean, norm.running_var)
     parts = torch.stack([mean, var, *(none if t is None else t.to(mean.dtype) for t in running)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.doctor.observed import Padding
-from steadynorm.kernels.choice import stages_for
+from steadynorm.kernels.dispatch import stages_for
 from steadynorm.statistics import Moments, merge
 
 EDGE = 4  # positions at the end that a convolution's own zeros may have touched
@@ -44,7 +44,7 @@ class Padded:
         if not padded:
             self.valid = _joined(self.valid, part)
         elif padded < valid.numel():
-            count, mean, var, low = stages_for(x, None).moments(x.detach(), mask=valid)
+            count, mean, var, low = stages_for(x).moments(x.detach(), mask=valid)
             wide = [t.to("cpu", torch.float64).reshape(-1) for t in (mean, var, low)]
             total = torch.as_tensor(count).to("cpu", torch.float64).reshape(1)
             rest = Moments(total, wide[0] + wide[2], wide[1], torch.zeros_like(wide[0]))

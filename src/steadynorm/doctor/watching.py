@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.doctor.padding import Padded
-from steadynorm.kernels.choice import stages_for
+from steadynorm.kernels.dispatch import stages_for
 from steadynorm.models.calibration.layers import Layer
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
@@ -137,7 +137,7 @@ def _moments(x: Tensor, mask: Tensor | None, *, by_sample: bool) -> Moments:
         mean = kept.to("cpu", torch.float64)
         return Moments(torch.ones(len(mean), 1).double(), mean, 0 * mean, 0 * mean)
     groups = (1,) * x.shape[0] if by_sample else None
-    count, mean, var, low = stages_for(x, None).moments(x, mask=mask, groups=groups)
+    count, mean, var, low = stages_for(x).moments(x, mask=mask, groups=groups)
     counts = torch.as_tensor(count).to("cpu", torch.float64).reshape(-1, 1)
     rows = [part.to("cpu", torch.float64).reshape(-1, x.shape[1]) for part in (mean, var, low)]
     some = (counts > 0).flatten()

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.reference import Reference
 
 _barrier: Any = jax.lax.optimization_barrier  # not annotated by JAX
@@ -37,7 +36,7 @@ class JaxArrays:
     expm1 = staticmethod(jnp.expm1)
 
     @staticmethod
-    def like(number: float, z: Array) -> float:
+    def const(number: float, like: Array) -> float:
         """Beside a plain number, JAX's operators keep the array's type."""
         return number
 
@@ -81,12 +80,6 @@ class JaxArrays:
     @staticmethod
     def addcmul(a: Array, b: Array, c: Array, *, out: Array) -> Array:
         return a + b * c
-
-    @staticmethod
-    def activate(name: str, z: Array) -> Array:
-        """By the definition: XLA fuses it into one pass."""
-        y: Array = ACTIVATIONS[name].forward(z, JaxArrays)
-        return y
 
 
 reference = Reference(JaxArrays())

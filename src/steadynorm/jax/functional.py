@@ -259,9 +259,8 @@ def _forward(
         groups=settings.groups,
         dtype=settings.dtype,
     )
-    activation = ACTIVATIONS.get(settings.activation or "")
-    from_output = activation is not None and activation.from_output
-    rebuilds = activation is not None and not from_output
+    source = ACTIVATIONS[settings.activation].source if settings.activation else None
+    rebuilds, from_output = source == "input", source in ("output", "either")
     saved = _Saved(
         inputs._replace(residual=residual if rebuilds else None, state=None),
         None if residual is None else jnp.zeros((), residual.dtype),

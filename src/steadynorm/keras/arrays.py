@@ -10,7 +10,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.reference import Reference
 
 Tensor = Any  # of whichever backend
@@ -27,7 +26,7 @@ class KerasArrays:
         return getattr(ops, name)
 
     @staticmethod
-    def like(number: float, z: Tensor) -> float:
+    def const(number: float, like: Tensor) -> float:
         """Beside a plain number, every backend's operators keep the tensor's type."""
         return number
 
@@ -73,10 +72,6 @@ class KerasArrays:
     @staticmethod
     def addcmul(a: Tensor, b: Tensor, c: Tensor, *, out: Tensor) -> Tensor:
         return a + b * c
-
-    @staticmethod
-    def activate(name: str, z: Tensor) -> Tensor:
-        return ACTIVATIONS[name].forward(z, xp)
 
 
 xp: Any = KerasArrays()

@@ -1,149 +1,178 @@
-"""Activations that run inside the layer, each defined once for every array library and kernel.
+"""Activations that run inside the layer, each defined once, for every array library and compiler.
 
-A definition takes a math namespace `m`, which offers, for numbers or arrays:
+A definition takes a namespace `m` of elementwise mathematics and returns two functions of it:
+`forward(z)`, and `gradient(g, t)`, g times the derivative, with t the output y or the input z as
+`source` says. `m` has `exp`, `expm1` (asked for z at most 0), `tanh`, `sigmoid`, `erf`, `where` and
+`const(number, like)`, a number in the type of `like`: compiled float32 code would else compute in
+float64. `Elementwise` makes one of an array library; the compiled CPU kernels bring their own.
 
-    like(number, z)            the number in z's type; array libraries may return it as it is
-    where(condition, a, b)     a where the condition holds, else b
-    sigmoid(z) tanh(z) erf(z) exp(z) expm1(z)
-
-Definitions are written so that NaN passes through: `where(z <= 0, 0, z)` instead of a maximum.
+Comparisons are written so that a NaN in t lets the gradient through, as torch does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
-Array = Any  # a number, or an array of any library
-Math = Any
+Array = Any
+Functions = tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]
 
 LEAKY_SLOPE = 0.01  # torch.nn.LeakyReLU's default
 
 
+class Elementwise:
+    """The namespace over an array library such as `torch`, `jax.numpy` or `keras.ops`.
+
+    `own`: a module whose functions of the activations' names serve as their forward, where such
+    exist; exporters and compilers know them.
+    """
+
+    def __init__(self, xp: Any, *, sigmoid: Any = None, erf: Any = None, own: Any = None) -> None:
+        self.exp, self.expm1, self.tanh, self.where = xp.exp, xp.expm1, xp.tanh, xp.where
+        self.sigmoid = xp.sigmoid if sigmoid is None else sigmoid
+        self.erf = xp.erf if erf is None else erf
+        self.own = own
+
+    @staticmethod
+    def const(number: float, like: Array) -> float:
+        """The number: array libraries take a Python number in the type of the array beside it."""
+        return number
+
+
+def _relu(m: Any) -> Functions:
+    def forward(z: Array) -> Array:
+        return m.where(z <= m.const(0.0, z), m.const(0.0, z), z)
+
+    def gradient(g: Array, y: Array) -> Array:
+        return m.where(y <= m.const(0.0, y), m.const(0.0, g), g)
+
+    return forward, gradient
+
+
+def _relu6(m: Any) -> Functions:
+    def forward(z: Array) -> Array:
+        above = m.where(z <= m.const(0.0, z), m.const(0.0, z), z)
+        return m.where(above >= m.const(6.0, z), m.const(6.0, z), above)
+
+    def gradient(g: Array, y: Array) -> Array:
+        above = m.where(y <= m.const(0.0, y), m.const(0.0, g), g)
+        return m.where(y >= m.const(6.0, y), m.const(0.0, g), above)
+
+    return forward, gradient
+
+
+def _leaky_relu(m: Any) -> Functions:
+    def forward(z: Array) -> Array:
+        return m.where(z > m.const(0.0, z), z, z * m.const(LEAKY_SLOPE, z))
+
+    def gradient(g: Array, y: Array) -> Array:
+        return m.where(y > m.const(0.0, y), g, g * m.const(LEAKY_SLOPE, g))
+
+    return forward, gradient
+
+
+def _silu(m: Any) -> Functions:
+    def forward(z: Array) -> Array:
+        return z * m.sigmoid(z)
+
+    def gradient(g: Array, z: Array) -> Array:
+        gate = m.sigmoid(z)
+        return g * gate * (m.const(1.0, z) + z * (m.const(1.0, z) - gate))
+
+    return forward, gradient
+
+
+def _gelu(m: Any) -> Functions:
+    root_half, density = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
+
+    def forward(z: Array) -> Array:
+        return z * m.const(0.5, z) * (m.const(1.0, z) + m.erf(z * m.const(root_half, z)))
+
+    def gradient(g: Array, z: Array) -> Array:
+        cdf = m.const(0.5, z) * (m.const(1.0, z) + m.erf(z * m.const(root_half, z)))
+        return g * (cdf + z * m.const(density, z) * m.exp(m.const(-0.5, z) * z * z))
+
+    return forward, gradient
+
+
+def _hardswish(m: Any) -> Functions:
+    def forward(z: Array) -> Array:
+        gate = z + m.const(3.0, z)
+        gate = m.where(gate <= m.const(0.0, z), m.const(0.0, z), gate)
+        gate = m.where(gate >= m.const(6.0, z), m.const(6.0, z), gate)
+        return z * (gate * m.const(1 / 6, z))
+
+    def gradient(g: Array, z: Array) -> Array:
+        between = g * (z * m.const(1 / 3, z) + m.const(0.5, z))
+        rising = m.where(z <= m.const(-3.0, z), m.const(0.0, g), between)
+        return m.where(z >= m.const(3.0, z), g, rising)
+
+    return forward, gradient
+
+
+def _elu(m: Any) -> Functions:
+    def forward(z: Array) -> Array:
+        below = m.where(z > m.const(0.0, z), m.const(0.0, z), z)
+        return m.where(z > m.const(0.0, z), z, m.expm1(below))
+
+    def gradient(g: Array, y: Array) -> Array:
+        return m.where(y > m.const(0.0, y), g, g * (y + m.const(1.0, y)))
+
+    return forward, gradient
+
+
+def _sigmoid(m: Any) -> Functions:
+    def forward(z: Array) -> Array:
+        return m.sigmoid(z)
+
+    def gradient(g: Array, y: Array) -> Array:
+        return g * y * (m.const(1.0, y) - y)
+
+    return forward, gradient
+
+
+def _tanh(m: Any) -> Functions:
+    def forward(z: Array) -> Array:
+        return m.tanh(z)
+
+    def gradient(g: Array, y: Array) -> Array:
+        return g * (m.const(1.0, y) - y * y)
+
+    return forward, gradient
+
+
 class Activation(NamedTuple):
-    """`forward(z, m)`, and `gradient(g, t, m)` with t the output y if `from_output`, else z."""
+    """One row of the table.
 
-    forward: Callable[[Array, Math], Array]
-    gradient: Callable[[Array, Array, Math], Array]
-    from_output: bool
+    `source`: whether the derivative is taken from the "output", needs the "input" z, or can be had
+    from "either" at the cost of a comparison. `module`: the class in `torch.nn` that it stands for,
+    with its default arguments. `gate`: for a derivative of 1 inside an interval of outputs and 0
+    outside, that interval: one bit for each output then tells all.
+    """
 
-
-def _relu(z: Array, m: Math) -> Array:
-    zero = m.like(0.0, z)
-    return m.where(z <= zero, zero, z)
-
-
-def _relu_gradient(g: Array, y: Array, m: Math) -> Array:
-    return m.where(y <= m.like(0.0, y), m.like(0.0, g), g)
-
-
-def _relu6(z: Array, m: Math) -> Array:
-    six = m.like(6.0, z)
-    return m.where(z >= six, six, _relu(z, m))
-
-
-def _relu6_gradient(g: Array, y: Array, m: Math) -> Array:
-    outside = (y <= m.like(0.0, y)) | (y >= m.like(6.0, y))
-    return m.where(outside, m.like(0.0, g), g)
-
-
-def _leaky_relu(z: Array, m: Math) -> Array:
-    return m.where(z > m.like(0.0, z), z, z * m.like(LEAKY_SLOPE, z))
-
-
-def _leaky_relu_gradient(g: Array, y: Array, m: Math) -> Array:
-    return m.where(y > m.like(0.0, y), g, g * m.like(LEAKY_SLOPE, g))
-
-
-def _silu(z: Array, m: Math) -> Array:
-    return z * m.sigmoid(z)
-
-
-def _silu_gradient(g: Array, z: Array, m: Math) -> Array:
-    one, gate = m.like(1.0, z), m.sigmoid(z)
-    return g * gate * (one + z * (one - gate))
-
-
-def _normal_cdf(z: Array, m: Math) -> Array:
-    return m.like(0.5, z) * (m.like(1.0, z) + m.erf(z * m.like(math.sqrt(0.5), z)))
-
-
-def _gelu(z: Array, m: Math) -> Array:
-    return z * _normal_cdf(z, m)
-
-
-def _gelu_gradient(g: Array, z: Array, m: Math) -> Array:
-    density = m.exp(m.like(-0.5, z) * z * z) * m.like(1 / math.sqrt(2 * math.pi), z)
-    return g * (_normal_cdf(z, m) + z * density)
-
-
-def _hardswish(z: Array, m: Math) -> Array:
-    three = m.like(3.0, z)
-    inside = m.where(z < three, z * (z + three) * m.like(1 / 6, z), z)
-    return m.where(z <= -three, m.like(0.0, z), inside)
-
-
-def _hardswish_gradient(g: Array, z: Array, m: Math) -> Array:
-    three = m.like(3.0, z)
-    inside = m.where(z < three, g * (z * m.like(1 / 3, z) + m.like(0.5, z)), g)
-    return m.where(z <= -three, m.like(0.0, g), inside)
-
-
-def _elu(z: Array, m: Math) -> Array:
-    zero = m.like(0.0, z)
-    # The inner `where` keeps expm1 from overflowing where it is not used, in derivatives too.
-    return m.where(z > zero, z, m.expm1(m.where(z > zero, zero, z)))
-
-
-def _elu_gradient(g: Array, y: Array, m: Math) -> Array:
-    return m.where(y > m.like(0.0, y), g, g * (y + m.like(1.0, y)))
-
-
-def _sigmoid(z: Array, m: Math) -> Array:
-    return m.sigmoid(z)
-
-
-def _sigmoid_gradient(g: Array, y: Array, m: Math) -> Array:
-    return g * y * (m.like(1.0, y) - y)
-
-
-def _tanh(z: Array, m: Math) -> Array:
-    return m.tanh(z)
-
-
-def _tanh_gradient(g: Array, y: Array, m: Math) -> Array:
-    return g * (m.like(1.0, y) - y * y)
+    define: Callable[[Any], Functions]
+    source: Literal["output", "input", "either"]
+    module: str
+    gate: tuple[float, float] | None = None
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(_relu, _relu_gradient, from_output=True),
-    "relu6": Activation(_relu6, _relu6_gradient, from_output=True),
-    "leaky_relu": Activation(_leaky_relu, _leaky_relu_gradient, from_output=True),
-    "silu": Activation(_silu, _silu_gradient, from_output=False),
-    "gelu": Activation(_gelu, _gelu_gradient, from_output=False),
-    "hardswish": Activation(_hardswish, _hardswish_gradient, from_output=False),
-    "elu": Activation(_elu, _elu_gradient, from_output=True),
-    "sigmoid": Activation(_sigmoid, _sigmoid_gradient, from_output=True),
-    "tanh": Activation(_tanh, _tanh_gradient, from_output=True),
+    "relu": Activation(_relu, "either", "ReLU", gate=(0.0, math.inf)),
+    "relu6": Activation(_relu6, "either", "ReLU6", gate=(0.0, 6.0)),
+    "leaky_relu": Activation(_leaky_relu, "either", "LeakyReLU"),
+    "silu": Activation(_silu, "input", "SiLU"),
+    "gelu": Activation(_gelu, "input", "GELU"),
+    "hardswish": Activation(_hardswish, "input", "Hardswish"),
+    "elu": Activation(_elu, "output", "ELU"),
+    "sigmoid": Activation(_sigmoid, "output", "Sigmoid"),
+    "tanh": Activation(_tanh, "output", "Tanh"),
 }
 
-REBUILT = frozenset({"relu", "relu6", "leaky_relu"})
-"""Activations whose derivative a compiled kernel takes from z rebuilt from x, where z has no
-residual: comparisons cost nothing, and to read the output twice costs 2 of 7 tensors' traffic."""
 
-
-def kept_for_backward(
-    activation: str | None,
-    y: Array,
-    residual: Array | None,
-    signs: Array | None = None,
-    *,
-    rebuilds: bool,
-) -> tuple[Array | None, Array | None]:
-    """The output if the derivative is taken from it, and the residual if z is rebuilt with it."""
-    if activation is None or signs is not None:
-        return None, None
-    if not ACTIVATIONS[activation].from_output:
-        return None, residual
-    return (None if rebuilds and residual is None and activation in REBUILT else y), None
+@cache
+def functions(activation: str, m: Any) -> Functions:
+    """`forward(z)` and `gradient(g, t)` of one activation over the namespace `m`."""
+    forward, gradient = ACTIVATIONS[activation].define(m)
+    return getattr(getattr(m, "own", None), activation, forward), gradient

@@ -1,106 +1,137 @@
-"""PyTorch's own batch normalization operator, about a pivot: cheapest where overhead rules.
+"""PyTorch's own batch normalization operator, about a pivot on CPU: cheapest where overhead rules.
 
 On CPU that operator computes `x·a + b`, which at mean 1e6 and standard deviation 1 is off by 2.6.
 Subtracting first one value per channel that lies in the data makes the same operator exact to
 float32 rounding: the difference of two floats within a factor of two of one another is exact.
 A Python autograd node would cost 12 µs a step more (measured at input (2, 16, 4, 4)).
 
-Half precision goes without: what float32 loses inside is below what half keeps of such data.
+Half precision goes without: what float32 loses inside is below what half keeps of such data. So do
+accelerators, where a further pass over x costs more than all the rest of the call; the numerics at
+large means are then those of the device's own operator.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.torch_arrays import xp
+from steadynorm.kernels.activations import functions
+from steadynorm.kernels.spec import HALF, Backend, Call, Tensors
+from steadynorm.kernels.torch_arrays import reference
 
-HALF = (torch.float16, torch.bfloat16)
+# Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
+# crossover that benchmarks/small_calls.py measures, in docs/speed.md.
+LIMIT = 1 << 13
+
 # Number of axes -> the shape in which a channel array broadcasts.
-BESIDE = {n: (-1,) + (1,) * (n - 2) for n in range(2, 65)}
+CHANNEL_SHAPE = {n: (-1,) + (1,) * (n - 2) for n in range(2, 65)}
 
 
-def train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-    batches: Tensor | None,
-) -> Tensor:
-    """A plain training call, about the first value of each channel; moves the statistics."""
+@lru_cache(maxsize=4096)
+def _refusal(
+    shape: torch.Size, strides: tuple[int, ...], on_cpu: bool, training: bool, limit: int
+) -> str | None:
+    """Why not, by shape and layout alone.
+
+    PyTorch sums planes of contiguous (N, C, *) in float64; rows of (N, C) or channels_last one by
+    one in float32: off by 9e-7 at 64 rows and mean 1e6, by 3e-6 at 256, by 3e-5 at 16384.
+    """
+    like = torch.empty_strided(shape, strides, device="meta")
+    if not like.numel():
+        return "the input is empty"
+    if on_cpu and like.numel() > limit:
+        return f"{like.numel()} values, more than {limit}"
+    planes = like.is_contiguous() and strides[1] > 1
+    if on_cpu and training and not planes and like.numel() > 64 * shape[1]:
+        return "more rows than PyTorch's operator sums precisely"
+    return None
+
+
+class Aten(Backend):
+    """The backend of basic calls; PyTorch differentiates it."""
+
+    name = "aten"
+
+    def supports(self, call: Call) -> str | None:
+        """A basic call, on few values or on an accelerator, of types that the operator takes."""
+        x, mean, var = call.x, call.running_mean, call.running_var
+        if not call.basic:
+            return "more is asked than PyTorch's operator does"
+        if x.__class__ is not Tensor:
+            return f"the input is a {x.__class__.__name__}"
+        no = _refusal(x.shape, x.stride(), x.is_cpu, not call.by_running, LIMIT)
+        if no is not None:
+            return no
+        dtype = x.dtype if call.weight is None else call.weight.dtype
+        if dtype is not x.dtype and (dtype is not torch.float32 or x.dtype not in HALF):
+            return "types of input and parameters that its operator refuses"
+        if mean is not None and var is not None and not mean.dtype is var.dtype is dtype:
+            return "a type of the running statistics that its operator refuses"
+        return None
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+        """y; a training call moves the running statistics."""
+        y = _by_running(call) if call.by_running else _by_batch(call)
+        return _finished(y, call), ((), None)
+
+
+def _by_batch(call: Call) -> Tensor:
+    """About the first value of each channel."""
+    x, mean, var, momentum = call.x, call.running_mean, call.running_var, call.momentum
     pivot = None
-    if x.dtype not in HALF:
+    if x.is_cpu and x.dtype not in HALF:
         source = x.detach() if x.requires_grad else x
         pivot = source.as_strided((x.size(1),), (x.stride(1),))
-        x = x - pivot.view(BESIDE[x.ndim])
-    if running_mean is None or running_var is None:
-        y = torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
-        if batches is not None:
-            batches.add_(1)
-        return _finished(y, residual, activation)
-    # `.data` aliases have version counters of their own: PyTorch saves these two for backward,
-    # though it ignores them there, and would refuse after any later update of the buffers.
-    y = torch.batch_norm(
-        x, weight, bias, running_mean.data, running_var.data, True, momentum, eps, True
-    )
-    if pivot is not None:
-        running_mean.data.add_(pivot, alpha=momentum)
-    if batches is not None:
-        batches.add_(1)
-    return _finished(y, residual, activation)
+        x = x - pivot.view(CHANNEL_SHAPE[x.ndim])
+    if mean is not None and var is not None:
+        # `.data` aliases have version counters of their own: PyTorch saves these two for backward,
+        # though it ignores them there, and would refuse after any later update of the buffers.
+        mean, var = mean.data, var.data
+    y = torch.batch_norm(x, call.weight, call.bias, mean, var, True, momentum, call.eps, True)
+    if pivot is not None and call.running_mean is not None:
+        call.running_mean.data.add_(pivot, alpha=momentum)  # type: ignore[arg-type]
+    if call.num_batches_tracked is not None:
+        call.num_batches_tracked.add_(1)
+    return y
 
 
-def infer(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """Inference about the running mean; nothing moves."""
-    if x.dtype in HALF:
-        mean = running_mean.clone()
-    else:
-        mean = _zeros(running_mean.numel(), x.dtype, x.device)
-        x = x - running_mean.view(BESIDE[x.ndim])
-    # A copy where there may be a backward: it reads the variance, and the buffer may have moved.
-    var = running_var.clone() if torch.is_grad_enabled() else running_var
-    y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, True)
-    return _finished(y, residual, activation)
+def _by_running(call: Call) -> Tensor:
+    """About the running mean."""
+    x, mean, var = call.x, call.running_mean, call.running_var
+    assert mean is not None
+    assert var is not None
+    backward = torch.is_grad_enabled()  # which reads copies: the buffers may have moved by then
+    if x.is_cpu and x.dtype not in HALF:
+        x, mean = x - mean.view(CHANNEL_SHAPE[x.ndim]), _zeros(mean.numel(), x.dtype)
+    elif backward:
+        mean = mean.clone()
+    var = var.clone() if backward else var
+    return torch.batch_norm(x, call.weight, call.bias, mean, var, False, 0.0, call.eps, True)
 
 
-def one_operator(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
+def one_operator(call: Call) -> Tensor:
     """Inference as the single operator that other runtimes know and fold; for export."""
-    y = torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, True)
-    return _finished(y, residual, activation)
+    mean, var = call.running_mean, call.running_var
+    y = torch.batch_norm(call.x, call.weight, call.bias, mean, var, False, 0.0, call.eps, True)
+    return _finished(y, call)
 
 
-def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else xp.activate(activation, y)
+def _finished(y: Tensor, call: Call) -> Tensor:
+    if call.residual is not None:
+        y = y + call.residual
+    if call.activation is None:
+        return y
+    result: Tensor = functions(call.activation, reference.xp)[0](y)
+    return result
 
 
 @lru_cache(maxsize=256)
-def _zeros(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(channels: int, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # kept ones must serve where a backward follows, too
-        return torch.zeros(channels, dtype=dtype, device=device)
+        return torch.zeros(channels, dtype=dtype)
+
+
+ATEN = Aten()

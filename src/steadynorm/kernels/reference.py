@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
-from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.statistics.moments import Array, Moments, at_least_one
 
 Groups = tuple[int, ...] | None
@@ -25,8 +25,8 @@ Groups = tuple[int, ...] | None
 class ArrayNamespace(Protocol):
     """What the stages ask of an array library, beside operators, indexing and `.dtype`.
 
-    The functions that its documentation does not explain here are those of NumPy. It is a math
-    namespace for `activations` too.
+    What has no documentation here is NumPy's. The namespace is one of elementwise mathematics for
+    `activations`, too.
     """
 
     int32: Any
@@ -67,9 +67,6 @@ class ArrayNamespace(Protocol):
 
     def addcmul(self, a: Array, b: Array, c: Array, *, out: Array) -> Array:
         """`a + b·c`; `out` is an intermediate whose memory the result may take."""
-
-    def activate(self, name: str, z: Array) -> Array:
-        """The activation, by the library's own function where that is cheaper."""
 
 
 class _Run(NamedTuple):
@@ -181,7 +178,9 @@ class Reference:
             [x, residual], [center, scale, shift], axis, groups
         ):
             z = self._affine(*arrays, *per_channel)
-            parts.append(self._merge(run, z if activation is None else xp.activate(activation, z)))
+            parts.append(
+                self._merge(run, z if activation is None else functions(activation, xp)[0](z))
+            )
         return xp.cast(self._join(parts), dtype)
 
     def reduce_grad(
@@ -271,11 +270,12 @@ class Reference:
         g = self.xp.cast(grad, center.dtype)
         if activation is None:
             return g
-        kind = ACTIVATIONS[activation]
-        if kind.from_output and y is not None:
-            return kind.gradient(g, self.xp.cast(y, center.dtype), self.xp)
+        forward, gradient = functions(activation, self.xp)
+        from_input = ACTIVATIONS[activation].source == "input"
+        if y is not None and not from_input:
+            return gradient(g, self.xp.cast(y, center.dtype))
         z = self._affine(x, residual, center, scale, shift)
-        return kind.gradient(g, self.xp.activate(activation, z) if kind.from_output else z, self.xp)
+        return gradient(g, z if from_input else forward(z))
 
     def _split(
         self,

@@ -37,9 +37,10 @@ class TorchArrays:
     erf = staticmethod(torch.erf)
     exp = staticmethod(torch.exp)
     expm1 = staticmethod(torch.expm1)
+    own = F  # one pass and one tensor saved, and exporters know them
 
     @staticmethod
-    def like(number: float, z: Tensor) -> float:
+    def const(number: float, like: Tensor) -> float:
         """Beside a plain number, torch's operators keep the tensor's type."""
         return number
 
@@ -83,12 +84,6 @@ class TorchArrays:
     @staticmethod
     def addcmul(a: Tensor, b: Tensor, c: Tensor, *, out: Tensor) -> Tensor:
         return torch.addcmul(a, b, c, out=out if _may_overwrite() else None)
-
-    @staticmethod
-    def activate(name: str, z: Tensor) -> Tensor:
-        """torch's own function of the same name: one pass, and one tensor saved for autograd."""
-        y: Tensor = getattr(F, name)(z)
-        return y
 
 
 xp = TorchArrays()

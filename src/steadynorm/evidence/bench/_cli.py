@@ -108,15 +108,15 @@ def warmup(
 
     import torch
 
-    from steadynorm.kernels import cpu
     from steadynorm.kernels.activations import ACTIVATIONS
+    from steadynorm.kernels.cpu import kernels
 
     console = Console()
     kinds = _words(dtypes, ("float32", "float64", "bfloat16"), "--dtypes")
     names = _words(activations, ("none", *ACTIVATIONS), "--activations")
     start = time.perf_counter()
     with console.status("compiling"):
-        done = cpu.warmup(
+        done = kernels.warmup(
             [getattr(torch, kind) for kind in kinds],
             [None if name == "none" else name for name in names],
         )

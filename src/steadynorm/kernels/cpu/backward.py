@@ -7,71 +7,43 @@ from typing import Any
 import numpy as np
 
 from .activations import IDENTITY, by_activation, gradient_at
+from .arguments import PASSES, at
 from .loops import (
-    BLOCKS,
-    CENTER,
     COMPILED,
-    CONSTANT,
-    CONSTANT_FACTOR,
-    DONE,
-    DRESIDUAL,
-    DX,
     FLUSH,
-    GRAD,
-    GRAD_WEIGHT,
     MAP,
-    MASK,
-    MEAN_GAP,
-    MEAN_LOW,
     MERGE,
-    PARTS,
-    PASS,
-    PASSES,
     PIECE,
     REDUCE,
-    RESIDUAL,
-    RHO,
-    SCALE,
-    SHIFT,
-    SIGNS,
-    SLOPE,
-    SLOPE_FACTOR,
-    STREAM,
-    SUM_GRAD,
-    SUM_GRAD_X,
     SUMMED,
-    SUMS,
-    TAKEN,
-    X,
-    Y,
+    add_partials,
     called,
     chunk_at,
     clear,
     compiled,
-    fold,
-    gather,
+    copy_past_caches,
+    flush,
     minus,
     parts_in,
-    put_aside,
-    send,
     signs_of,
     spread,
     spread_mask,
     start_of,
+    store_partial,
     wait_for,
 )  # fmt: skip
 from .pointers import (
     LANES,
     STAGE,
     WIDTH,
-    apart,
-    beyond,
-    bring,
+    fetch_add,
     like,
     narrow,
+    noinline,
     pointer,
+    pointer_like,
     scratch,
-    take,
+    shifted,
     widen,
 )
 from .signs import through_gates
@@ -83,36 +55,43 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
 
     The latter only if its factors are given; the weight's gradient only if it has a place.
     """
-    apart()
-    total, moved = bring(args[SUM_GRAD], slope), bring(args[SUM_GRAD_X], slope)
-    slope_factor, constant_factor = (
-        bring(args[SLOPE_FACTOR], slope),
-        bring(args[CONSTANT_FACTOR], slope),
-    )
-    mean_low, mean_gap = bring(args[MEAN_LOW], slope), bring(args[MEAN_GAP], slope)
-    rho, weight = bring(args[RHO], slope), bring(args[GRAD_WEIGHT], slope)
+    noinline()
+    sum_grad = pointer_like(args[at.sum_grad], slope)
+    sum_grad_x = pointer_like(args[at.sum_grad_x], slope)
+    slope_factor = pointer_like(args[at.slope_factor], slope)
+    constant_factor = pointer_like(args[at.constant_factor], slope)
+    mean_low = pointer_like(args[at.mean_low], slope)
+    mean_gap = pointer_like(args[at.mean_gap], slope)
+    rho, grad_weight = pointer_like(args[at.rho], slope), pointer_like(args[at.grad_weight], slope)
     for c in range(chunk.here):
         k = chunk.first + c
-        total[k] = like(sums_1[c], total[k])
-        moved[k] = like(sums_2[c], moved[k])
-        if args[SLOPE_FACTOR] != 0:
+        sum_grad[k] = like(sums_1[c], sum_grad[k])
+        sum_grad_x[k] = like(sums_2[c], sum_grad_x[k])
+        if args[at.slope_factor] != 0:
             exact = sums_2[c] - mean_low[k] * sums_1[c]
             tilt = -slope_factor[k] * exact
             slope[k] = like(tilt, slope[k])
             constant[k] = like(-constant_factor[k] * sums_1[c] - tilt * mean_gap[k], constant[k])
-            if args[GRAD_WEIGHT] != 0:
-                weight[k] = like(rho[k] * exact, weight[k])
+            if args[at.grad_weight] != 0:
+                grad_weight[k] = like(rho[k] * exact, grad_weight[k])
 
 
 @compiled  # type: ignore[untyped-decorator]
-def opened(
-    grad: Any, start: Any, count: Any, open_: Any, chunk: Any, row: Any, offset: Any, gated: Any
+def gated_from(
+    grad: Any,
+    start: Any,
+    count: Any,
+    signs: Any,
+    chunk: Any,
+    row: Any,
+    offset: Any,
+    gated: Any,
 ) -> Any:
     """Where to read `count` gradients: from `start` on; or gated, if the forward has left signs."""
-    if open_ is None:
-        return beyond(grad, start)
+    if signs is None:
+        return shifted(grad, start)
     words = signs_of(chunk, row) + offset // LANES
-    through_gates(beyond(grad, start), count, beyond(open_, words), gated)
+    through_gates(shifted(grad, start), count, shifted(signs, words), gated)
     return gated
 
 
@@ -121,12 +100,12 @@ def sums_of_planes(ACT: int) -> Any:
     """Σg and Σg·(x - center) of every channel of the chunk."""
 
     def reduce(
-        grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, chunk: Any,
+        grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, chunk: Any,
         center: Any, scale: Any, shift: Any, sums_1: Any, sums_2: Any, code: Any,
     ) -> None:  # fmt: skip
         clear(sums_1, chunk.here)
         clear(sums_2, chunk.here)
-        piece = PIECE if open_ is None else WIDTH
+        piece = PIECE if signs is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
             for c in range(chunk.here):
                 k = chunk.first + c
@@ -135,7 +114,7 @@ def sums_of_planes(ACT: int) -> Any:
                 for begin in range(0, chunk.length, piece):
                     offset, several = c * chunk.length + begin, min(piece, chunk.length - begin)
                     start = start_of(chunk, row) + offset
-                    source = opened(grad, start, several, open_, chunk, row, offset, gated)
+                    source = gated_from(grad, start, several, signs, chunk, row, offset, gated)
                     part_1, part_2 = like(0.0, m), like(0.0, m)
                     for i in range(several):
                         d = minus(widen(x[start + i]), m)
@@ -155,7 +134,7 @@ def sums_of_strips(ACT: int) -> Any:
     """Σg and Σg·(x - center) of every channel of the chunk."""
 
     def reduce(
-        grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, chunk: Any,
+        grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, chunk: Any,
         m: Any, s: Any, t: Any, wide_1: Any, wide_2: Any, sums_1: Any, sums_2: Any, code: Any,
     ) -> None:  # fmt: skip
         clear(sums_1, chunk.here)
@@ -167,7 +146,7 @@ def sums_of_strips(ACT: int) -> Any:
         for row in range(chunk.top, chunk.bottom, chunk.together):
             start = start_of(chunk, row)
             several = min(chunk.together, chunk.bottom - row) * columns
-            source = opened(grad, start, several, open_, chunk, row, 0, gated)
+            source = gated_from(grad, start, several, signs, chunk, row, 0, gated)
             for i in range(several):
                 d = widen(x[start + i]) - m[i]
                 g = gradient_at(widen(source[i]), d, s[i], t[i], y, residual, start + i, ACT)
@@ -175,11 +154,11 @@ def sums_of_strips(ACT: int) -> Any:
                 wide_2[i] += g * d
             held += 1
             if held >= FLUSH:
-                fold(wide_1, chunk, sums_1)
-                fold(wide_2, chunk, sums_2)
+                flush(wide_1, chunk, sums_1)
+                flush(wide_2, chunk, sums_2)
                 held = 0
-        fold(wide_1, chunk, sums_1)
-        fold(wide_2, chunk, sums_2)
+        flush(wide_1, chunk, sums_1)
+        flush(wide_2, chunk, sums_2)
 
     return reduce
 
@@ -189,12 +168,12 @@ def map_planes(ACT: int) -> Any:
     """dx of every channel of the chunk, and g to `wanted`, unless None."""
 
     def write(
-        args: Any, grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, staged: Any,
+        args: Any, grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, staged: Any,
         mask: Any, dx: Any, wanted: Any, chunk: Any, center: Any, scale: Any, shift: Any,
         slopes: Any, constants: Any, code: Any,
     ) -> None:  # fmt: skip
-        streams = args[STREAM] != 0
-        piece = STAGE if streams else chunk.length if open_ is None else WIDTH
+        streams = args[at.streams] != 0
+        piece = STAGE if streams else chunk.length if signs is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
             for c in range(chunk.here):
                 k = chunk.first + c
@@ -202,22 +181,22 @@ def map_planes(ACT: int) -> Any:
                 for begin in range(0, chunk.length, piece):
                     offset, several = c * chunk.length + begin, min(piece, chunk.length - begin)
                     start, from_mask = start_of(chunk, row) + offset, row * chunk.length + begin
-                    g_to = gated if streams or wanted is None else beyond(wanted, start)
-                    source = opened(grad, start, several, open_, chunk, row, offset, g_to)
-                    target = staged if streams else beyond(dx, start)
+                    g_to = gated if streams or wanted is None else shifted(wanted, start)
+                    source = gated_from(grad, start, several, signs, chunk, row, offset, g_to)
+                    target = staged if streams else shifted(dx, start)
                     for i in range(several):
                         d = widen(x[start + i]) - m
                         g = gradient_at(widen(source[i]), d, s, t, y, residual, start + i, ACT)
-                        if wanted is not None and open_ is None:
+                        if wanted is not None and signs is None:
                             g_to[i] = narrow(g, wanted)
                         through = slope * d + constant
                         if mask is not None:
                             through = through if mask[from_mask + i] != 0 else like(0.0, through)
                         target[i] = narrow(s * g + through, dx)
                     if streams:
-                        send(staged, beyond(dx, start), several)
+                        copy_past_caches(staged, shifted(dx, start), several)
                         if wanted is not None:
-                            send(gated, beyond(wanted, start), several)
+                            copy_past_caches(gated, shifted(wanted, start), several)
 
     return write
 
@@ -227,11 +206,11 @@ def map_strips(ACT: int) -> Any:
     """dx of every channel of the chunk, and g to `wanted`, unless None."""
 
     def write(
-        args: Any, grad: Any, x: Any, y: Any, residual: Any, open_: Any, gated: Any, staged: Any,
+        args: Any, grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, staged: Any,
         mask: Any, valid: Any, dx: Any, wanted: Any, chunk: Any, m: Any, s: Any, t: Any,
         slope: Any, constant: Any, code: Any,
     ) -> None:  # fmt: skip
-        streams = args[STREAM] != 0
+        streams = args[at.streams] != 0
         piece = STAGE if streams else WIDTH
         for row in range(chunk.top, chunk.bottom, chunk.together):
             rows = min(chunk.together, chunk.bottom - row)
@@ -240,23 +219,23 @@ def map_strips(ACT: int) -> Any:
                 spread_mask(mask, chunk, row, rows, valid)
             for begin in range(0, width, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, width - begin)
-                g_to = gated if streams or wanted is None else beyond(wanted, start)
-                source = opened(grad, start, several, open_, chunk, row, begin, g_to)
-                target = staged if streams else beyond(dx, start)
+                g_to = gated if streams or wanted is None else shifted(wanted, start)
+                source = gated_from(grad, start, several, signs, chunk, row, begin, g_to)
+                target = staged if streams else shifted(dx, start)
                 for i in range(several):
                     k = begin + i
                     d = widen(x[start + i]) - m[k]
                     g = gradient_at(widen(source[i]), d, s[k], t[k], y, residual, start + i, ACT)
-                    if wanted is not None and open_ is None:
+                    if wanted is not None and signs is None:
                         g_to[i] = narrow(g, wanted)
                     through = slope[k] * d + constant[k]
                     if mask is not None:
                         through = through if valid[k] != 0 else like(0.0, through)
                     target[i] = narrow(s[k] * g + through, dx)
                 if streams:
-                    send(staged, beyond(dx, start), several)
+                    copy_past_caches(staged, shifted(dx, start), several)
                     if wanted is not None:
-                        send(gated, beyond(wanted, start), several)
+                        copy_past_caches(gated, shifted(wanted, start), several)
 
     return write
 
@@ -274,70 +253,68 @@ def backward(
     GRADIENT = IDENTITY if SIGNED else ACT
 
     def kernel(args: Any) -> None:
-        grad, x, dx = (
-            pointer(args[GRAD], SCALAR), pointer(args[X], SCALAR), pointer(args[DX], SCALAR),
-        )  # fmt: skip
-        y = None if REBUILT or SIGNED else pointer(args[Y], SCALAR)
-        residual = pointer(args[RESIDUAL], SCALAR) if ADD else None
-        wanted = pointer(args[DRESIDUAL], SCALAR) if WANT else None
-        open_ = pointer(args[SIGNS], np.uint16) if SIGNED else None
+        x, grad = pointer(args[at.x], SCALAR), pointer(args[at.grad], SCALAR)
+        dx = pointer(args[at.dx], SCALAR)
+        y = None if REBUILT or SIGNED else pointer(args[at.y], SCALAR)
+        residual = pointer(args[at.residual], SCALAR) if ADD else None
+        wanted = pointer(args[at.dresidual], SCALAR) if WANT else None
+        signs = pointer(args[at.signs], np.uint16) if SIGNED else None
         gated, staged = scratch(SCALAR), scratch(SCALAR)
-        mask = pointer(args[MASK], np.uint8) if MASKED else None
-        center, scale, shift = (
-            pointer(args[CENTER], REAL), pointer(args[SCALE], REAL), pointer(args[SHIFT], REAL),
-        )  # fmt: skip
-        slope, constant = pointer(args[SLOPE], REAL), pointer(args[CONSTANT], REAL)
-        partial = pointer(args[SUMS], np.float64)
+        mask = pointer(args[at.mask], np.uint8) if MASKED else None
+        center = pointer(args[at.center], REAL)
+        scale, shift = pointer(args[at.scale], REAL), pointer(args[at.shift], REAL)
+        slope, constant = pointer(args[at.slope], REAL), pointer(args[at.constant], REAL)
+        partial = pointer(args[at.partial], np.float64)
         valid = scratch(np.uint8)
         wide_m, wide_s, wide_t = scratch(REAL), scratch(REAL), scratch(REAL)
         wide_1, wide_2 = scratch(REAL), scratch(REAL)
         sums_1, sums_2 = scratch(np.float64), scratch(np.float64)
 
         for step in range(PASSES):
-            mode = args[PASS + step]
+            mode = args[at.passes + step]
             if mode == 0:
                 return
-            chunks = parts_in(args, mode) * args[BLOCKS]
+            chunks = parts_in(args, mode) * args[at.blocks]
             while True:
-                index = take(args, TAKEN + step)
+                index = fetch_add(args, at.taken + step)
                 if index >= chunks:
                     break
                 chunk = chunk_at(args, mode, index)
                 if not chunk.planes and mode & (REDUCE | MAP):
-                    spread(beyond(center, chunk.first), chunk, wide_m)
-                    spread(beyond(scale, chunk.first), chunk, wide_s)
-                    spread(beyond(shift, chunk.first), chunk, wide_t)
+                    spread(shifted(center, chunk.first), chunk, wide_m)
+                    spread(shifted(scale, chunk.first), chunk, wide_s)
+                    spread(shifted(shift, chunk.first), chunk, wide_t)
 
                 if mode & REDUCE and chunk.planes:
                     sums_of_planes(
-                        grad, x, y, residual, open_, gated, chunk, center, scale, shift,
+                        grad, x, y, residual, signs, gated, chunk, center, scale, shift,
                         sums_1, sums_2, GRADIENT,
                     )  # fmt: skip
                 elif mode & REDUCE:
                     sums_of_strips(
-                        grad, x, y, residual, open_, gated, chunk, wide_m, wide_s, wide_t,
+                        grad, x, y, residual, signs, gated, chunk, wide_m, wide_s, wide_t,
                         wide_1, wide_2, sums_1, sums_2, GRADIENT,
                     )  # fmt: skip
                 if mode & MERGE:
-                    gather(partial, args[PARTS], chunk, sums_1, sums_2)
+                    add_partials(partial, args[at.parts], chunk, sums_1, sums_2)
                 if mode & REDUCE and not mode & MAP:
-                    put_aside(partial, chunk, sums_1, sums_2)
+                    store_partial(partial, chunk, sums_1, sums_2)
                 elif mode & (REDUCE | MERGE):
                     write_sums(args, chunk, sums_1, sums_2, slope, constant)
 
                 if mode & MAP and chunk.planes:
                     map_planes(
-                        args, grad, x, y, residual, open_, gated, staged, mask, dx, wanted, chunk,
+                        args, grad, x, y, residual, signs, gated, staged, mask, dx, wanted, chunk,
                         center, scale, shift, slope, constant, GRADIENT,
                     )  # fmt: skip
                 elif mode & MAP:
-                    spread(beyond(slope, chunk.first), chunk, wide_1)
-                    spread(beyond(constant, chunk.first), chunk, wide_2)
+                    spread(shifted(slope, chunk.first), chunk, wide_1)
+                    spread(shifted(constant, chunk.first), chunk, wide_2)
                     map_strips(
-                        args, grad, x, y, residual, open_, gated, staged, mask, valid, dx, wanted,
+                        args, grad, x, y, residual, signs, gated, staged, mask, valid, dx, wanted,
                         chunk, wide_m, wide_s, wide_t, wide_1, wide_2, GRADIENT,
                     )  # fmt: skip
-                take(args, DONE + step)
-            wait_for(args, DONE + step, chunks)
+                fetch_add(args, at.done + step)
+            wait_for(args, at.done + step, chunks)
 
     return kernel

@@ -1,4 +1,6 @@
-"""exp, expm1, tanh and erf that vectorize: in float32 polynomials, in float64 the C library.
+"""The namespace of kernels/activations.py for compiled code, with functions that vectorize.
+
+In float32 they are polynomials, in float64 the C library's.
 
 The C library's functions are called value by value, 5 to 40 times slower. The polynomials are those
 of Cephes' expf, erff and erfcf (Moshier 1989), right to about 1e-7; a NaN goes through. Compiled
@@ -95,7 +97,7 @@ def exp(x: Any) -> Any:
     return math.exp(x)
 
 
-def expm1_below_zero(x: Any) -> Any:
+def expm1(x: Any) -> Any:
     """e to the x minus 1, for x at most 0, exact near 0."""
     return math.expm1(x)
 
@@ -110,12 +112,27 @@ def erf(x: Any) -> Any:
     return math.erf(x)
 
 
+const = like
+
+
+@strictly  # type: ignore[untyped-decorator]
+def sigmoid(x: Any) -> Any:
+    """The logistic function."""
+    return like(1.0, x) / (like(1.0, x) + exp(-x))
+
+
+@strictly  # type: ignore[untyped-decorator]
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """a where the condition holds, else b."""
+    return a if condition else b
+
+
 def _by_type(function: Any, single: Any) -> None:
     """In compiled code: the polynomial for float32, else what Python's function stands for."""
 
     @overload(function)  # type: ignore[untyped-decorator]
     def choose(x: Any) -> Any:
-        chosen = single if x == types.float32 else getattr(math, function.__name__.split("_")[0])
+        chosen = single if x == types.float32 else getattr(math, function.__name__)
 
         def computed(x: Any) -> Any:
             return chosen(x)
@@ -125,7 +142,7 @@ def _by_type(function: Any, single: Any) -> None:
 
 for _function, _single in (
     (exp, _exp),
-    (expm1_below_zero, _expm1_below_zero),
+    (expm1, _expm1_below_zero),
     (tanh, _tanh),
     (erf, _erf),
 ):

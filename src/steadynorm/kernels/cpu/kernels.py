@@ -8,11 +8,12 @@ from functools import cache
 import numpy as np
 import torch
 
-from .activations import BY_EITHER, CODES, FROM_INPUT
+from steadynorm.kernels.spec import Keep, keep
+
+from .activations import CODES
 from .backward import backward
 from .forward import forward
 from .runtime import Kernel, compile_kernel
-from .signs import GATES
 
 SCALARS = {
     torch.float32: (np.float32, np.float32),
@@ -59,15 +60,10 @@ def backward_kernel(
     )
 
 
-def gradient_options(activation: str | None, *, adds: bool) -> dict[str, bool]:
-    """Which kernel a backward is, whose forward left signs where they serve."""
-    code = CODES[activation]
-    by_input = code in FROM_INPUT
-    return {
-        "signed": code in GATES and adds,
-        "rebuilt": by_input or (code in BY_EITHER and not adds),
-        "add": by_input and adds,
-    }
+def gradient_options(kept: Keep, *, residual: bool) -> dict[str, bool]:
+    """Which kernel a backward is, by what the forward has kept."""
+    rebuilt = kept is Keep.REBUILT
+    return {"signed": kept is Keep.SIGNS, "rebuilt": rebuilt, "add": rebuilt and residual}
 
 
 def warmup(
@@ -88,6 +84,7 @@ def warmup(
                 done[f"forward {end}"] = forward_kernel(dtype, activation, add=add)
                 if activation is None and add:
                     continue  # the residual's gradient is the gradient itself
-                how = gradient_options(activation, adds=add)
+                kept = keep(activation, residual=add, compiled=True)
+                how = gradient_options(kept, residual=add)
                 done[f"backward {end}"] = backward_kernel(dtype, activation, want=add, **how)
     return done

@@ -17,7 +17,7 @@ A strip is added, element by element, to accumulators as wide as itself, and per
 are spread out to the same width. So the inner loops are maps without a carried sum: nothing is
 padded, small planes cost no remainder loops. Every FLUSH strips go from float32 to float64 sums.
 
-A kernel's one argument is the address of SIZE int64, laid out by the constants below.
+A kernel's one argument is the address of the structure in arguments.py.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ from typing import Any
 
 from numba import njit
 
-from .pointers import LANES, apart, like, look, pause, rest, stream, to_boundary, widen
+from .arguments import at
+from .pointers import (
+    LANES,
+    call_sched_yield,
+    like,
+    load_atomic,
+    noinline,
+    pause,
+    stream,
+    to_boundary,
+    widen,
+)
 
 PIECE = 4096  # elements of a plane whose float32 sum goes to float64
 FLUSH = 64  # strips, likewise
 SAMPLE = 16  # values that a pivot is drawn from
 
-REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, SETTLE, RECORD = 1, 2, 4, 8, 16, 32, 64  # bits of a pass
-PASSES = 6  # the most passes of a call
-
-(
-    ROWS, CHANNELS, LENGTH, BLOCK, BLOCKS, PARTS, TOGETHER, PLANES, STREAM, AGAIN, YIELD, COUNT,
-    MASK, BATCHES,
-    X, RESIDUAL, Y, SIGNS, SUMS, WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, EPS, MOMENTUM,
-    CENTER, LOW, VAR, SCALE, SHIFT, RHO, SLOPE_FACTOR, CONSTANT_FACTOR,
-    SUM_GRAD_X, SLOPE, CONSTANT,
-    MEAN_LOW, MEAN_GAP, GRAD, DX, DRESIDUAL, SUM_GRAD, GRAD_WEIGHT, PASS,
-) = range(44)  # fmt: skip
-# For each pass: its bits (0 ends the list), how many chunks are taken, and how many are done.
-TAKEN, DONE, SIZE = PASS + PASSES, PASS + 2 * PASSES, PASS + 3 * PASSES
+REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, DECIDE, RECORD = 1, 2, 4, 8, 16, 32, 64  # bits of a pass
 
 Chunk = namedtuple(
     "Chunk",
@@ -68,17 +67,17 @@ added = njit(forceinline=False, error_model="numpy", fastmath={"reassoc", "contr
 def parts_in(args: Any, mode: Any) -> Any:
     """How many ranges of rows a pass has: in a visit both its stages need a channel's every row."""
     reduces, maps = mode & REDUCE, mode & MAP
-    return args[PARTS] if (reduces != 0) != (maps != 0) else 1
+    return args[at.parts] if (reduces != 0) != (maps != 0) else 1
 
 
 @compiled  # type: ignore[untyped-decorator]
 def wait_for(args: Any, slot: Any, wanted: Any) -> None:
     """Until all chunks of a pass are done, by whatever threads there are."""
     spins = 0
-    while look(args, slot) < wanted:
+    while load_atomic(args, slot) < wanted:
         spins += 1
-        if spins % 1024 == 0 and args[YIELD] != 0:
-            rest(args[YIELD])
+        if spins % 1024 == 0 and args[at.sched_yield] != 0:
+            call_sched_yield(args[at.sched_yield])
         else:
             pause()
 
@@ -86,13 +85,13 @@ def wait_for(args: Any, slot: Any, wanted: Any) -> None:
 @compiled  # type: ignore[untyped-decorator]
 def chunk_at(args: Any, mode: Any, index: Any) -> Any:
     """The block of channels and the range of rows that chunk `index` of a pass stands for."""
-    rows, channels, length = args[ROWS], args[CHANNELS], args[LENGTH]
-    parts, together = parts_in(args, mode), args[TOGETHER]
+    rows, channels, length = args[at.rows], args[at.channels], args[at.length]
+    parts, together = parts_in(args, mode), args[at.together]
     if mode & BACKWARDS:
-        index = parts * args[BLOCKS] - 1 - index
-    part, block = index // args[BLOCKS], index % args[BLOCKS]
-    first = block * args[BLOCK]
-    here = min(channels - first, args[BLOCK])
+        index = parts * args[at.blocks] - 1 - index
+    part, block = index // args[at.blocks], index % args[at.blocks]
+    first = block * args[at.block]
+    here = min(channels - first, args[at.block])
     strips = (rows + together - 1) // together
     top, bottom = strips * part // parts * together, strips * (part + 1) // parts * together
     bottom = min(bottom, rows)
@@ -103,15 +102,15 @@ def chunk_at(args: Any, mode: Any, index: Any) -> Any:
         length,
         part,
         block,
-        args[BLOCKS],
+        args[at.blocks],
         first,
         here,
         top,
         bottom,
         together,
         copies,
-        args[PLANES] != 0,
-        (together * args[BLOCK] * length + LANES - 1) // LANES,
+        args[at.planes] != 0,
+        (together * args[at.block] * length + LANES - 1) // LANES,
     )
 
 
@@ -136,7 +135,7 @@ def minus(a: Any, b: Any) -> Any:
 @called  # type: ignore[untyped-decorator]
 def spread(values: Any, chunk: Any, wide: Any) -> None:
     """Write each channel's value wherever a strip holds that channel."""
-    apart()
+    noinline()
     at = 0
     for _ in range(chunk.copies):
         if chunk.length == 1:
@@ -153,7 +152,7 @@ def spread(values: Any, chunk: Any, wide: Any) -> None:
 @called  # type: ignore[untyped-decorator]
 def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> None:
     """Which elements of a strip are valid: each row's mask, once per channel."""
-    apart()
+    noinline()
     at = 0
     for r in range(row, row + several):
         for _ in range(chunk.here):
@@ -163,14 +162,14 @@ def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> No
 
 
 @called  # type: ignore[untyped-decorator]
-def send(source: Any, target: Any, count: Any) -> None:
+def copy_past_caches(source: Any, target: Any, count: Any) -> None:
     """Copy `count` values past the caches.
 
-    A cache would read what is there before it is written. Of no use for tensors that stay in the
-    caches. Others may read them after the next `take`, which drains what is on its way. What does
-    not fill a cache line goes as usual.
+    An ordinary store reads the cache line before it writes it. Of no use for tensors that stay in
+    the caches. Other threads may read the values after the next `fetch_add`, which drains pending
+    stores. What does not fill a cache line is stored as usual.
     """
-    apart()
+    noinline()
     ahead = min(count, to_boundary(target))
     whole = (count - ahead) // LANES * LANES
     for i in range(ahead):
@@ -184,15 +183,15 @@ def send(source: Any, target: Any, count: Any) -> None:
 @called  # type: ignore[untyped-decorator]
 def clear(values: Any, count: Any) -> None:
     """Set the first `count` values to 0."""
-    apart()
+    noinline()
     for i in range(count):
         values[i] = like(0.0, values[i])
 
 
 @added  # type: ignore[untyped-decorator]
-def fold(wide: Any, chunk: Any, sums: Any) -> None:
+def flush(wide: Any, chunk: Any, sums: Any) -> None:
     """Add the accumulators to their channels' sums and clear them. A plain sum: free to reorder."""
-    apart()
+    noinline()
     at = 0
     for _ in range(chunk.copies):
         if chunk.length == 1:
@@ -214,7 +213,7 @@ def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
 
     Evenly spread, since neighbours resemble one another: an image begins with its border.
     """
-    apart()
+    noinline()
     total = chunk.rows * chunk.length
     few = min(total, SAMPLE)
     seen = 0
@@ -240,7 +239,7 @@ def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
 @called  # type: ignore[untyped-decorator]
 def pivot_at(mean: Any, chunk: Any, pivots: Any) -> None:
     """Move the pivots to the means."""
-    apart()
+    noinline()
     for c in range(chunk.here):
         m = mean[chunk.first + c]
         pivots[c] = m if math.isfinite(m) else like(0.0, m)
@@ -295,17 +294,17 @@ def moments_of_strips(
             wide_2[i] += d * d
         held += 1
         if held >= FLUSH:
-            fold(wide_1, chunk, sums_1)
-            fold(wide_2, chunk, sums_2)
+            flush(wide_1, chunk, sums_1)
+            flush(wide_2, chunk, sums_2)
             held = 0
-    fold(wide_1, chunk, sums_1)
-    fold(wide_2, chunk, sums_2)
+    flush(wide_1, chunk, sums_1)
+    flush(wide_2, chunk, sums_2)
 
 
 @called  # type: ignore[untyped-decorator]
-def put_aside(partial: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
+def store_partial(partial: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
     """Leave this part's sums for the merging to come."""
-    apart()
+    noinline()
     place = 2 * chunk.part * chunk.channels + chunk.first
     for c in range(chunk.here):
         partial[place + c] = sums_1[c]
@@ -313,9 +312,9 @@ def put_aside(partial: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
 
 
 @called  # type: ignore[untyped-decorator]
-def gather(partial: Any, parts: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
+def add_partials(partial: Any, parts: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
     """Add up what the parts have put aside."""
-    apart()
+    noinline()
     clear(sums_1, chunk.here)
     clear(sums_2, chunk.here)
     for part in range(parts):
@@ -326,7 +325,7 @@ def gather(partial: Any, parts: Any, chunk: Any, sums_1: Any, sums_2: Any) -> No
 
 
 @called  # type: ignore[untyped-decorator]
-def settle(
+def write_moments(
     chunk: Any, sums_1: Any, sums_2: Any, pivots: Any, count: Any, mean: Any, low: Any, var: Any
 ) -> Any:
     """Write mean (rounded, and what that lost) and biased variance; say if a pivot lay too far.
@@ -334,7 +333,7 @@ def settle(
     With the pivot within one standard deviation of the mean, the subtraction below loses at most
     one bit. Farther off, the caller moves the pivot to the mean and reduces again.
     """
-    apart()
+    noinline()
     far = False
     for c in range(chunk.here):
         step = sums_1[c] / count
@@ -342,7 +341,7 @@ def settle(
         far = far or step * step > spread_about
         k = chunk.first + c
         mean[k] = like(pivots[c] + step, mean[k])
-        rest = (pivots[c] - mean[k]) + step
-        low[k] = like(rest if math.isfinite(rest) else 0.0, low[k])
+        lost = (pivots[c] - mean[k]) + step
+        low[k] = like(lost if math.isfinite(lost) else 0.0, low[k])
         var[k] = like(0.0 if spread_about < 0.0 else spread_about, var[k])
     return far

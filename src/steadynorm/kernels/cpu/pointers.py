@@ -46,7 +46,7 @@ def pointer(typing: Any, address: Any, scalar: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def beyond(typing: Any, values: Any, count: Any) -> Any:
+def shifted(typing: Any, values: Any, count: Any) -> Any:
     """The pointer to what lies `count` values beyond."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -56,7 +56,7 @@ def beyond(typing: Any, values: Any, count: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def bring(typing: Any, address: Any, model: Any) -> Any:
+def pointer_like(typing: Any, address: Any, model: Any) -> Any:
     """The address, an integer, as a pointer of the type of the pointer `model`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -81,7 +81,7 @@ def scratch(typing: Any, scalar: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def apart(typing: Any) -> Any:
+def noinline(typing: Any) -> Any:
     """Called in a function: compile it once in a kernel, not wherever it is called."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -122,7 +122,7 @@ def stream(typing: Any, source: Any, target: Any, place: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def take(typing: Any, args: Any, slot: Any) -> Any:
+def fetch_add(typing: Any, args: Any, slot: Any) -> Any:
     """Return the integer in a slot and add one to it, atomically: the next piece of work."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -133,7 +133,7 @@ def take(typing: Any, args: Any, slot: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def look(typing: Any, args: Any, slot: Any) -> Any:
+def load_atomic(typing: Any, args: Any, slot: Any) -> Any:
     """The integer in a slot as other threads have left it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -162,7 +162,7 @@ def pause(typing: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def rest(typing: Any, address: Any) -> Any:
+def call_sched_yield(typing: Any, address: Any) -> Any:
     """Call the function at the address, one that gives the processor to other threads."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -22,9 +22,7 @@ from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 from numba import cfunc, types
 from numba.core import config
 
-from .loops import SIZE, YIELD
-
-Arguments = ctypes.c_int64 * SIZE
+from steadynorm.kernels import activations
 
 
 class _Process:
@@ -50,11 +48,12 @@ class Kernel:
     def __call__(self, arguments: Any, threads: int) -> None:
         """Run until every pass in the arguments has gone through every chunk."""
         self.calls += 1
+        address = ctypes.addressof(arguments)
         if threads == 1 or _Process.forked:
-            self._enter(arguments)
+            self._enter(address)
         else:
-            arguments[YIELD] = _yield_address()
-            team()(self, arguments, threads)
+            arguments.sched_yield = _yield_address()
+            team()(self, address, threads)
 
 
 def cache_folder() -> Path:
@@ -83,6 +82,7 @@ def _fingerprint() -> str:
     digest = hashlib.sha256(repr((made_with, processor)).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
+    digest.update(Path(activations.__file__).read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -1,12 +1,13 @@
-"""Signs: one bit for each output, which tell a backward where the activation was open.
+"""Sign bits: one for each output, which tell a backward where the activation was open.
 
-A ReLU's gradient needs of its output only whether it is above 0. Where z cannot be rebuilt from x,
-for a residual was added, the forward writes these bits and the backward reads them instead of the
-output: 1 of 32 bits. The values of a strip or plane (see cpu_loops.py) begin with a new word.
+A ReLU's gradient needs of its output only whether it is above 0. Where a residual was added, z
+cannot be rebuilt from x alone; the forward then writes these bits, and the backward reads them
+instead of the output, a 32nd of its size. Each strip or plane (see loops.py) begins a new word.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,26 @@ from numba.core import types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
-from .activations import CODES, RELU, RELU6, by_activation
+from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.spec import Groups
+
+from .activations import CODES, NAMES, by_activation
 from .loops import called
-from .pointers import LANES, apart, like, widen
-from .slabs import Groups, slabs
+from .pointers import LANES, like, noinline, widen
+from .slabs import slabs
 
-GATES = frozenset({RELU, RELU6})
-"""Those that let a gradient through or not: one bit of each output says all."""
+GATES = frozenset(CODES[name] for name, row in ACTIVATIONS.items() if row.gate is not None)
+"""Activations whose gradient is let through or not: one bit for each output tells all."""
 
 
-def signs_for(
-    x: Tensor, residual: Tensor | None, activation: str | None, groups: Groups = None
-) -> Tensor | None:
-    """Where a forward may leave one bit for each output, if the backward can do with these.
+def gate_of(code: int) -> tuple[float, float]:
+    """Between which outputs the activation of this code lets a gradient through."""
+    row = ACTIVATIONS.get(NAMES[code] or "")
+    return (-math.inf, math.inf) if row is None or row.gate is None else row.gate
 
-    So it can if the activation lets a gradient through or not, and z cannot be rebuilt from x. It
-    then reads these bits, and not the output, which is 32 times as much.
-    """
-    if residual is None or CODES[activation] not in GATES:
-        return None
+
+def empty_signs(x: Tensor, groups: Groups = None) -> Tensor:
+    """Uninitialized memory for one bit for each output."""
     return torch.empty(sum(slab.words for slab in slabs(x, groups)), dtype=torch.int16)
 
 
@@ -59,12 +61,13 @@ def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def signs(typing: Any, values: Any, place: Any, below: Any) -> Any:
-    """A word that tells of LANES values from `place` on which lie above 0, and below 6 if asked to.
+def sign_word(typing: Any, values: Any, index: Any, code: Any) -> Any:
+    """A word that tells which of LANES values from `index` on lie inside the activation's gate.
 
-    NaN counts as such: whatever is not surely closed is open.
+    NaN counts as inside: whatever is not surely closed is open.
     """
     stored = values.dtype
+    low, high = gate_of(code.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.VectorType(context.get_data_type(stored), LANES)
@@ -74,13 +77,13 @@ def signs(typing: Any, values: Any, place: Any, below: Any) -> Any:
             sixteen = ir.Constant(wide, [16] * LANES)
             real = ir.VectorType(ir.FloatType(), LANES)
             v = builder.bitcast(builder.shl(builder.zext(v, wide), sixteen), real)
-        bound = {edge: ir.Constant(v.type, [edge] * LANES) for edge in (0.0, 6.0)}
-        open_ = builder.fcmp_unordered("ugt", v, bound[0.0])
-        if below.literal_value:
-            open_ = builder.and_(open_, builder.fcmp_unordered("ult", v, bound[6.0]))
-        return builder.bitcast(open_, ir.IntType(LANES))
+        inside = builder.fcmp_unordered("ugt", v, ir.Constant(v.type, [low] * LANES))
+        if high < math.inf:
+            below = builder.fcmp_unordered("ult", v, ir.Constant(v.type, [high] * LANES))
+            inside = builder.and_(inside, below)
+        return builder.bitcast(inside, ir.IntType(LANES))
 
-    return types.uint16(values, types.int64, below), generate
+    return types.uint16(values, types.int64, code), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -119,31 +122,32 @@ def _load(builder: Any, values: Any, place: Any, kind: Any) -> Any:
 @by_activation(forceinline=True, error_model="numpy")
 def write_signs(ACT: int) -> Any:
     """Write one bit for each of `count` outputs: whether gradient flows there."""
-    below = ACT == RELU6
+    low, high = gate_of(ACT)
+    bounded = high < math.inf
 
-    def write(y: Any, count: Any, open_: Any, code: Any) -> None:
+    def write(y: Any, count: Any, signs: Any, code: Any) -> None:
         words = count // LANES
         for k in range(words):
-            open_[k] = signs(y, k * LANES, below)
+            signs[k] = sign_word(y, k * LANES, ACT)
         word = 0
         for i in range(words * LANES, count):
             v = widen(y[i])
-            closed = v <= like(0.0, v) or (below and v >= like(6.0, v))
+            closed = v <= like(low, v) or (bounded and v >= like(high, v))
             word |= (0 if closed else 1) << (i - words * LANES)
         if count > words * LANES:
-            open_[words] = word
+            signs[words] = word
 
     return write
 
 
 @called  # type: ignore[untyped-decorator]
-def through_gates(grad: Any, count: Any, open_: Any, target: Any) -> None:
+def through_gates(grad: Any, count: Any, signs: Any, target: Any) -> None:
     """Copy `count` gradients, 0 for those that do not flow."""
-    apart()
+    noinline()
     words = count // LANES
     for k in range(words):
-        gate(open_[k], grad, target, k * LANES)
-    word = open_[words] if count > words * LANES else 0
+        gate(signs[k], grad, target, k * LANES)
+    word = signs[words] if count > words * LANES else 0
     for i in range(words * LANES, count):
         flows = (word >> (i - words * LANES)) & 1
         g = grad[i]

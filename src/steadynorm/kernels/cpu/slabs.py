@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate
@@ -12,14 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import loops as at
+from steadynorm.kernels.spec import Groups, statistics_dtype
+
+from . import loops
 from .allocator import empty_like
+from .arguments import PASSES, Arguments
 from .pointers import LANES, ROOM, WIDTH
-from .runtime import Arguments, Kernel
+from .readable import unreadable
+from .runtime import Kernel
 
-Groups = tuple[int, ...] | None
-
-MOMENTS = (at.REDUCE, at.MERGE, at.REDUCE | at.PIVOTED, at.MERGE | at.PIVOTED)
+MOMENTS = (loops.REDUCE, loops.MERGE, loops.REDUCE | loops.PIVOTED, loops.MERGE | loops.PIVOTED)
 """Measure; and once more about the means, if a pivot lay too far from its channel's."""
 
 PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
@@ -60,8 +61,10 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
     """t in x's type and laid out in memory as x is: t itself if it is so already."""
     if t.shape != x.shape:
         raise ValueError(f"`{name}` must have x's shape {tuple(x.shape)}; got {tuple(t.shape)}.")
-    if t.dtype == x.dtype and (
-        t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous())
+    if (
+        t.dtype == x.dtype
+        and (t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()))
+        and unreadable(t) is None
     ):
         return t
     return empty_like(x).copy_(t)
@@ -72,11 +75,6 @@ def residual_alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
     return None if residual is None else alike(residual, x, "residual")
 
 
-def real_type(x: Tensor) -> torch.dtype:
-    """The type of what is computed per channel."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def per_channel(t: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
     """A per-channel argument as the kernels read it."""
     if t.numel() != x.shape[1] * (1 if groups is None else len(groups)):
@@ -85,8 +83,9 @@ def per_channel(t: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
             f"an argument per channel must have shape {rows}, C = {x.shape[1]}; "
             f"got {tuple(t.shape)}."
         )
-    real = real_type(x)
-    return t if t.dtype == real and t.is_contiguous() else t.to(real).contiguous()
+    if t.dtype is statistics_dtype(x) and t.is_contiguous() and unreadable(t) is None:
+        return t
+    return torch.empty(t.shape, dtype=statistics_dtype(x)).copy_(t)
 
 
 def given(out: Tensor, x: Tensor) -> Tensor:
@@ -114,23 +113,23 @@ class Plan(NamedTuple):
     visit: bool
     planes: bool
 
-    def forward(self, settle: int) -> tuple[int, ...]:
-        """`moments`, what `settle` asks for per channel, and `apply`; in one visit if that pays."""
+    def forward(self, decide: int) -> tuple[int, ...]:
+        """`moments`, what `decide` asks for per channel, and `apply`; in one visit if that pays."""
         if self.visit:
-            return (at.REDUCE | settle | at.MAP,)
+            return (loops.REDUCE | decide | loops.MAP,)
         # The map from the end: what the reduction read last is still in the cache.
-        return (*MOMENTS, settle, at.MAP | at.BACKWARDS)
+        return (*MOMENTS, decide, loops.MAP | loops.BACKWARDS)
 
     def backward(self) -> tuple[int, ...]:
         """`reduce_grad` and `apply_grad`; in one visit if that pays."""
         if self.visit:
-            return (at.REDUCE | at.MAP,)
-        return (at.REDUCE, at.MERGE, at.MAP | at.BACKWARDS)
+            return (loops.REDUCE | loops.MAP,)
+        return (loops.REDUCE, loops.MERGE, loops.MAP | loops.BACKWARDS)
 
 
 @cache
 def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
-    """Cut for the cache and the threads; see cpu_loops.py for planes and strips."""
+    """Cut for the cache and the threads; see loops.py for planes and strips."""
     row = channels * length
     block, together = 1, 1
     if 2 * row <= WIDTH:
@@ -163,6 +162,11 @@ def plan_to_map(rows: int, channels: int, length: int, itemsize: int, threads: i
     return usual._replace(block=block, blocks=-(-channels // block), parts=rows, planes=True)
 
 
+def padded(passes: tuple[int, ...]) -> tuple[int, ...]:
+    """Passes, and zeros that end the list."""
+    return (*passes, *(0,) * (PASSES - len(passes)))
+
+
 class Slab:
     """One group of samples: where it lies, how its work is cut, and the kernel's arguments."""
 
@@ -183,38 +187,34 @@ class Slab:
         self.count = rows * shape.length
         cut = plan_to_map if only_maps else plan
         self.plan = cut(rows, shape.channels, shape.length, itemsize, torch.get_num_threads())
-        self._ran = False
         self._words_before = words_before
         self._skip = first * shape.channels * shape.length * itemsize
-        self.arguments = a = Arguments()
-        a[at.ROWS], a[at.CHANNELS], a[at.LENGTH] = rows, shape.channels, shape.length
-        a[at.BLOCK], a[at.BLOCKS] = self.plan.block, self.plan.blocks
-        a[at.TOGETHER], a[at.PARTS] = self.plan.together, self.plan.parts
-        a[at.PLANES] = self.plan.planes
         stream_from = STREAM_VISITS_FROM if self.plan.visit else STREAM_FROM
         stream_from = STREAM_MAPS_FROM if only_maps else stream_from
-        a[at.STREAM] = math.prod(shape) * itemsize >= stream_from
-        a[at.X] = address + self._skip
+        self.arguments = Arguments(
+            rows=rows, channels=shape.channels, length=shape.length, block=self.plan.block,
+            blocks=self.plan.blocks, parts=self.plan.parts, together=self.plan.together,
+            planes=self.plan.planes, streams=math.prod(shape) * itemsize >= stream_from,
+            x=address + self._skip,
+        )  # fmt: skip
 
-    def values(self, slot: int, t: Tensor | None) -> None:
-        """Hand over this group's part of an x-sized tensor."""
-        if t is not None:
-            self.arguments[slot] = t.data_ptr() + self._skip
+    def values(self, **tensors: Tensor | None) -> None:
+        """Hand over this group's part of x-sized tensors, by the names of their arguments."""
+        for name, t in tensors.items():
+            if t is not None:
+                setattr(self.arguments, name, t.data_ptr() + self._skip)
 
-    def channel(self, slot: int, t: Tensor) -> None:
-        """Hand over this group's row of a per-channel tensor, (C,) or (G, C)."""
-        self.arguments[slot] = t.data_ptr() + self.group * self.channels * t.element_size()
+    def by_channel(self, **tensors: Tensor) -> None:
+        """Hand over this group's row of per-channel tensors, (C,) or (G, C)."""
+        for name, t in tensors.items():
+            row = self.group * self.channels * t.element_size()
+            setattr(self.arguments, name, t.data_ptr() + row)
 
-    def shared(self, slot: int, t: Tensor | None) -> None:
-        """Hand over a (C,) that all groups share."""
-        if t is not None:
-            self.arguments[slot] = t.data_ptr()
-
-    def numbers(self, slots: tuple[int, ...], values: tuple[float, ...]) -> None:
-        """Hand over float64s by their bits."""
-        bits = struct.unpack(f"{len(slots)}q", struct.pack(f"{len(slots)}d", *values))
-        for slot, bit in zip(slots, bits, strict=True):
-            self.arguments[slot] = bit
+    def shared(self, **tensors: Tensor | None) -> None:
+        """Hand over tensors that all groups share."""
+        for name, t in tensors.items():
+            if t is not None:
+                setattr(self.arguments, name, t.data_ptr())
 
     @property
     def words(self) -> int:
@@ -226,24 +226,17 @@ class Slab:
     def signs(self, t: Tensor | None) -> None:
         """Hand over this group's part of the signs of all."""
         if t is not None:
-            self.arguments[at.SIGNS] = t.data_ptr() + self._words_before * t.element_size()
-
-    def passes(self, *passes: int) -> None:
-        """Say what a run is to do: the passes, each over all chunks."""
-        for step in range(at.PASSES):
-            self.arguments[at.PASS + step] = passes[step] if step < len(passes) else 0
+            self.arguments.signs = t.data_ptr() + self._words_before * t.element_size()
 
     def run(self, kernel: Kernel, *passes: int) -> None:
-        """Go through the passes; what is reduced in parts needs room for their sums."""
+        """Go through the passes, each over all chunks; room is made for sums that are in parts."""
         a = self.arguments
-        self.passes(*passes)
-        if self._ran:
-            a[at.TAKEN : at.SIZE] = [0] * (at.SIZE - at.TAKEN)
-            a[at.AGAIN] = 0
-        self._ran = True
-        if at.MERGE in passes:
-            sums = torch.empty(self.sums, dtype=torch.float64)
-            a[at.SUMS] = sums.data_ptr()
+        a.passes = padded(passes)
+        a.taken = a.done = padded(())
+        a.pivot_moved = 0
+        if loops.MERGE in passes:
+            partial = torch.empty(self.sums, dtype=torch.float64)
+            a.partial = partial.data_ptr()
         kernel(a, self.plan.threads)
 
     @property
@@ -258,8 +251,8 @@ def slabs(x: Tensor, groups: Groups) -> Iterator[Slab]:
     if shape is None:
         raise ValueError(
             "`x` must be contiguous, channels first or channels last; got shape "
-            f"{tuple(x.shape)} with strides {x.stride()}. Ask `takes` first: the eager kernels "
-            "take any strides."
+            f"{tuple(x.shape)} with strides {x.stride()}. Ask `unsupported` first: the reference "
+            "takes any strides."
         )
     sizes = groups or (shape.samples,)
     if sum(sizes) != shape.samples:

@@ -1,79 +1,74 @@
 """The stages on CPU, compiled by Numba: float32, float64 and bfloat16, channels first or last.
 
-The same names and arguments as in `eager.py`, plus `normalize` and `normalize_grad`, which do both
-stages of a direction while a block of channels is still in the cache. `takes` says what runs here.
+The same names and arguments as in `reference.py`, plus `normalize` and `normalize_grad`, which do
+both stages of a direction while a block of channels is still in the cache. `unsupported` says what
+cannot run here.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.spec import Groups, Keep, statistics_dtype
 from steadynorm.statistics.moments import Moments
 
-from . import loops as at
-from .activations import BY_EITHER, CODES, FROM_INPUT, IDENTITY
+from . import loops
 from .allocator import empty_like
-from .kernels import SCALARS, backward_kernel, forward_kernel, name_of, warmup
-from .signs import outputs_for, signs_for
+from .kernels import SCALARS, backward_kernel, forward_kernel, gradient_options, name_of
+from .signs import empty_signs, outputs_for
 from .slabs import (
     MOMENTS,
-    Groups,
-    Slab,
     alike,
     given,
     per_channel,
-    real_type,
     residual_alike,
     shape_of,
     slabs,
 )
 
 __all__ = [
-    "apply", "apply_grad", "backward_kernel", "calls", "forward_kernel", "moments", "normalize",
-    "normalize_grad", "outputs_for", "reduce_grad", "signs_for", "takes", "warmup",
+    "apply", "apply_grad", "empty_signs", "moments", "normalize", "normalize_grad", "outputs_for",
+    "reduce_grad", "unsupported",
 ]  # fmt: skip
 
-calls: Counter[str] = Counter()
-"""How often each stage has run here, by name."""
 
-
-def takes(x: Tensor, *, residual: Tensor | None = None) -> str | None:
-    """None if these kernels can run on the input, else the reason why not."""
-    if x.device.type != "cpu":
-        return f"the input is on {x.device.type}"
-    if x.dtype not in SCALARS:
-        return f"the input is {name_of(x.dtype)}, not float32, float64 or bfloat16"
-    if x.numel() == 0:
+@lru_cache(maxsize=4096)
+def unsupported(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, residual: torch.dtype | None
+) -> str | None:
+    """Why the kernels do not take such an input and type of residual; None if they do."""
+    if dtype not in SCALARS:
+        return f"the input is {name_of(dtype)}, not float32, float64 or bfloat16"
+    like = torch.empty_strided(shape, strides, device="meta")
+    if like.numel() == 0:
         return "the input is empty"
-    if x.layout is not torch.strided or x.is_neg() or shape_of(x) is None:
+    if like.ndim < 2 or shape_of(like) is None:
         return "the input is contiguous neither channels-first nor channels-last"
-    if residual is not None and residual.dtype != x.dtype:
-        return f"the residual is {name_of(residual.dtype)}, the input {name_of(x.dtype)}"
+    if residual is not None and residual is not dtype:
+        return f"the residual is {name_of(residual)}, the input {name_of(dtype)}"
     return None
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> Moments:
     """Count, mean and biased variance per channel, over valid positions where a mask is given."""
-    calls["moments"] += 1
     mask = None if mask is None else mask.contiguous()
     kernel = forward_kernel(x.dtype, masked=mask is not None)
-    mean, low, var = _per_channel_results(3, x, groups)
+    mean, low, var = _results_per_channel(3, x, groups)
     counts = []
     for slab in slabs(x, groups):
         count = slab.count
         if mask is not None:
             valid = mask.view(-1).narrow(0, slab.first * slab.length, count)
-            slab.shared(at.MASK, valid)
+            slab.shared(mask=valid)
             count = int(torch.count_nonzero(valid))
         counts.append(count)
-        slab.numbers((at.COUNT,), (max(count, 1),))
-        slab.channel(at.CENTER, mean)
-        slab.channel(at.LOW, low)
-        slab.channel(at.VAR, var)
+        slab.arguments.count = max(count, 1)
+        slab.by_channel(center=mean, center_low=low, var=var)
         slab.run(kernel, *MOMENTS)
         if count == 0:
             for t in (mean, low, var):
@@ -81,16 +76,16 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
     return Moments(_counts(counts, x, groups, mask), mean, var, low)
 
 
-def _per_channel_results(number: int, x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+def _results_per_channel(number: int, x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
     sizes = (number, x.shape[1]) if groups is None else (number, len(groups), x.shape[1])
-    return torch.empty(sizes, dtype=real_type(x)).unbind()
+    return torch.empty(sizes, dtype=statistics_dtype(x)).unbind()
 
 
 def _counts(counts: list[int], x: Tensor, groups: Groups, mask: Tensor | None) -> Any:
-    """As `eager.moments` gives it: a number if all channels and groups have the same."""
+    """As the reference gives it: a number if all channels and groups have the same."""
     if groups is not None:
-        return torch.tensor(counts, dtype=real_type(x))[:, None]
-    return counts[0] if mask is None else torch.tensor(counts, dtype=real_type(x))
+        return torch.tensor(counts, dtype=statistics_dtype(x))[:, None]
+    return counts[0] if mask is None else torch.tensor(counts, dtype=statistics_dtype(x))
 
 
 def apply(
@@ -107,21 +102,17 @@ def apply(
 ) -> Tensor:
     """`activation((x - center)·scale + shift + residual)`, in `out` if given.
 
-    Into `signs`, if given (see `signs_for`), where the activation lets the gradient through.
+    Into `signs`, if given (see `empty_signs`), where the activation lets the gradient through.
     """
-    calls["apply"] += 1
     y = empty_like(x) if out is None else given(out, x)
     center, scale, shift = (per_channel(t, x, groups) for t in (center, scale, shift))
     residual = residual_alike(residual, x)
     kernel = forward_kernel(x.dtype, activation, add=residual is not None)
     for slab in slabs(x, groups):
-        slab.values(at.RESIDUAL, residual)
-        slab.values(at.Y, y)
+        slab.values(residual=residual, y=y)
         slab.signs(signs)
-        slab.channel(at.CENTER, center)
-        slab.channel(at.SCALE, scale)
-        slab.channel(at.SHIFT, shift)
-        slab.run(kernel, at.MAP)
+        slab.by_channel(center=center, scale=scale, shift=shift)
+        slab.run(kernel, loops.MAP)
     return y
 
 
@@ -141,96 +132,87 @@ def normalize(
 
     y = activation((x - mean)/√(var + eps)·weight + bias + residual), in `out` if given.
     """
-    calls["normalize"] += 1
     y = empty_like(x) if out is None else given(out, x)
     weight = None if weight is None else per_channel(weight, x)
     bias = None if bias is None else per_channel(bias, x)
     residual = residual_alike(residual, x)
     kernel = forward_kernel(x.dtype, activation, add=residual is not None)
-    mean, low, var, scale, shift = _per_channel_results(5, x, groups)
+    mean, low, var, scale, shift = _results_per_channel(5, x, groups)
     counts = []
     for slab in slabs(x, groups):
         counts.append(slab.count)
-        slab.values(at.RESIDUAL, residual)
-        slab.values(at.Y, y)
+        slab.arguments.count, slab.arguments.eps = slab.count, eps
+        slab.values(residual=residual, y=y)
         slab.signs(signs)
-        slab.shared(at.WEIGHT, weight)
-        slab.shared(at.BIAS, bias)
-        slab.numbers((at.COUNT, at.EPS), (slab.count, eps))
-        for slot, t in (
-            (at.CENTER, mean), (at.LOW, low), (at.VAR, var), (at.SCALE, scale), (at.SHIFT, shift)
-        ):  # fmt: skip
-            slab.channel(slot, t)
-        slab.run(kernel, *slab.plan.forward(at.SETTLE))
+        slab.shared(weight=weight, bias=bias)
+        slab.by_channel(center=mean, center_low=low, var=var, scale=scale, shift=shift)
+        slab.run(kernel, *slab.plan.forward(loops.DECIDE))
     return y, Moments(_counts(counts, x, groups, None), mean, var, low)
 
 
-class Branch(NamedTuple):
-    """What every kernel of the backward direction reads of x's size, laid out as x is.
+class _Backward:
+    """What both stages of the backward direction read and write, laid out as x is.
 
-    The activation's derivative is taken from `signs` if there are any, from z if `rebuilt` (out of
-    x and the residual), else from y.
+    The activation's derivative is taken from `signs` if there are any, from z if the activation
+    needs it or no y is given, else from y.
     """
 
-    grad: Tensor
-    y: Tensor | None
-    residual: Tensor | None
-    signs: Tensor | None
-    rebuilt: bool
+    def __init__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        maps: tuple[Tensor, Tensor, Tensor],
+        *,
+        y: Tensor | None,
+        residual: Tensor | None,
+        signs: Tensor | None,
+        activation: str | None,
+        groups: Groups,
+    ) -> None:
+        source = "nothing" if activation is None else ACTIVATIONS[activation].source
+        if y is None and signs is None and source == "output":
+            raise ValueError(
+                f"`y` must be the output, for the gradient of {activation} is taken from it; "
+                f"got None."
+            )
+        self.kept = (
+            Keep.NOTHING if activation is None
+            else Keep.SIGNS if signs is not None
+            else Keep.REBUILT if source == "input" or y is None
+            else Keep.OUTPUT
+        )  # fmt: skip
+        self.x, self.activation, self.groups, self.signs = x, activation, groups, signs
+        self.grad = alike(grad, x, "grad")
+        self.y = alike(y, x, "y") if self.kept is Keep.OUTPUT and y is not None else None
+        rebuilt = self.kept is Keep.REBUILT
+        self.residual = residual_alike(residual, x) if rebuilt else None
+        self.maps = tuple(per_channel(t, x, groups) for t in maps)
 
-    @property
-    def options(self) -> dict[str, bool]:
-        """The kernel's options that follow from it."""
-        return {
-            "signed": self.signs is not None,
-            "rebuilt": self.rebuilt,
-            "add": self.residual is not None,
-        }
+    def kernel(self, *, want: bool = False, masked: bool = False) -> Any:
+        """The compiled kernel for these options."""
+        options = gradient_options(self.kept, residual=self.residual is not None)
+        return backward_kernel(self.x.dtype, self.activation, want=want, masked=masked, **options)
 
-    def hand_over(self, slab: Slab) -> None:
-        """Put its addresses into the kernel's arguments."""
-        slab.values(at.GRAD, self.grad)
-        slab.values(at.Y, self.y)
-        slab.values(at.RESIDUAL, self.residual)
-        slab.signs(self.signs)
+    def slabs(self) -> Any:
+        """The groups, each with what is read handed over."""
+        center, scale, shift = self.maps
+        for slab in slabs(self.x, self.groups):
+            slab.values(grad=self.grad, y=self.y, residual=self.residual)
+            slab.signs(self.signs)
+            slab.by_channel(center=center, scale=scale, shift=shift)
+            yield slab
 
-
-def branch_of(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    residual: Tensor | None,
-    signs: Tensor | None,
-    activation: str | None,
-) -> Branch:
-    """What this activation's gradient is taken from."""
-    code = CODES[activation]
-    if signs is not None:
-        return Branch(alike(grad, x, "grad"), None, None, signs, False)
-    by_input = code in FROM_INPUT or (y is None and code in BY_EITHER)
-    if y is None and code != IDENTITY and not by_input:
-        raise ValueError(
-            f"`y` must be the output, for the gradient of {activation} is taken from it; got None."
-        )
-    return Branch(
-        alike(grad, x, "grad"),
-        None if y is None or by_input or code == IDENTITY else alike(y, x, "y"),
-        residual_alike(residual, x) if by_input else None,
-        None,
-        by_input,
-    )
-
-
-def results(
-    x: Tensor, want: bool, out: tuple[Tensor, Tensor | None] | None
-) -> tuple[Tensor, Tensor | None]:
-    """Where dx and the residual's gradient go."""
-    if out is None:
-        return empty_like(x), empty_like(x) if want else None
-    dx, dresidual = out
-    if want and dresidual is None:
-        raise ValueError("`out` must hold memory for the residual's gradient, too; got None.")
-    return given(dx, x), given(dresidual, x) if want and dresidual is not None else None
+    def results(
+        self, want: bool, out: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where dx and the residual's gradient go."""
+        x = self.x
+        if out is None:
+            return empty_like(x), empty_like(x) if want else None
+        dx, dresidual = out
+        if want and dresidual is None:
+            raise ValueError("`out` must hold memory for the residual's gradient, too; got None.")
+        return given(dx, x), given(dresidual, x) if want and dresidual is not None else None
 
 
 def reduce_grad(
@@ -247,19 +229,16 @@ def reduce_grad(
     groups: Groups = None,
 ) -> tuple[Tensor, Tensor]:
     """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
-    calls["reduce_grad"] += 1
-    branch = branch_of(grad, x, y, residual, signs, activation)
-    place = [per_channel(t, x, groups) for t in (center, scale, shift)]
-    kernel = backward_kernel(x.dtype, activation, **branch.options)
-    total, moved = _per_channel_results(2, x, groups)
-    for slab in slabs(x, groups):
-        branch.hand_over(slab)
-        for slot, t in zip((at.CENTER, at.SCALE, at.SHIFT), place, strict=True):
-            slab.channel(slot, t)
-        slab.channel(at.SUM_GRAD, total)
-        slab.channel(at.SUM_GRAD_X, moved)
-        slab.run(kernel, at.REDUCE, at.MERGE)
-    return total, moved
+    read = _Backward(
+        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
+        activation=activation, groups=groups,
+    )  # fmt: skip
+    sum_grad, sum_grad_x = _results_per_channel(2, x, groups)
+    kernel = read.kernel()
+    for slab in read.slabs():
+        slab.by_channel(sum_grad=sum_grad, sum_grad_x=sum_grad_x)
+        slab.run(kernel, loops.REDUCE, loops.MERGE)
+    return sum_grad, sum_grad_x
 
 
 def apply_grad(
@@ -284,26 +263,21 @@ def apply_grad(
 
     Without an activation g is `grad`, and no copy of it is made.
     """
-    calls["apply_grad"] += 1
     want = want_residual and activation is not None
-    branch = branch_of(grad, x, y, residual, signs, activation)
-    place = [per_channel(t, x, groups) for t in (center, scale, shift)]
-    masked = mask is not None
-    kernel = backward_kernel(x.dtype, activation, want=want, masked=masked, **branch.options)
-    dx, dresidual = results(x, want, out)
+    read = _Backward(
+        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
+        activation=activation, groups=groups,
+    )  # fmt: skip
+    dx, dresidual = read.results(want, out)
     slope, constant = (per_channel(t, x, groups) for t in (slope, constant))
     mask = None if mask is None else mask.contiguous()
-    for slab in slabs(x, groups):
-        branch.hand_over(slab)
-        for slot, t in zip((at.CENTER, at.SCALE, at.SHIFT), place, strict=True):
-            slab.channel(slot, t)
-        slab.values(at.DX, dx)
-        slab.values(at.DRESIDUAL, dresidual)
-        slab.channel(at.SLOPE, slope)
-        slab.channel(at.CONSTANT, constant)
+    kernel = read.kernel(want=want, masked=mask is not None)
+    for slab in read.slabs():
+        slab.values(dx=dx, dresidual=dresidual)
+        slab.by_channel(slope=slope, constant=constant)
         if mask is not None:
-            slab.shared(at.MASK, mask.view(-1)[slab.first * slab.length :])
-        slab.run(kernel, at.MAP)
+            slab.shared(mask=mask.view(-1)[slab.first * slab.length :])
+        slab.run(kernel, loops.MAP)
     return dx, dresidual if want else (grad if want_residual else None)
 
 
@@ -334,27 +308,23 @@ def normalize_grad(
 
     Returns dx, g or None, Σg, Σg·(x - center). Without an activation g is `grad`, not a copy.
     """
-    calls["normalize_grad"] += 1
     want = want_residual and activation is not None
-    branch = branch_of(grad, x, y, residual, signs, activation)
-    place = [per_channel(t, x, groups) for t in (center, scale, shift)]
-    dx, dresidual = results(x, want, out)
-    factors = [
+    read = _Backward(
+        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
+        activation=activation, groups=groups,
+    )  # fmt: skip
+    dx, dresidual = read.results(want, out)
+    slope_factor, constant_factor, mean_low, mean_gap = (
         per_channel(t, x, groups) for t in (slope_factor, constant_factor, mean_low, mean_gap)
-    ]
-    total, moved, slope, constant = _per_channel_results(4, x, groups)
-    kernel = backward_kernel(x.dtype, activation, want=want, **branch.options)
-    for slab in slabs(x, groups):
-        branch.hand_over(slab)
-        for slot, t in zip((at.CENTER, at.SCALE, at.SHIFT), place, strict=True):
-            slab.channel(slot, t)
-        slab.values(at.DX, dx)
-        slab.values(at.DRESIDUAL, dresidual)
-        for slot, t in (
-            (at.SUM_GRAD, total), (at.SUM_GRAD_X, moved), (at.SLOPE, slope),
-            (at.CONSTANT, constant), (at.SLOPE_FACTOR, factors[0]),
-            (at.CONSTANT_FACTOR, factors[1]), (at.MEAN_LOW, factors[2]), (at.MEAN_GAP, factors[3]),
-        ):  # fmt: skip
-            slab.channel(slot, t)
+    )
+    sum_grad, sum_grad_x, slope, constant = _results_per_channel(4, x, groups)
+    kernel = read.kernel(want=want)
+    for slab in read.slabs():
+        slab.values(dx=dx, dresidual=dresidual)
+        slab.by_channel(
+            sum_grad=sum_grad, sum_grad_x=sum_grad_x, slope=slope, constant=constant,
+            slope_factor=slope_factor, constant_factor=constant_factor, mean_low=mean_low,
+            mean_gap=mean_gap,
+        )  # fmt: skip
         slab.run(kernel, *slab.plan.backward())
-    return dx, dresidual if want else (grad if want_residual else None), total, moved
+    return dx, dresidual if want else (grad if want_residual else None), sum_grad, sum_grad_x

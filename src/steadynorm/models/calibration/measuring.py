@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.choice import stages_for
+from steadynorm.kernels.dispatch import stages_for
 from steadynorm.models.calibration.layers import Layer
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
@@ -76,7 +76,7 @@ class Pass:
         mask = kwargs.get("mask") if isinstance(module, SteadyNorm) else None
         if mask is not None:
             mask = checks.expanded_mask(mask, x, type(module).__name__)
-        part = Measured(_wide(stages_for(x, None).moments(x.detach(), mask=mask)), 1, x.shape[0])
+        part = Measured(_wide(stages_for(x).moments(x.detach(), mask=mask)), 1, x.shape[0])
         # As in training, the biased variance normalizes; a mixture does as it will in inference.
         unbiased = layer.unbiased and self.mixture.prior is not None
         now = self.mixture.kept(before, part, unbiased=unbiased)

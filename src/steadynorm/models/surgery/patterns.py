@@ -9,19 +9,15 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.models.surgery.layers import DROPOUTS, activation_name, is_host, recognize
 
 # Functions and methods that are an activation, with the keywords that leave it the same.
 FUNCTIONS: dict[Any, str] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), "relu"),
-    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid), "sigmoid"),
-    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh), "tanh"),
-    F.relu6: "relu6",
-    F.leaky_relu: "leaky_relu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.hardswish: "hardswish",
-    F.elu: "elu",
+    **{getattr(F, name): name for name in ACTIVATIONS},
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu_), "relu"),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_), "sigmoid"),
+    **dict.fromkeys((torch.tanh, torch.tanh_), "tanh"),
 }
 METHODS = {name + end: name for name in ("relu", "sigmoid", "tanh") for end in ("", "_")}
 ADDS = (operator.add, torch.add)

@@ -36,6 +36,8 @@ class Policy:
     """Whether the running variance it keeps may be unbiased, as torch's is."""
     counts_batches: ClassVar[bool] = True
     """Whether it asks how many batches the running statistics have seen."""
+    uses_momentum: ClassVar[bool] = True
+    """Whether the layer's `momentum` says how fast the running statistics move."""
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context

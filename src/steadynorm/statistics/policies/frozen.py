@@ -23,6 +23,7 @@ class Frozen(Policy):
     """
 
     counts_batches = False
+    uses_momentum = False
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context

@@ -43,6 +43,7 @@ class Steady(Policy):
     horizon: float = 640
 
     unbiased = False
+    uses_momentum = False
 
     def __post_init__(self) -> None:
         check_number("Steady", "prior", self.prior, low=0)
