@@ -131,7 +131,7 @@ def batch_norm(
         epsilon: added to the variance.
         statistics: a policy or its lower-case name.
         activation: None, or one of relu, relu6, leaky_relu (slope 0.01), silu, gelu (exact),
-            hardswish, elu, sigmoid, tanh.
+            hardswish, elu, sigmoid, tanh, mish.
         residual: of x's shape; added before the activation.
         mask: boolean, True where valid; broadcasts, axis by axis, against x without its channel
             axis, or against x with length 1 there. Moments come from valid positions; every

@@ -63,10 +63,9 @@ def _differentiable(saved: Saved, live: Moments | None) -> Tensor:
             live = saved.replicas.link(live)
         normalizer = attach(normalizer, _constant(live), live)
     known = coefficients_of(normalizer, x, weight, bias, saved.eps)
-    return reference.apply(
-        x, known.center, known.scale, known.shift, residual=saved.residual,
-        activation=saved.activation, groups=saved.groups,
-    )  # fmt: skip
+    branch = {"residual": saved.residual, "activation": saved.activation, "groups": saved.groups}
+    y: Tensor = reference.apply(x, *known[:3], **branch)
+    return y
 
 
 def _constant(live: Moments) -> Moments:
