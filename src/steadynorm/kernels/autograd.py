@@ -63,7 +63,11 @@ def _differentiable(saved: Saved, live: Moments | None) -> Tensor:
             live = saved.replicas.link(live)
         normalizer = attach(normalizer, _constant(live), live)
     known = coefficients_of(normalizer, x, weight, bias, saved.eps)
-    branch = {"residual": saved.residual, "activation": saved.activation, "groups": saved.groups}
+    branch: dict[str, Any] = {
+        "residual": saved.residual,
+        "activation": saved.activation,
+        "groups": saved.groups,
+    }
     y: Tensor = reference.apply(x, *known[:3], **branch)
     return y
 
