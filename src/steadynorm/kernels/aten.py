@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import reference
 from steadynorm.kernels.activations import functions
 from steadynorm.kernels.spec import HALF, Backend, Call, Tensors
+from steadynorm.kernels.torch_arrays import reference
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
 # crossover that benchmarks/small_calls.py measures, in docs/speed.md.
@@ -138,7 +138,7 @@ def _finished(y: Tensor, call: Call) -> Tensor:
         y = y + call.residual
         dtype = torch.promote_types(dtype, call.residual.dtype)
     if call.activation is not None:
-        y = functions(call.activation, reference.TORCH)[0](y)
+        y = functions(call.activation, reference.xp)[0](y)
     return y if y.dtype is dtype else y.to(dtype)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import reference
 from steadynorm.kernels.spec import (
     Backend,
     Call,
@@ -21,6 +20,7 @@ from steadynorm.kernels.spec import (
     coefficients_of,
     keep,
 )
+from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import gradient_coefficients, gradient_factors, parameter_gradients
 
 
