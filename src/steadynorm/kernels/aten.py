@@ -13,14 +13,13 @@ large means are then those of the device's own operator.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadynorm.kernels import reference
 from steadynorm.kernels.activations import functions
-from steadynorm.kernels.spec import HALF, Backend, Call, Tensors
+from steadynorm.kernels.spec import HALF, Backend, Call, Packed
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
 # crossover that benchmarks/small_calls.py measures, in docs/speed.md.
@@ -72,7 +71,7 @@ class Aten(Backend):
             return "a type of the running statistics that its operator refuses"
         return None
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y; a training call moves the running statistics."""
         y = _by_running(call) if call.by_running else _by_batch(call)
         return _finished(y, call), ((), None)
