@@ -15,13 +15,12 @@ call; the numerics at large means are then those of the device's own operator.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import functions
-from steadynorm.kernels.spec import HALF, Backend, Call, Tensors
+from steadynorm.kernels.spec import HALF, Backend, Call, Packed
 from steadynorm.kernels.torch_arrays import reference
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
@@ -75,7 +74,7 @@ class Aten(Backend):
             return "a type of the running statistics that its operator refuses"
         return None
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y; a training call moves the running statistics."""
         y = _by_running(call) if call.by_running else _by_batch(call)
         return _finished(y, call), ((), None)

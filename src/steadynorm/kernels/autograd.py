@@ -11,14 +11,7 @@ from steadynorm.kernels import aten, compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.cpu.backend import CPU
-from steadynorm.kernels.spec import (
-    Backend,
-    Call,
-    Gradients,
-    Saved,
-    Tensors,
-    coefficients_of,
-)
+from steadynorm.kernels.spec import Backend, Call, Gradients, Packed, Saved, coefficients_of
 from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import Moments, attach
 
@@ -45,7 +38,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = (ctx.saved_tensors, ctx.rest), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _second_order(ctx.backend.expand(saved), grad, needs)
+            gradients = _second_order(ctx.backend.unpack(saved), grad, needs)
         else:
             gradients = ctx.backend.backward(saved, grad, needs)
         return *gradients, None, None
@@ -107,7 +100,7 @@ class Traced(Backend):
         """Only where PyTorch looks on."""
         return None if compat.is_traced() else "PyTorch neither compiles nor transforms this call"
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y, by operators that keep the kernels whole where compiled code may call these."""
         x, measured = call.x, not call.by_running
         if call.by_running and _is_exported():

@@ -11,20 +11,17 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-
-def _never() -> bool:
-    return False
-
-
 # Export from compilation: public since 2.7.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _never)
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 # `torch.jit.trace` and the ONNX exporter built on it; the public `torch.jit.is_tracing`
 # costs three times as much.
-is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", _never)
+is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 
 # Inside `vmap`, `grad`, `jvp` and the like; there is no public way to know.
-is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _never)
+is_transforming: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
 
 # The backward pass that this thread runs, -1 for none: how a recomputation is told apart.
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)

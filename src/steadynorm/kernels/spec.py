@@ -144,7 +144,7 @@ class Saved(NamedTuple):
     residual_dtype: torch.dtype | None
 
 
-Tensors = tuple[Any, ...]  # what autograd saves between a forward and its backward
+Packed = tuple[tuple[Any, ...], Any]  # what a backward needs: tensors for autograd, and the rest
 Gradients = tuple[Tensor | None, ...]  # of x, weight, bias, residual; None where none is needed
 
 
@@ -156,16 +156,16 @@ class Backend:
 
     def supports(self, call: Call) -> str | None:
         """None for yes, else why not."""
+        return None
+
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
+        """y, and what the backward needs."""
         raise NotImplementedError
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
-        """y, and what the backward needs: tensors for autograd to save, and the rest."""
-        raise NotImplementedError
-
-    def backward(self, saved: tuple[Tensors, Any], grad: Tensor, needs: Any) -> Gradients:
+    def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         """The gradients of x, weight, bias and residual that are needed."""
         raise NotImplementedError
 
-    def expand(self, saved: tuple[Tensors, Any]) -> Saved:
+    def unpack(self, saved: Packed) -> Saved:
         """What `forward` left, in full, for derivatives of the backward itself."""
-        raise NotImplementedError
+        return Saved(*saved[0], *saved[1])

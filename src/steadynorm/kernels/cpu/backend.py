@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.closed_form import ClosedForm
-from steadynorm.kernels.spec import Call, Gradients, Saved, Tensors
+from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
 from .readable import unreadable
 
@@ -52,16 +52,16 @@ class CpuKernels(ClosedForm):
             call.plan = plan if plan.fits(call) else None
         return no
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """By the plan where there is one that the backward can go on with, else by stages."""
         if call.plan is None or (call.by_running and call.gradient):
             return super().forward(call)
         if call.by_running:
             return call.plan.infer(call), ((), None)
-        result: tuple[Tensor, tuple[Tensors, Any]] = call.plan.train(call)
+        result: tuple[Tensor, Packed] = call.plan.train(call)
         return result
 
-    def backward(self, saved: tuple[Tensors, Any], grad: Tensor, needs: Any) -> Gradients:
+    def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         """The gradients in closed form."""
         tensors, rest = saved
         if needs[0] and hasattr(rest, "plan"):
@@ -69,13 +69,13 @@ class CpuKernels(ClosedForm):
             return gradients
         return super().backward(saved, grad, needs)
 
-    def expand(self, saved: tuple[Tensors, Any]) -> Saved:
+    def unpack(self, saved: Packed) -> Saved:
         """What `forward` left, in full."""
         tensors, rest = saved
         if hasattr(rest, "plan"):
-            expanded: Saved = rest.plan.expand(tensors, rest.eps)
+            expanded: Saved = rest.plan.unpack(tensors, rest.eps)
             return expanded
-        return super().expand(saved)
+        return super().unpack(saved)
 
 
 CPU = CpuKernels("cpu", None, compiled=True)

@@ -16,14 +16,7 @@ from torch.library import Library, impl, register_autograd, register_fake
 
 from steadynorm.kernels import compat
 from steadynorm.kernels.closed_form import ClosedForm
-from steadynorm.kernels.spec import (
-    Call,
-    Keep,
-    Saved,
-    coefficients_of,
-    keep,
-    statistics_dtype,
-)
+from steadynorm.kernels.spec import Call, Keep, Saved, coefficients_of, keep, statistics_dtype
 from steadynorm.statistics import Moments, Normalizer
 
 from .backend import CPU

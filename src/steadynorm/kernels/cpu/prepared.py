@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import Call, Gradients, Keep, Saved, Tensors, coefficients_of, keep
+from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved, coefficients_of, keep
 from steadynorm.statistics import Moments, Normalizer
 
 from . import loops, slabs
@@ -80,7 +80,7 @@ class Plan:
         batches = call.num_batches_tracked
         return batches is None or batches.dtype is torch.int64
 
-    def train(self, call: Call) -> tuple[Tensor, tuple[Tensors, Rest]]:
+    def train(self, call: Call) -> tuple[Tensor, Packed]:
         """Normalize by the batch and move the running statistics."""
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
         y = empty_like(x)
@@ -152,7 +152,7 @@ class Plan:
             dresidual if want else (grad if needs[3] else None),
         )
 
-    def expand(self, tensors: Any, eps: float) -> Saved:
+    def unpack(self, tensors: Any, eps: float) -> Saved:
         """What a training step left, as the stages leave it."""
         x, rows, y, residual, weight, bias = tensors
         words = ROWS * self.step // 2
