@@ -350,9 +350,13 @@ class Ghost(Policy):
     ) -> RunningStatistics:
         for group in range(batch.mean.shape[0]):
             row = Moments(*(part[group] for part in batch))
-            after = super().update(row, running, context)
             some = row.count > 0
-            batches = None if running.batches is None else running.batches + some[0]
+            before, batches = running, None
+            if running.batches is not None:
+                # In the statistics' type, for 1 / (t + 1) of an integer array would be float32.
+                before = running._replace(batches=running.batches + 0 * row.count)
+                batches = running.batches + some[0]
+            after = super().update(row, before, context)
             running = RunningStatistics(
                 context.xp.where(some, after.mean, running.mean),
                 context.xp.where(some, after.var, running.var),

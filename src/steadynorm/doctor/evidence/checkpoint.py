@@ -1,4 +1,4 @@
-"""Evidence of a checkpoint alone; see `probe.py` for that of a model."""
+"""Evidence of a checkpoint alone; see `model.py` for that of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from steadynorm.doctor.evidence import Evidence, Layer, State
+from steadynorm.doctor.evidence.records import Evidence, NormEvidence, NormState
 from steadynorm.models.checkpoints import NAMES, find_layers, join
 from steadynorm.models.files import entries, keras_settings
 from steadynorm.models.formats import Entry, array_of, tensor_entry, unnested
@@ -25,13 +25,25 @@ def probe_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Evidence
     their arrays are read. Raises ValueError for a file that cannot be read or holds no such layer.
     """
     if isinstance(checkpoint, Mapping):
-        arrays = {str(n): v for n, v in unnested(checkpoint).items() if hasattr(v, "shape")}
-        held = {name: _entry(value) for name, value in arrays.items()}
-        return Evidence("state dict", _stored_layers(held, {}, "the state dict"))
-    path = Path(checkpoint)
-    with entries(path) as held:
-        settings = _settings(path)
-        return Evidence(fspath(checkpoint), _stored_layers(held, settings, str(path)))
+        owner, layers = "state dict", norms_in(unnested(checkpoint))
+    else:
+        owner = fspath(checkpoint)
+        with entries(checkpoint) as held:
+            layers = _norms(held, _settings(Path(checkpoint)))
+    if not layers:
+        where = "the state dict" if isinstance(checkpoint, Mapping) else owner
+        raise ValueError(
+            f"{where} holds no batch normalization layer: no array is named as torch's "
+            f"running_mean and running_var, Keras's moving_mean and moving_variance, or flax's "
+            f"mean and var."
+        )
+    return Evidence(owner, layers)
+
+
+def norms_in(state: Mapping[str, Any]) -> tuple[NormEvidence, ...]:
+    """The batch norms in arrays or tensors by name; none for a state dict without any."""
+    named = state.items()
+    return _norms({str(n): _entry(v) for n, v in named if hasattr(v, "shape")}, {})
 
 
 def _entry(value: Any) -> Entry:
@@ -41,9 +53,7 @@ def _entry(value: Any) -> Entry:
     return Entry(array.shape, array.dtype.name, lambda: array)
 
 
-def _stored_layers(
-    held: Mapping[str, Entry], settings: Mapping[str, float], owner: str
-) -> tuple[Layer, ...]:
+def _norms(held: Mapping[str, Entry], settings: Mapping[str, float]) -> tuple[NormEvidence, ...]:
     shapes = {name: np.broadcast_to(np.int8(0), entry.shape) for name, entry in held.items()}
     for framework, names in NAMES.items():
         layers = []
@@ -54,13 +64,12 @@ def _stored_layers(
                 if (key := join(prefix, name, framework)) in held
             }
             if _is_norm(found, framework):
-                layers.append(Layer(prefix, "BatchNorm", _stored(found, framework, settings)))
+                layers.append(
+                    NormEvidence(prefix, "BatchNorm", _stored(found, framework, settings))
+                )
         if layers:
             return tuple(layers)
-    raise ValueError(
-        f"{owner} holds no batch normalization layer: no array is named as torch's running_mean "
-        f"and running_var, Keras's moving_mean and moving_variance, or flax's mean and var."
-    )
+    return ()
 
 
 def _is_norm(found: Mapping[str, Entry], framework: str) -> bool:
@@ -70,10 +79,10 @@ def _is_norm(found: Mapping[str, Entry], framework: str) -> bool:
     return named and len(vectors) == 1 and len(vectors.pop()) == 1
 
 
-def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, float]) -> State:
+def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, float]) -> NormState:
     arrays = {p: array_of(found[p].load()).astype(np.float64) for p in PARTS if p in found}
     batches = found.get("batches")
-    return State(
+    return NormState(
         num_features=len(arrays["running_mean"]),
         framework=framework,
         eps=settings.get("epsilon"),

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from steadynorm.doctor.observed import ModelData
+from steadynorm.doctor.evidence.records import ModelData
 
 SMALLEST = 0.02  # of a loss: less is of no use, however sure
 
 
-class Gain(NamedTuple):
+class LossChange(NamedTuple):
     """Mean loss `before` and `after`, and the standard error of their paired difference."""
 
     before: float
@@ -29,23 +29,23 @@ class Gain(NamedTuple):
         return gained > SMALLEST and gained > times * self.error
 
 
-def gain_of(before: np.ndarray, after: np.ndarray) -> Gain | None:
+def loss_change(before: np.ndarray, after: np.ndarray) -> LossChange | None:
     """Of two losses per batch; None where either is not finite. A single batch has no error.
 
-    >>> gain_of(np.array([1.0, 2.0]), np.array([0.5, 1.0]))
-    Gain(before=1.5, after=0.75, error=0.25)
+    >>> loss_change(np.array([1.0, 2.0]), np.array([0.5, 1.0]))
+    LossChange(before=1.5, after=0.75, error=0.25)
     """
     if not before.size or not (np.isfinite(before).all() and np.isfinite(after).all()):
         return None
     difference = before - after
     error = float(np.std(difference, ddof=1) / np.sqrt(len(difference))) if before.size > 1 else 0.0
-    return Gain(float(before.mean()), float(after.mean()), error)
+    return LossChange(float(before.mean()), float(after.mean()), error)
 
 
-def lost_by_calibration(data: ModelData | None) -> Gain | None:
+def loss_raised_by_calibration(data: ModelData | None) -> LossChange | None:
     """What the loss would rise by (`before`: calibrated, `after`: as it is), None where it would
     not: the weights were then trained with the statistics that are there.
     """
     loss = None if data is None else data.loss
-    worse = None if loss is None else gain_of(loss.calibrated, loss.inference)
+    worse = None if loss is None else loss_change(loss.calibrated, loss.inference)
     return worse if worse is not None and worse.clear(2) else None

@@ -1,28 +1,34 @@
-"""Evidence, gathered once and read-only: nothing of a model or of the random state changes."""
+"""Evidence of a model, gathered once; nothing of the model or of the random states changes."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from steadynorm.doctor.evidence import Evidence, Layer, Model, Place, State
-from steadynorm.doctor.measure import measure
-from steadynorm.doctor.standing import Standing, standings
-from steadynorm.doctor.stored import PARTS, probe_state
-from steadynorm.models import batches as feeding
+from steadynorm.doctor.evidence.batches import measure
+from steadynorm.doctor.evidence.checkpoint import PARTS, norms_in
+from steadynorm.doctor.evidence.graph import graph_facts
+from steadynorm.doctor.evidence.passes import feeding
+from steadynorm.doctor.evidence.records import (
+    Evidence,
+    ModelFacts,
+    NormEvidence,
+    NormState,
+    NormUsage,
+)
+from steadynorm.models.batches import moved
 from steadynorm.models.formats import array_of
 from steadynorm.models.layers import Norm, batch_norms, recognize, unwrapped
 from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Policy
 
-__all__ = ["probe_model", "probe_state"]
+__all__ = ["probe_model"]
 
 
 def probe_model(
@@ -36,10 +42,11 @@ def probe_model(
     optimizer: Any = None,
     exporting: bool = False,
     target: str = "",
+    advance: Callable[[], object] = lambda: None,
 ) -> Evidence:
-    """Evidence of a model: its layers' state and place, and with batches what they show.
+    """Evidence of a model: its layers' state and usage, and with batches what they show.
 
-    Parameters, gradients, buffers, modes, hooks and random state are put back, on exceptions too.
+    Parameters, gradients, buffers, modes, hooks and random states are restored, on exceptions too.
     """
     inner = unwrapped(model)
     norms = {
@@ -47,36 +54,63 @@ def probe_model(
         for name, module in inner.named_modules()
         if (norm := recognize(module)) is not None
     }
+    facts = _model_facts(model, inner, optimizer, exporting)
+    target = target or facts.kind
+    if not norms and (evidence := _state_alone(inner, target, facts, batches)) is not None:
+        return evidence
     example = None
     if batches is not None:
         batch_norms(inner, "diagnose")  # refuses a model that its first batch would change
+        _refuse_meta(inner)
+    data: tuple[Any, Any] = ({}, None)
     with untouched(inner) as original, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of gradients that this run does not want, and the like
         if batches is not None:
             example, batches = _first(inner, batches, forward, max_batches)
             original.restore_random()
         modules = [module for module, _ in norms.values()]
-        standing, remarks = standings(inner, modules, example) if norms else ({}, ())
-        shown = None
+        usage, remarks = graph_facts(inner, modules, example) if norms else ({}, ())
         if batches is not None:
-            shown = measure(
-                inner, batches, loss=loss, forward=forward, against=against, max_batches=max_batches
-            )
+            data = measure(
+                inner, original, batches, loss=loss, forward=forward, against=against,
+                max_batches=max_batches, advance=advance,
+            )  # fmt: skip
     empty = [name for name, (module, _) in norms.items() if not _filled(module)]
     if empty:
         some = ", ".join(map(repr, empty[:3])) + " and others" * (len(empty) > 3)
         remarks = (*remarks, f"Lazy or on the meta device, so without values to judge: {some}.")
     decay = _decay(optimizer)
-    layers = (
-        Layer(name, type(module).__name__, _state(module, norm),
-              _place(module, norm, standing[module], decay))
+    layers = tuple(
+        NormEvidence(
+            name, type(module).__name__, _state(module, norm),
+            _usage(module, norm, usage[module], decay), data[0].get(name),
+        )
         for name, (module, norm) in norms.items()
     )  # fmt: skip
-    facts = _facts(model, inner, optimizer, exporting)
-    if shown is None:
-        return Evidence(target or facts.kind, tuple(layers), facts, None, remarks)
-    judged = tuple(replace(layer, data=shown.layers.get(layer.name)) for layer in layers)
-    return Evidence(target or facts.kind, judged, facts, shown.model, remarks)
+    return Evidence(target, layers, facts, data[1], remarks)
+
+
+def _state_alone(model: nn.Module, target: str, facts: ModelFacts, batches: Any) -> Evidence | None:
+    """Evidence of a model without layers that can be recognized, but whose state dict holds some,
+    such as a TorchScript or an exported one; None for others.
+    """
+    layers = norms_in(dict(model.state_dict()))
+    if not layers:
+        return None
+    remark = f"The layers of {facts.kind} cannot be examined or run: its state alone was judged."
+    if batches is not None:
+        remark += " The batches were not read."
+    return Evidence(target, layers, None, None, (remark,))
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    meta = next((name for name, tensor in named if tensor.is_meta), None)
+    if meta is not None:
+        raise ValueError(
+            f"diagnose: `model` must hold values to be run on batches; {meta!r} is on the meta "
+            f"device. Load its weights first (model.to_empty(device='cpu'), load_state_dict)."
+        )
 
 
 def _first(
@@ -86,9 +120,7 @@ def _first(
     max_batches: int | None,
 ) -> tuple[Callable[[nn.Module], Any], Iterable[Any]]:
     """How to call a model on the first batch, and all batches, the first included."""
-    feed = feeding.checked(
-        batches, forward, max_batches, None, again=False, model=model, owner="diagnose"
-    )
+    feed = feeding(batches, model, forward, max_batches)
     stream = iter(batches)
     try:
         first = next(stream)
@@ -96,8 +128,8 @@ def _first(
         raise ValueError("diagnose: `batches` must hold at least one batch; got none.") from None
     if stream is batches:  # can be read only once
         batches = itertools.chain([first], stream)
-    moved = feeding.moved(first, feed.device)
-    return lambda model: feed.forward(model, moved), batches
+    batch = moved(first, feed.device)
+    return lambda model: feed.forward(model, batch), batches
 
 
 def _has_values(tensor: torch.Tensor | None) -> bool:
@@ -109,14 +141,14 @@ def _filled(module: nn.Module) -> bool:
     return all(tensor is None or _has_values(tensor) for tensor in tensors)
 
 
-def _state(module: nn.Module, norm: Norm) -> State:
+def _state(module: nn.Module, norm: Norm) -> NormState:
     tensors = {part: getattr(norm, part) for part in PARTS}
     held = {part: tensor for part, tensor in tensors.items() if _has_values(tensor)}
     arrays = {part: array_of(tensor).astype(np.float64) for part, tensor in held.items()}
     sizes = [len(array) for array in arrays.values()]
     batches = getattr(module, "num_batches_tracked", None)
     momentum = getattr(module, "momentum", None)
-    return State(
+    return NormState(
         num_features=sizes[0] if sizes else int(getattr(module, "num_features", 0)),
         framework="torch",
         eps=float(norm.eps),
@@ -127,45 +159,56 @@ def _state(module: nn.Module, norm: Norm) -> State:
     )
 
 
-def _place(module: nn.Module, norm: Norm, standing: Standing, decay: Mapping[int, float]) -> Place:
+def _usage(
+    module: nn.Module, norm: Norm, graph: Mapping[str, Any], decay: Mapping[int, float]
+) -> NormUsage:
     policy = getattr(module, "statistics", None)
     tracked = norm.running_mean is not None and bool(getattr(module, "track_running_stats", True))
     affine = {n: p for n, p in module._parameters.items() if p is not None and n in PARTS}
     synchronize: Any = getattr(module, "synchronize", False)
-    return Place(
+    trains_with = type(policy).__name__ if isinstance(policy, Policy) else "Batch"
+    return NormUsage(
         training=module.training,
-        policy="Frozen"
-        if norm.frozen
-        else type(policy).__name__
-        if isinstance(policy, Policy)
-        else "Batch",
+        policy="Frozen" if norm.frozen else trains_with,
         moves=tracked and not norm.frozen,
         trained={name: parameter.requires_grad for name, parameter in affine.items()},
         track_running_stats=tracked,
         synchronized=isinstance(module, nn.SyncBatchNorm) or synchronize is not False,
         ours=norm.kind == "ours",
         decay={n: decay[id(p)] for n, p in affine.items() if decay.get(id(p))},
-        **vars(standing),
+        **graph,
     )
+
+
+def optimizers(given: Any) -> list[Any]:
+    """The optimizers of an argument: one, several, or inside a wrapper such as Accelerate's.
+
+    Raises TypeError for what is none.
+    """
+    if given is None:
+        return []
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return [optimizer for part in given for optimizer in optimizers(part)]
+    if not isinstance(getattr(given, "param_groups", None), list):
+        raise TypeError(
+            f"diagnose: `optimizer` must be a torch.optim.Optimizer or several of them; got "
+            f"{type(given).__name__}."
+        )
+    inner = getattr(given, "optimizer", None)
+    return optimizers(inner) if hasattr(inner, "param_groups") else [given]
 
 
 def _decay(optimizer: Any) -> dict[int, float]:
     """Weight decay by a parameter's id."""
-    if optimizer is None:
-        return {}
-    if not isinstance(getattr(optimizer, "param_groups", None), list):
-        raise TypeError(
-            f"diagnose: `optimizer` must be a torch.optim.Optimizer; got "
-            f"{type(optimizer).__name__}."
-        )
     return {
         id(parameter): float(group.get("weight_decay") or 0)
-        for group in optimizer.param_groups
+        for part in optimizers(optimizer)
+        for group in part.param_groups
         for parameter in group["params"]
     }
 
 
-def _facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: bool) -> Model:
+def _model_facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: bool) -> ModelFacts:
     wrapper, replicas = "", 1
     outer: Any = model
     while outer is not inner:
@@ -175,16 +218,17 @@ def _facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: bool) 
         elif isinstance(outer, nn.DataParallel):
             wrapper, replicas = "DataParallel", max(1, len(outer.device_ids))
         outer = outer._orig_mod if hasattr(outer, "_orig_mod") else outer.module
-    parameters = list(inner.parameters())
-    return Model(
+    sizes = [
+        (p.numel(), p.requires_grad) for p in inner.parameters() if not nn.parameter.is_lazy(p)
+    ]
+    names = dict.fromkeys(type(part).__name__ for part in optimizers(optimizer))
+    return ModelFacts(
         kind=type(inner).__name__,
         training=inner.training,
-        parameters=sum(p.numel() for p in parameters if not nn.parameter.is_lazy(p)),
-        trained_parameters=sum(
-            p.numel() for p in parameters if p.requires_grad and not nn.parameter.is_lazy(p)
-        ),
+        parameters=sum(size for size, _ in sizes),
+        trained_parameters=sum(size for size, trained in sizes if trained),
         wrapper=wrapper,
         replicas=replicas,
-        optimizer="" if optimizer is None else type(optimizer).__name__,
+        optimizer=" and ".join(names),
         exporting=exporting,
     )
