@@ -74,7 +74,9 @@ class Aten(Backend):
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y; a training call moves the running statistics."""
         y = _by_running(call) if call.by_running else _by_batch(call)
-        return _finished(y, call), ((), None)
+        if call.activation is not None or call.residual is not None:
+            y = _finished(y, call)
+        return y, ((), None)
 
 
 def _by_batch(call: Call) -> Tensor:

@@ -98,8 +98,9 @@ class Call:
     groups: Groups = None
     replicas: Exchange | None = None
     skip_nonfinite: bool = False
-    gradient: bool = False  # whether a backward may follow; the dispatcher says so
-    plan: Any = None  # what the backend that supports the call has prepared for it
+
+    gradient = False  # whether a backward may follow; the dispatcher says so
+    plan = None  # what the backend that supports the call has prepared for it
 
     def __post_init__(self) -> None:
         self.by_running = self.policy is None  # the running statistics normalize
