@@ -1,5 +1,6 @@
 """Batch normalization for Keras 3, on its TensorFlow, JAX and torch backends."""
 
 from steadynorm.keras.batchnorm import BatchNormalization
+from steadynorm.keras.conversion import convert
 
-__all__ = ["BatchNormalization"]
+__all__ = ["BatchNormalization", "convert"]

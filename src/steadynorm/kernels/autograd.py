@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import aten, compat, reference
+from steadynorm.kernels import aten, compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.cpu.backend import CPU
 from steadynorm.kernels.spec import Backend, Call, Gradients, Packed, Saved, coefficients_of
+from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import Moments, attach
 
 
@@ -55,10 +56,13 @@ def _differentiable(saved: Saved, live: Moments | None) -> Tensor:
             live = saved.replicas.link(live)
         normalizer = attach(normalizer, _constant(live), live)
     known = coefficients_of(normalizer, x, weight, bias, saved.eps)
-    return reference.apply(
-        x, known.center, known.scale, known.shift, residual=saved.residual,
-        activation=saved.activation, groups=saved.groups,
-    )  # fmt: skip
+    branch: dict[str, Any] = {
+        "residual": saved.residual,
+        "activation": saved.activation,
+        "groups": saved.groups,
+    }
+    y: Tensor = reference.apply(x, *known[:3], **branch)
+    return y
 
 
 def _constant(live: Moments) -> Moments:
@@ -73,7 +77,7 @@ def _second_order(saved: Saved, grad: Tensor, needs: Any) -> Gradients:
     z = _differentiable(saved._replace(activation=None), live)
     g, y = grad, saved.y
     if saved.activation is not None:
-        forward, gradient = functions(saved.activation, reference.TORCH)
+        forward, gradient = functions(saved.activation, reference.xp)
         if saved.signs is not None:
             y = CPU.stages.outputs_for(saved.signs, saved.x, saved.groups)
         elif y is None:

@@ -1,7 +1,4 @@
-"""Interfaces of PyTorch that are not public: each with why, and what serves where it is missing.
-
-Tried with torch 2.5 to 2.13.
-"""
+"""Interfaces of PyTorch that are not public: each with why, and what serves in its place."""
 
 from __future__ import annotations
 

@@ -69,9 +69,14 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         super().__setattr__(name, value)
 
     def forward(
-        self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor:
-        """Normalize `input`; see the class."""
+        """Normalize `input`; see the class. `activation`: for this call, if the layer has none."""
         if input.ndim not in self._axes:
             self._check_input_dim(input)
         training = self.training
@@ -95,12 +100,18 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.eps,
             num_batches_tracked=batches if tracked else None,
             statistics=self.statistics,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             residual=residual,
             mask=mask,
             synchronize=self.synchronize,
             nonfinite=self.nonfinite,
             owner=type(self).__name__,
+        )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile this layer. Fold the model "
+            f"first (sn.fold), turn it back (sn.convert(model, to='torch')), or use torch.export."
         )
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved, coefficients_of, keep
+from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved, coefficients_of
 from steadynorm.statistics import Moments, Normalizer
 
 from . import loops, slabs
@@ -53,7 +53,7 @@ class Plan:
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
         self.dtype, self.channels, self.count = dtype, shape.channels, slab.count
         self.activation = activation
-        self.kept = keep(activation, residual=residual, compiled=True)
+        self.kept = Keep.needed(activation, residual=residual, compiled=True)
         self.threads = slab.plan.threads
         self.partial = 0 if slab.plan.visit else slab.sums
         self.step = shape.channels * self.real.itemsize
