@@ -66,7 +66,7 @@ class Aten(Backend):
         no = _refusal(x.shape, x.stride(), x.is_cpu, not call.by_running, LIMIT)
         if no is not None:
             return no
-        computed = _computed_type(x)
+        computed = torch.float32 if x.is_cpu and x.dtype in HALF else x.dtype
         dtype = computed if call.weight is None else call.weight.dtype
         if dtype is not computed and (dtype is not torch.float32 or x.dtype not in HALF):
             return "types of input and parameters that its operator refuses"
@@ -77,7 +77,8 @@ class Aten(Backend):
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y; a training call moves the running statistics."""
         y = _by_running(call) if call.by_running else _by_batch(call)
-        return _finished(y, call), ((), None)
+        plain = call.activation is None and call.residual is None and y.dtype is call.x.dtype
+        return y if plain else _finished(y, call), ((), None)
 
 
 def _by_batch(call: Call) -> Tensor:
@@ -121,14 +122,8 @@ def one_operator(call: Call) -> Tensor:
     return _finished(y, call)
 
 
-def _computed_type(x: Tensor) -> torch.dtype:
-    """The type in which the operator gets the input."""
-    return torch.float32 if x.is_cpu and x.dtype in HALF else x.dtype
-
-
 def _widened(x: Tensor) -> Tensor:
-    computed = _computed_type(x)
-    return x if computed is x.dtype else x.to(computed)
+    return x.float() if x.is_cpu and x.dtype in HALF else x
 
 
 def _finished(y: Tensor, call: Call) -> Tensor:

@@ -10,16 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import (
-    Backend,
-    Call,
-    Gradients,
-    Keep,
-    Packed,
-    Saved,
-    coefficients_of,
-    keep,
-)
+from steadynorm.kernels.spec import Backend, Call, Gradients, Keep, Packed, Saved, coefficients_of
 from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import gradient_coefficients, gradient_factors, parameter_gradients
 
@@ -39,7 +30,7 @@ class ClosedForm(Backend):
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """Measure, let the call decide, and map."""
         stages, x, residual, mask = self.stages, call.x, call.residual, call.mask
-        kept = keep(call.activation, residual=residual is not None, compiled=self.compiled)
+        kept = Keep.needed(call.activation, residual=residual is not None, compiled=self.compiled)
         options = {"residual": residual, "activation": call.activation, "groups": call.groups}
         signs = y = local = None
         if kept is Keep.SIGNS and call.gradient:

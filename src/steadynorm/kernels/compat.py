@@ -1,7 +1,4 @@
-"""Interfaces of PyTorch that are not public: each with why, and what serves where it is missing.
-
-Tried with torch 2.5 to 2.13.
-"""
+"""Interfaces of PyTorch that are not public: each with why, and what serves in its place."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ is_transforming: Callable[[], bool] = getattr(
 )
 
 # The backward pass that this thread runs, -1 for none: how a recomputation is told apart.
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 # The hooks on saved tensors, under which activation checkpointing runs its first forward.
 _saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
@@ -38,11 +35,6 @@ def is_traced() -> bool:
         or is_transforming()
         or getattr(forward_ad, "_current_level", -1) >= 0
     )
-
-
-def in_backward() -> bool:
-    """Whether this runs within a backward pass."""
-    return _graph_task() != -1
 
 
 def has_saved_tensor_hooks() -> bool:

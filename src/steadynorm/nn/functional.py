@@ -121,7 +121,8 @@ def batch_norm(
     if policy.__class__ is Ghost:
         alone = policy.lengths(input.shape[0]) if input.numel() else None
         groups = alone if replicas is None else replicas.divide(policy, input)
-    if mask is None and replicas is None:
+    few = groups is not None or input.numel() <= input.size(1)
+    if few and mask is None and replicas is None:
         checks.values_per_channel(input, groups, policy, owner)
     step = TrainingStep(
         input, weight, bias, residual, mask, running_mean, running_var,

@@ -11,7 +11,6 @@ from torch import Tensor
 from steadynorm.kernels import compat
 from steadynorm.kernels.spec import Call, statistics_dtype
 from steadynorm.nn import checks, recomputation
-from steadynorm.nn.synchronize import Replicas
 from steadynorm.statistics import Context, Moments, Normalizer, RunningStatistics, step
 
 
@@ -20,11 +19,10 @@ class TrainingStep(Call):
     """One training forward: reads the layer's running statistics, and writes them in place."""
 
     owner: str = "batch_norm"
-    replicas: Replicas | None = None
-    may_repeat: bool = False
-    """Whether this may be the first run of a checkpointed region, to be run again."""
-    repeats: Tensor | None = None
-    """In the second run the layer's running mean, by which the first is remembered."""
+    replicas: Any = None
+
+    may_repeat = False  # whether this may be the first run of a checkpointed region
+    repeats = None  # in its second run the layer's running mean, by which the first is remembered
 
     def recompute(self) -> None:
         """Take copies of the buffers, which have moved already, in their place."""

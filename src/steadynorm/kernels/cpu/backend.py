@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from steadynorm.kernels.closed_form import ClosedForm
 from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
 from .readable import unreadable
+
+TENSORS = tuple(field.name for field in fields(Call))
+"""The names of a call's arguments, its tensors first."""
 
 
 class CpuKernels(ClosedForm):
@@ -36,21 +40,23 @@ class CpuKernels(ClosedForm):
         if self.prepared is None and self.load() is not None:
             return self.refusal
         x, residual = call.x, call.residual
-        for t in (
-            x, residual, call.mask, call.weight, call.bias, call.running_mean, call.running_var,
+        found = unreadable(
+            x, call.weight, call.bias, residual, call.mask, call.running_mean, call.running_var,
             call.num_batches_tracked,
-        ):  # fmt: skip
-            if t is not None and (why := unreadable(t)) is not None:
-                name = next(name for name, other in vars(call).items() if other is t)
-                return f"`{name}` {why}"
-        shape, strides, dtype = x.shape, x.stride(), x.dtype
+        )  # fmt: skip
+        if found is not None:
+            return f"`{TENSORS[found[0]]}` {found[1]}"
+        if x.__class__ is not Tensor and x.__class__ is not torch.nn.Parameter:
+            return f"the input is a {x.__class__.__name__}"
         residual_dtype = None if residual is None else residual.dtype
-        no: str | None = self.stages.unsupported(shape, strides, dtype, residual_dtype)
-        if no is None and call.basic:
-            activation, threads = call.activation, torch.get_num_threads()
-            plan = self.prepared(shape, strides, dtype, activation, residual is not None, threads)
-            call.plan = plan if plan.fits(call) else None
-        return no
+        layout = (x.shape, x.stride(), x.dtype, residual_dtype)
+        if not call.basic:
+            return self.stages.unsupported(*layout)  # type: ignore[no-any-return]
+        plan = self.prepared(*layout, call.activation, torch.get_num_threads())
+        if plan.__class__ is str:
+            return plan  # type: ignore[no-any-return]
+        call.plan = plan if plan.fits(call) else None
+        return None
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """By the plan where there is one that the backward can go on with, else by stages."""
