@@ -25,13 +25,15 @@ READERS = {
     ".safetensors": formats.safetensors,
     ".pt": formats.torch_file,
     ".pth": formats.torch_file,
+    ".ckpt": formats.torch_file,
+    ".tar": formats.torch_file,  # .pth.tar
     ".bin": formats.torch_file,
     ".npy": formats.npy,
     ".npz": formats.npz,
     ".h5": formats.hdf5,
     ".keras": formats.keras,
 }
-READABLE = ".safetensors, .pt, .pth, .bin, .npz, .weights.h5, .h5, .keras"
+READABLE = ".safetensors, .pt, .pth, .pth.tar, .ckpt, .bin, .npz, .weights.h5, .h5, .keras"
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -203,7 +203,8 @@ def keras_settings(path: Path) -> list[dict[str, Any]]:
 
 
 def hdf5(path: Path, opened: ExitStack) -> Entries:
-    """Of Keras's `.weights.h5`, which numbers the variables of a layer instead of naming them.
+    """Of Keras's `.weights.h5`, which numbers the variables of a layer instead of naming them, or
+    of a whole model's `.h5`, which names them.
 
     Links and data that lie in other files are not followed.
     """
@@ -215,6 +216,11 @@ def hdf5(path: Path, opened: ExitStack) -> Entries:
     found: Entries = {}
 
     def visit(name: str, group: Any) -> None:
+        if name.startswith("model_weights/") and isinstance(group, h5py.Dataset):
+            if group.external or group.is_virtual:
+                raise ValueError("its arrays lie in other files, which are not opened")
+            key = name.removeprefix("model_weights/").removesuffix(":0")
+            found[key] = Entry(group.shape, group.dtype.name, _load_from(group, ()))
         if not (name.endswith("vars") and isinstance(group, h5py.Group)):
             return
         keys = sorted((key for key in group if key.isdecimal()), key=int)

@@ -29,19 +29,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from steadynorm.models import rewrite
 from steadynorm.models.changes import Change, Changes
-from steadynorm.models.layers import DROPOUTS, activation_name, hooked, is_host, named
+from steadynorm.models.layers import ACTIVATIONS, DROPOUTS, activation_name, hooked, is_host, named
 from steadynorm.nn.batchnorm import SteadyNorm
 
 FUNCTIONS: dict[Any, str] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), "relu"),
-    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid), "sigmoid"),
-    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh), "tanh"),
-    F.relu6: "relu6",
-    F.leaky_relu: "leaky_relu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.hardswish: "hardswish",
-    F.elu: "elu",
+    **{getattr(F, name): name for name in ACTIVATIONS},
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu_), "relu"),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_), "sigmoid"),
+    **dict.fromkeys((torch.tanh, torch.tanh_), "tanh"),
 }
 
 

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from steadynorm.kernels import activations
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.statistics import Frozen, Policy, RunningStatistics
 from steadynorm.statistics import fold as scale_and_shift
@@ -82,16 +83,16 @@ def _holds_statistics(module: nn.Module) -> bool:
     return mean is not None and var is not None and mean.ndim == 1 and mean.shape == var.shape
 
 
+# What a module must have set to be the activation that runs inside a layer.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "relu6": {"min_val": 0.0, "max_val": 6.0},
+    "leaky_relu": {"negative_slope": activations.LEAKY_SLOPE},
+    "gelu": {"approximate": "none"},
+    "elu": {"alpha": 1.0},
+}
 ACTIVATIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "relu": (nn.ReLU, {}),
-    "relu6": (nn.ReLU6, {"min_val": 0.0, "max_val": 6.0}),
-    "leaky_relu": (nn.LeakyReLU, {"negative_slope": 0.01}),
-    "silu": (nn.SiLU, {}),
-    "gelu": (nn.GELU, {"approximate": "none"}),
-    "hardswish": (nn.Hardswish, {}),
-    "elu": (nn.ELU, {"alpha": 1.0}),
-    "sigmoid": (nn.Sigmoid, {}),
-    "tanh": (nn.Tanh, {}),
+    name: (getattr(nn, row.module), _SETTINGS.get(name, {}))
+    for name, row in activations.ACTIVATIONS.items()
 }
 """By the layers' own names: the module, and the settings that it must have."""
 _NAME_OF = {kind: name for name, (kind, _) in ACTIVATIONS.items()}

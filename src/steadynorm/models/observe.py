@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steadynorm.kernels.choice import stages_for
+from steadynorm.kernels.dispatch import stages_for
 from steadynorm.models.layers import NormLayer
 from steadynorm.nn import checks
 from steadynorm.nn.batchnorm import SteadyNorm
@@ -67,7 +67,7 @@ def eagerly() -> AbstractContextManager[Any]:
 
 def moments_of(x: Tensor, mask: Tensor | None) -> Moments:
     """Moments of one call's input in float64, where the mean needs no second half."""
-    part = stages_for(x, None).moments(x.detach(), mask=mask)
+    part = stages_for(x).moments(x.detach(), mask=mask)
     where = float64_device(part.mean)
     count = torch.as_tensor(part.count, dtype=torch.float64, device=where).reshape(1)
     mean, low, var = (
