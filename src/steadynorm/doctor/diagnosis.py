@@ -11,8 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steadynorm.doctor.evidence import Evidence
 from steadynorm.doctor.evidence.losses import loss_raised_by_calibration
+from steadynorm.doctor.evidence.records import Evidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.rules import all_rules, find_rule
 
