@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steadynorm._extras import lacking
 from steadynorm.kernels import eager, native
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, for plain
@@ -39,7 +40,7 @@ def _cpu_kernels() -> tuple[ModuleType | None, str]:
     try:
         from steadynorm.kernels import cpu
     except ImportError as error:  # numba does not install on every platform
-        return None, f"the CPU kernels cannot be loaded ({error})"
+        return None, f"the CPU kernels cannot be loaded ({lacking(error) or error})"
     return cpu, ""
 
 
