@@ -19,7 +19,6 @@ SLOW = (
     "nn/test_export.py",
     "nn/test_synchronize.py",
     "report/test_browser.py",
-    "test_types.py",
 )
 
 
