@@ -11,8 +11,9 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 PYTEST_ARGS ?= --numprocesses=2 --dist=worksteal
 TOUR_ARGS   ?=
 BENCH_ARGS  ?=
+ATTACK_ARGS ?= --long
 
-.PHONY: help tour tour-short test test-slow test-all test-pythons test-oldest lint format types docs bench clean
+.PHONY: help tour tour-short test test-slow test-all test-pythons test-oldest lint format types docs bench clean attack
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
@@ -75,3 +76,6 @@ $(VENV)/.tour: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.tour
+
+attack: $(VENV)/.dev  ## break the promises of docs/promises.md, for at most 10 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ATTACK_ARGS)

@@ -202,7 +202,7 @@ def wiring() -> list[Path]:
     return [
         *sorted((PACKAGE / "nn").rglob("*.py")),
         *sorted(p for p in others if p.name not in stages),
-        PACKAGE / "kernels" / "operators.py",
+        *(PACKAGE / "kernels" / f"{name}.py" for name in ("dispatch", "autograd", "closed_form")),
     ]
 
 
@@ -297,6 +297,17 @@ def test_files_and_functions_are_short() -> None:
             found |= oversized(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
     assert {place: lines for place, lines in found.items() if place not in BETTER_WHOLE} == {}
     assert BETTER_WHOLE.keys() <= found.keys(), "an exception that is no longer needed"
+
+
+GLUE_LIMIT = 700
+
+
+def test_the_glue_between_layers_and_kernels_stays_thin() -> None:
+    """All of kernels/ but the reference, the activations and what lies in a backend's folder."""
+    own = {"reference.py", "activations.py"}
+    files = [path for path in (PACKAGE / "kernels").glob("*.py") if path.name not in own]
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert sum(lines.values()) <= GLUE_LIMIT, lines
 
 
 def test_a_long_file_and_a_long_function_are_seen() -> None:

@@ -185,6 +185,12 @@ ACTIVATIONS = {
     "elu": (lambda z: np.where(z > 0, z, np.expm1(z)), lambda z: np.where(z > 0, 1, np.exp(z))),
     "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "mish": (
+        lambda z: z * np.tanh(np.logaddexp(0, z)),
+        lambda z: (
+            np.tanh(np.logaddexp(0, z)) + z * _sigmoid(z) * (1 - np.tanh(np.logaddexp(0, z)) ** 2)
+        ),
+    ),
 }
 
 

@@ -1,5 +1,6 @@
-"""`python -m steadynorm` is the command line."""
+"""`python -m steadynorm` is the command `steadynorm`."""
 
 from steadynorm.cli import app
 
-app(prog_name="python -m steadynorm")
+if __name__ == "__main__":
+    app()

@@ -17,9 +17,7 @@ from steadynorm.doctor._cli import doctor
 from steadynorm.evidence.bench._cli import bench, warmup
 from steadynorm.evidence.lab._cli import lab
 from steadynorm.evidence.tour._cli import tour
-from steadynorm.models.calibration._cli import calibrate
-from steadynorm.models.checkpoints._cli import convert_weights
-from steadynorm.models.surgery._cli import convert, fold
+from steadynorm.models._cli import calibrate, convert, convert_weights, fold
 
 
 class Commands(TyperGroup):

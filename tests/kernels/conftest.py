@@ -1,9 +1,12 @@
-"""Fresh memory full of NaN, and both ways through the CPU kernels."""
+"""Fresh memory full of NaN, both ways through the CPU kernels, a folder that all users reach."""
+
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from steadynorm.kernels import cpu_slabs, plain
+from steadynorm.kernels.cpu import prepared, slabs
 
 
 @pytest.fixture
@@ -18,17 +21,25 @@ def nan_in_fresh_memory():
 @pytest.fixture(params=["visit", "parts", "visit past the caches", "parts past the caches"])
 def way(request, monkeypatch):
     """All ways through a direction, and two threads, however small the input."""
-    monkeypatch.setattr(cpu_slabs, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(slabs, "PARALLEL_FROM", 0)
     if "parts" in request.param:
-        monkeypatch.setattr(cpu_slabs, "VISIT_UP_TO", 0)
+        monkeypatch.setattr(slabs, "VISIT_UP_TO", 0)
     if "past the caches" in request.param:
         for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
-            monkeypatch.setattr(cpu_slabs, name, 0)
+            monkeypatch.setattr(slabs, name, 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    cpu_slabs.plan.cache_clear()
-    plain.prepared.cache_clear()
+    slabs.plan.cache_clear()
+    prepared.prepared.cache_clear()
     yield request.param
     torch.set_num_threads(threads)
-    cpu_slabs.plan.cache_clear()
-    plain.prepared.cache_clear()
+    slabs.plan.cache_clear()
+    prepared.prepared.cache_clear()
+
+
+@pytest.fixture
+def public():
+    """An empty folder that every user of the machine can reach, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)

@@ -7,7 +7,7 @@ import torch
 from tests import truth
 from tests.tolerances import close
 
-from steadynorm.kernels import cpu
+from steadynorm.kernels.cpu import stages as cpu
 
 EPS = 1e-5
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import steadynorm as sn
-from steadynorm.kernels import choice, cpu
+from steadynorm.kernels import aten
+from steadynorm.kernels.cpu import stages as cpu
 
 SHAPE = (6, 5, 7, 3)
 
@@ -28,7 +29,7 @@ AROUND = [(None, False, False), ("relu", True, False), ("gelu", True, True)]
 @pytest.mark.parametrize("policy", [sn.Batch(), sn.Steady(), sn.Ghost(2), sn.Frozen()], ids=repr)
 @pytest.mark.parametrize(("activation", "residual", "mask"), AROUND)
 def test_the_kernels_run_and_agree_with_eager(policy, activation, residual, mask, monkeypatch):
-    monkeypatch.setattr(choice, "NATIVE_LIMIT", 0)
+    monkeypatch.setattr(aten, "LIMIT", 0)
     torch._dynamo.reset()
     layer = sn.BatchNorm2d(5, statistics=policy, activation=activation)
     with torch.no_grad():
@@ -36,9 +37,41 @@ def test_the_kernels_run_and_agree_with_eager(policy, activation, residual, mask
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     expected = gradients(layer, layer, residual=residual, mask=mask)
-    cpu.calls.clear()
+    ran = []
+    for name in ("apply", "normalize_grad", "apply_grad"):
+        stage = getattr(cpu, name)
+
+        def spy(*arguments, name=name, stage=stage, **options):
+            ran.append(name)
+            return stage(*arguments, **options)
+
+        monkeypatch.setattr(cpu, name, spy)
     found = gradients(compiled, twin, residual=residual, mask=mask)
-    assert cpu.calls["apply"] == 1
-    assert cpu.calls["normalize_grad"] + cpu.calls["apply_grad"] == 1
+    assert ran == ["apply", "apply_grad" if mask else "normalize_grad"]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [None, [2, 4]])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_the_operators_are_what_torch_library_asks_of_them(activation, groups):
+    """Schemas, aliases, fake results, and gradients under compilation."""
+    torch.manual_seed(4)
+    x, residual = (torch.randn(SHAPE, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.rand(5).requires_grad_() for _ in range(2))
+    mask = torch.rand(6, 7, 3) > 0.3
+    for valid in (None, mask):
+        torch.library.opcheck(torch.ops.steadynorm.measure, (x.detach(), valid, groups))
+        count, (mean, var, low) = torch.ops.steadynorm.measure(x.detach(), valid, groups)
+        one = torch.ones_like(mean)
+        normalizer = torch.stack([mean, low, var, one, 0 * one, one])
+        batch = torch.stack([count.expand_as(mean), mean, var, low])
+        settings = (1e-5, activation, groups)
+        given = (x, weight, bias, residual, valid, normalizer, batch, *settings)
+        torch.library.opcheck(torch.ops.steadynorm.apply, given)
+        y = torch.ops.steadynorm.apply(*given).detach()
+        detached = (t.detach() for t in (torch.randn(SHAPE), x, weight, bias, residual))
+        torch.library.opcheck(
+            torch.ops.steadynorm.gradients,
+            (*detached, valid, y, normalizer, batch, *settings, activation is not None),
+        )

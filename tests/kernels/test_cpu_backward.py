@@ -19,7 +19,7 @@ from tests.kernels.cpu_cases import (
 )
 from tests.tolerances import close, error
 
-from steadynorm.kernels import cpu
+from steadynorm.kernels.cpu import stages as cpu
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 

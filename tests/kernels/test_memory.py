@@ -11,8 +11,8 @@ import threading
 import pytest
 import torch
 
-from steadynorm.kernels import memory
-from steadynorm.kernels.memory import POOLED_FROM, empty_like
+from steadynorm.kernels.cpu import allocator as memory
+from steadynorm.kernels.cpu.allocator import POOLED_FROM, empty_like
 
 LARGE = POOLED_FROM // 4  # float32 values
 
@@ -147,7 +147,7 @@ def test_autograd_adds_up_gradients_in_place():
 FORK = """
 import os, torch
 torch.set_num_threads(1)  # of its OpenMP threads a forked child has none
-from steadynorm.kernels.memory import POOLED_FROM, empty_like
+from steadynorm.kernels.cpu.allocator import POOLED_FROM, empty_like
 x = empty_like(torch.zeros(POOLED_FROM // 4)).fill_(1.0)
 child = os.fork()
 if child == 0:

@@ -7,7 +7,8 @@ import torch
 from tests.kernels.cpu_cases import BF16, EDGES, EPS, F32, F64, LAYOUTS, Case
 
 import steadynorm as sn
-from steadynorm.kernels import cpu
+from steadynorm.kernels.cpu import stages as cpu
+from steadynorm.kernels.spec import Keep, keep
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
@@ -30,7 +31,7 @@ def test_signs_tell_where_the_activation_is_open(activation, groups, dtype, way)
             parts = (shape[0] - 1, 1) if groups and shape[0] > 1 else None
             case = Case(shape, layout, dtype, groups=parts)
             case.residual.mul_(4)
-            signs = cpu.signs_for(case.x, case.residual, activation, case.groups)
+            signs = cpu.empty_signs(case.x, case.groups)
             y, _ = forward(case, activation, signs)
             found = cpu.outputs_for(signs, case.x, case.groups)
             open_ = (y > 0) & (y < 6) if activation == "relu6" else y > 0
@@ -44,7 +45,7 @@ def test_gradients_by_signs_are_those_by_the_output(groups, dtype, way):
     for layout in LAYOUTS:
         for shape in ((7, 3, 40, 40), (7, 20, 24, 24), (7, 50, 9, 11), (7, 5)):
             case = Case(shape, layout, dtype, groups=groups)
-            signs = cpu.signs_for(case.x, case.residual, "relu", groups)
+            signs = cpu.empty_signs(case.x, groups)
             y, batch = forward(case, "relu", signs)
             rho = (batch.var + EPS).rsqrt()
             place = (case.grad, case.x, batch.mean, rho, -batch.mean_low * rho)
@@ -68,17 +69,20 @@ def test_nan_counts_as_open():
     """As PyTorch has it: a NaN in the output lets the gradient through."""
     case = Case((4, 3, 5, 7), "first")
     case.residual[1, 2, 3] = float("nan")
-    signs = cpu.signs_for(case.x, case.residual, "relu")
+    signs = cpu.empty_signs(case.x)
     y, _ = forward(case, "relu", signs)
     assert torch.equal(cpu.outputs_for(signs, case.x), (~(y <= 0)).float())
 
 
 def test_only_a_gate_behind_a_residual_has_signs():
-    x = torch.randn(4, 3, 5, 5)
-    assert cpu.signs_for(x, None, "relu") is None, "z is rebuilt from x"
-    assert cpu.signs_for(x, x, "tanh") is None, "one bit says too little"
-    assert cpu.signs_for(x, x, None) is None
-    assert cpu.signs_for(x, x, "relu6") is not None
+    def kept(activation, residual):
+        return keep(activation, residual=residual, compiled=True)
+
+    assert kept("relu", False) is Keep.REBUILT, "z is rebuilt from x"
+    assert kept("tanh", True) is Keep.OUTPUT, "one bit says too little"
+    assert kept(None, True) is Keep.NOTHING
+    assert kept("relu6", True) is Keep.SIGNS
+    assert kept("silu", True) is Keep.REBUILT
 
 
 @pytest.mark.parametrize("statistics", ["batch", "steady"])

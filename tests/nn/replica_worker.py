@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steadynorm as sn
-from steadynorm.kernels import choice
+from steadynorm.kernels.cpu import operators
+from steadynorm.kernels.cpu.backend import CPU
 
 POLICIES = {
     "batch": sn.Batch(),
@@ -332,6 +333,6 @@ def main(results: Path) -> None:
 
 if __name__ == "__main__":
     # Every kernel would first be compiled in every process; which one runs is not the matter here.
-    choice._cpu_kernels = lambda: (None, "replicas are tested in plain PyTorch")  # type: ignore[assignment]
-    choice.HAS_NUMBA = False
+    CPU.refusal = "replicas are tested in plain PyTorch"
+    operators.HAS_NUMBA = False
     main(Path(sys.argv[1]))

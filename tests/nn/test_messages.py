@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import steadynorm as sn
+from steadynorm.kernels.activations import ACTIVATIONS
 
 TOO_FEW = (
     "Use a larger batch, or statistics=sn.Steady(), sn.Running() or sn.Frozen(), which work with "
@@ -114,13 +115,6 @@ REFUSED_CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], type[Exc
         RuntimeError,
         "BatchNorm1d: `input` must be of a floating-point type; got torch.int64.",
     ),
-    "synchronize": (
-        lambda: sn.BatchNorm1d(3, synchronize="nccl"),
-        lambda layer: call(layer, 4, 3),
-        TypeError,
-        "BatchNorm1d: `synchronize` must be True, False or a torch.distributed process group; "
-        "got 'nccl'.",
-    ),
 }
 
 
@@ -142,7 +136,7 @@ def test_a_refused_call(name: str, policy: sn.Steady | None) -> None:
 
 
 POLICY_NAMES = "'batch', 'steady', 'running', 'renorm', 'ghost', 'frozen'"
-ACTIVATION_NAMES = "relu, relu6, leaky_relu, silu, gelu, hardswish, elu, sigmoid, tanh"
+ACTIVATION_NAMES = ", ".join(ACTIVATIONS)
 
 REFUSED_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
@@ -179,6 +173,17 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "BatchNorm2d: `nonfinite` must be 'propagate' or 'skip'; got 'ignore'.",
     ),
     (
+        {"synchronize": "nccl"},
+        TypeError,
+        "BatchNorm2d: `synchronize` must be True, False or a torch.distributed process group; "
+        "got 'nccl'.",
+    ),
+    (
+        {"eps": -1e-5},
+        ValueError,
+        "BatchNorm2d: `eps` must be above 0 in training and at least 0 in inference; got -1e-05.",
+    ),
+    (
         {"statistics": "running", "track_running_stats": False},
         ValueError,
         "BatchNorm2d: statistics=Running() needs running statistics; got "
@@ -189,9 +194,30 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("settings", "kind", "message"), REFUSED_SETTINGS)
 def test_a_refused_setting(settings: dict[str, Any], kind: Any, message: str) -> None:
+    """At construction, and when it is assigned later: the layer is as before then."""
+    settings = dict(settings)
     with pytest.raises(kind) as refused:
         sn.BatchNorm2d(3, **settings)
     assert str(refused.value) == message
+    layer = sn.BatchNorm2d(3, track_running_stats=settings.pop("track_running_stats", True))
+    before = repr(layer)
+    ((name, value),) = settings.items()
+    with pytest.raises(kind) as refused:
+        setattr(layer, name, value)
+    assert str(refused.value) == message
+    assert repr(layer) == before
+
+
+def test_a_policy_may_be_assigned_by_its_name() -> None:
+    layer = sn.BatchNorm2d(3)
+    layer.statistics = "steady"  # type: ignore[assignment]
+    assert layer.statistics == sn.Steady()
+
+
+@pytest.mark.parametrize("policy", ["batch", "steady", "running", "renorm", "ghost", "frozen"])
+def test_momentum_is_shown_where_the_policy_uses_it(policy: str) -> None:
+    text = repr(sn.BatchNorm2d(3, momentum=0.25, statistics=policy))
+    assert ("momentum=0.25" in text) is (policy not in {"steady", "frozen"})
 
 
 REFUSED_POLICIES: list[tuple[Callable[[], Any], type[Exception], str]] = [

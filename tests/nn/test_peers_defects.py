@@ -154,18 +154,23 @@ def test_checkpointing_updates_once_and_recomputes_the_same(policy: Any, reentra
 
 @every_policy
 def test_vmap_over_a_training_layer(policy: Any) -> None:
-    """torch raises. Every example is a batch of its own; their updates are averaged."""
+    """torch raises; so do we where examples would share running statistics, and say what to do."""
     x = randn(4, 6, 3, 5, dtype=torch.float64)
     layer = sn.BatchNorm1d(3, statistics=policy).double()
     before = truth.Running(np.zeros(3), np.ones(3), 0)
-    y = torch.func.vmap(layer)(x)
     expected = [truth.train(one.numpy(), policy, before) for one in x]
+    if not isinstance(policy, sn.Frozen):
+        with pytest.raises(RuntimeError, match="Give each its own"):
+            torch.func.vmap(layer)(x)
+        assert int(layer.num_batches_tracked) == 0
+    buffers = {name: torch.stack([b.clone()] * 4) for name, b in layer.named_buffers()}
+    y = torch.func.vmap(lambda b, t: torch.func.functional_call(layer, b, (t,)))(buffers, x)
     tolerances.close(y, np.stack([one.y for one in expected]), "forward")
-    mean = np.mean([one.running.mean for one in expected], axis=0)
-    var = np.mean([one.running.var for one in expected], axis=0)
-    tolerances.close(layer.running_mean, mean, "statistics")
-    tolerances.close(layer.running_var, var, "statistics")
-    assert int(layer.num_batches_tracked) == expected[0].running.batches
+    for name in ("mean", "var"):
+        wanted = np.stack([getattr(one.running, name) for one in expected])
+        tolerances.close(buffers[f"running_{name}"], wanted, "statistics")
+    tracked = [one.running.batches for one in expected]
+    assert buffers["num_batches_tracked"].tolist() == tracked
 
 
 @every_policy

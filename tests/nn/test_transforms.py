@@ -108,27 +108,16 @@ def test_jacobian_and_hessian(policy: sn.Batch) -> None:
 
 
 @everywhere
-def test_vmap_over_batches(policy: sn.Batch) -> None:
-    """Each example of `vmap` is a batch of its own; their updates are averaged."""
-    made = layer(policy)
-    x = torch.stack([data()[0] + shift for shift in range(4)])
-    found = vmap(made)(x)
-    twins = [layer(policy) for _ in x]
-    expected = torch.stack([twin(t) for twin, t in zip(twins, x, strict=True)])
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    for name in ("running_mean", "running_var"):
-        mean = torch.stack([twin.get_buffer(name) for twin in twins]).mean(0)
-        torch.testing.assert_close(made.get_buffer(name), mean, rtol=1e-10, atol=1e-12)
-    assert made.num_batches_tracked.dtype == torch.int64
-    assert torch.equal(made.num_batches_tracked, twins[0].num_batches_tracked)
-
-
-@everywhere
 def test_vmap_of_grad(policy: sn.Batch) -> None:
     made = layer(policy)
+    buffers = {name: torch.stack([buffer] * 3) for name, buffer in made.named_buffers()}
     upstream = data()[1]
     x = torch.stack([data()[0] + shift for shift in range(3)])
-    found = vmap(grad(lambda t: (made(t) * upstream).sum()))(x)
+
+    def loss(t: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (functional_call(made, own, (t,)) * upstream).sum()
+
+    found = vmap(grad(loss))(x, buffers)
     for part, t in zip(found, x, strict=True):
         start = t.clone().requires_grad_()
         layer(policy)(start).backward(upstream)

@@ -150,7 +150,7 @@ def _is_model(target: str) -> bool:
 
 
 def _suffixes() -> set[str]:
-    from steadynorm.models.checkpoints.files import READERS
+    from steadynorm.models.files import READERS
 
     return set(READERS)
 
@@ -179,8 +179,8 @@ def _diagnose(
             )
         return diagnose(target, **asked), ""
 
-    from steadynorm.models.calibration._cli import batches_from, named_by
-    from steadynorm.models.surgery.files import load_model, load_weights
+    from steadynorm.models._cli import batches_from, load_model, named_by
+    from steadynorm.models.files import load_weights
 
     model = load_model(target)
     if weights is not None:
@@ -212,7 +212,7 @@ def _diagnose(
 
 
 def _show(report: Report, output_format: str, output: Path | None) -> None:
-    from steadynorm.report.files import replace_file
+    from steadynorm.files import replace_file
 
     if output_format == "text" and output is None:
         from rich.console import Console

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from steadynorm.nn import checks
 from steadynorm.nn.functional import batch_norm
 from steadynorm.nn.synchronize import Synchronize
-from steadynorm.statistics import Policy, policy_from
+from steadynorm.statistics import Policy
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -38,60 +38,80 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         synchronize: Synchronize = False,
         nonfinite: str = "propagate",
     ) -> None:
-        self._check_settings(statistics, activation, nonfinite, track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if affine and not bias:  # torch before 2.13 has no `bias` argument
+        self._set(affine and not bias, statistics, activation, synchronize, nonfinite)
+
+    def _set(
+        self,
+        drops_bias: bool,
+        statistics: Policy | str,
+        activation: str | None,
+        synchronize: Synchronize,
+        nonfinite: str,
+    ) -> None:
+        if drops_bias:  # torch before 2.13 has no `bias` argument
             self.register_parameter("bias", None)
         self._widen_statistics()
-        self.statistics = policy_from(statistics)
+        self.statistics: Policy = statistics  # type: ignore[assignment]  # a name becomes a policy
         self.activation = activation
         self.synchronize = synchronize
         self.nonfinite = nonfinite
 
-    def _check_settings(
-        self, statistics: Policy | str, activation: str | None, nonfinite: str, tracked: bool
-    ) -> None:
-        owner = type(self).__name__
-        policy = policy_from(statistics)
-        checks.activation_name(activation, owner)
-        checks.nonfinite_name(nonfinite, owner)
-        if policy.needs_running and not tracked:
-            raise ValueError(
-                f"{owner}: statistics={policy!r} needs running statistics; got "
-                f"track_running_stats=False. Track them, or use sn.Batch() or sn.Ghost()."
-            )
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings are checked at construction and whenever they change, not in every call."""
+        if name in checks.SETTINGS:
+            value = checks.SETTINGS[name](value, type(self).__name__)
+            if name == "statistics" and value.needs_running and not self.track_running_stats:
+                raise ValueError(
+                    f"{type(self).__name__}: statistics={value!r} needs running statistics; got "
+                    f"track_running_stats=False. Track them, or use sn.Batch() or sn.Ghost()."
+                )
+        super().__setattr__(name, value)
 
     def forward(
-        self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor:
-        """Normalize `input`; see the class."""
+        """Normalize `input`; see the class. `activation`: for this call, if the layer has none."""
         if input.ndim not in self._axes:
             self._check_input_dim(input)
         training = self.training
         tracked = self.track_running_stats or not training
-        # Module.__getattr__ costs 0.4 µs a name, a sixth of a small call for all five.
-        own, kept = self._parameters, self._buffers
-        mean = kept["running_mean"] if "running_mean" in kept else self.running_mean  # noqa: SIM401
-        var = kept["running_var"] if "running_var" in kept else self.running_var  # noqa: SIM401
-        name = "num_batches_tracked"
-        batches = kept[name] if name in kept else self.num_batches_tracked  # noqa: SIM401
+        parameters, buffers = self._parameters, self._buffers
+        try:  # Module.__getattr__ costs 0.4 µs a name, a tenth of a small call for all five
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            batches = buffers["num_batches_tracked"]
+        except KeyError:  # where torch.nn.utils.parametrize has put a property in its place
+            weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+            batches = self.num_batches_tracked
         return batch_norm(
             input,
             mean if tracked else None,
             var if tracked else None,
-            own["weight"] if "weight" in own else self.weight,  # noqa: SIM401  get() looks up both
-            own["bias"] if "bias" in own else self.bias,  # noqa: SIM401
+            weight,
+            bias,
             training,
             self.momentum,
             self.eps,
             num_batches_tracked=batches if tracked else None,
             statistics=self.statistics,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             residual=residual,
             mask=mask,
             synchronize=self.synchronize,
             nonfinite=self.nonfinite,
             owner=type(self).__name__,
+        )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile this layer. Fold the model "
+            f"first (sn.fold), turn it back (sn.convert(model, to='torch')), or use torch.export."
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -126,8 +146,10 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
                 self._buffers[name] = buffer.float()
 
     def extra_repr(self) -> str:
-        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        parts = [plain, f"statistics={self.statistics!r}"]
+        settings: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        if not self.statistics.uses_momentum:
+            settings = settings.replace(f", momentum={self.momentum}", "")
+        parts = [settings, f"statistics={self.statistics!r}"]
         if self.activation is not None:
             parts.append(f"activation={self.activation!r}")
         if self.synchronize is not False:
@@ -170,8 +192,8 @@ class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
         bias: False learns a weight without a bias.
         statistics: `sn.Batch()`, `sn.Steady()`, `sn.Running()`, `sn.Renorm()`, `sn.Ghost()`,
             `sn.Frozen()`, or a lower-case name.
-        activation: one that runs inside the layer (relu, relu6, leaky_relu, silu, gelu, hardswish,
-            elu, sigmoid, tanh), or None.
+        activation: None, or the name in `torch.nn.functional` of one that runs inside the layer:
+            relu, silu, gelu and the others of `steadynorm.kernels.activations.ACTIVATIONS`.
         synchronize: True (the default process group) or a group: pool moments over replicas, on any
             backend of torch.distributed.
         nonfinite: "skip" keeps batches with NaN or infinity out of the running statistics.
@@ -230,14 +252,8 @@ class _Lazy(_LazyNormBase, SteadyNorm):
         synchronize: Synchronize = False,
         nonfinite: str = "propagate",
     ) -> None:
-        self._check_settings(statistics, activation, nonfinite, track_running_stats)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
-        if affine and not bias:
-            self.register_parameter("bias", None)
-        self.statistics = policy_from(statistics)
-        self.activation = activation
-        self.synchronize = synchronize
-        self.nonfinite = nonfinite
+        self._set(affine and not bias, statistics, activation, synchronize, nonfinite)
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Make parameters and statistics for input's channels."""

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
-from steadynorm.statistics import Ghost, Policy, Renorm
+from steadynorm.kernels.spec import Groups
+from steadynorm.nn.synchronize import synchronize_setting
+from steadynorm.statistics import Ghost, Policy, Renorm, policy_from
 
 NONFINITE = ("propagate", "skip")
 
 
-def activation_name(activation: object, owner: str) -> None:
-    """`activation` is None or the name of one that runs inside the layer."""
+def activation_name(activation: Any, owner: str) -> Any:
+    """`activation`, if it is None or the name of one that runs inside the layer."""
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
-        return
+        return activation
     kind = ValueError if isinstance(activation, str) else TypeError
     raise kind(
         f"{owner}: `activation` must be None or one of {', '.join(ACTIVATIONS)}; "
@@ -25,21 +29,33 @@ def activation_name(activation: object, owner: str) -> None:
     )
 
 
-def nonfinite_name(nonfinite: object, owner: str) -> None:
-    """`nonfinite` is "propagate" or "skip"."""
+def nonfinite_name(nonfinite: Any, owner: str) -> Any:
+    """`nonfinite`, if it is "propagate" or "skip"."""
     if nonfinite not in NONFINITE:
         raise ValueError(f"{owner}: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}.")
+    return nonfinite
 
 
-def epsilon(eps: float, training: bool, owner: str) -> None:
-    """`eps` is positive where the batch normalizes, else at least 0."""
-    if eps < 0 or training:
+def epsilon(eps: Any, owner: str, *, positive: bool = False) -> Any:
+    """`eps`, if it is above 0 where the batch normalizes, else at least 0."""
+    if not (eps > 0 if positive else eps >= 0):  # also refuses NaN
         raise ValueError(
             f"{owner}: `eps` must be above 0 in training and at least 0 in inference; got {eps!r}."
         )
+    return eps
 
 
-def channels_and_types(
+SETTINGS: dict[str, Callable[[Any, str], Any]] = {
+    "statistics": lambda value, owner: policy_from(value),
+    "activation": activation_name,
+    "synchronize": synchronize_setting,
+    "nonfinite": nonfinite_name,
+    "eps": epsilon,
+}
+"""A layer's constants: what to make of a value, or an error."""
+
+
+def tensors(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -53,19 +69,16 @@ def channels_and_types(
             f"{owner}: `input` must have at least 2 axes (N, C, ...); "
             f"got shape {tuple(input.shape)}."
         )
-    channels = input.shape[1]
-    for name, given in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if given is not None and given.shape[0] != channels:
+    channels = input.size(1)
+    for t in (running_mean, running_var, weight, bias):
+        if t is not None and t.size(0) != channels:
+            known = {"running_mean": running_mean, "running_var": running_var, "weight": weight}
+            name = next((name for name, other in known.items() if other is t), "bias")
             raise ValueError(
-                f"{owner}: `input` must have {given.shape[0]} channels on axis 1, as `{name}` "
+                f"{owner}: `input` must have {t.size(0)} channels on axis 1, as `{name}` "
                 f"has; got shape {tuple(input.shape)}."
             )
-    parameter = weight if weight is not None else bias
+    parameter = bias if weight is None else weight
     if parameter is not None and parameter.dtype is not input.dtype:
         _types_go_together(input, parameter, owner)
     elif not input.dtype.is_floating_point:
@@ -117,10 +130,17 @@ def expanded_mask(mask: Tensor, input: Tensor, owner: str) -> Tensor:
         ) from None
 
 
-def values_per_channel(input: Tensor, count: int, policy: Policy, owner: str) -> None:
-    """Refuse one value per channel where the policy would have nothing to normalize with."""
-    if count != 1:
-        return
+def values_per_channel(input: Tensor, groups: Groups, policy: Policy, owner: str) -> None:
+    """Refuse one value per channel, in any group, if the policy cannot normalize it."""
+    count = input.numel() // max(input.size(1), 1)
+    if groups is not None and input.size(0):
+        count = count // input.size(0) * min(groups, default=0)
+    if count == 1:
+        one_value(input, policy, owner)
+
+
+def one_value(input: Tensor, policy: Policy, owner: str) -> None:
+    """Refuse it, or warn of it."""
     if policy.batch_alone:
         group = f" in a group of {policy!r}" if isinstance(policy, Ghost) else ""
         raise ValueError(
@@ -140,11 +160,3 @@ def _warn_of_no_gradient(policy: Renorm, owner: str) -> None:
         f"the input. Use sn.Steady().",
         stacklevel=5,
     )
-
-
-def smallest_group(input: Tensor, groups: tuple[int, ...] | None) -> int:
-    """Values per channel in the batch, or in its smallest group."""
-    samples = input.shape[0] if groups is None else min(groups, default=0)
-    for size in input.shape[2:]:
-        samples = samples * size
-    return samples

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import choice, operators
-from steadynorm.nn import checks, recomputation
+from steadynorm.kernels import dispatch
+from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.spec import Call
+from steadynorm.nn import checks
 from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
-from steadynorm.nn.training import Buffers, TrainingStep
+from steadynorm.nn.training import TrainingStep
 from steadynorm.statistics import Batch, Frozen, Ghost, Policy, policy_from
 
 BATCH = Batch()
@@ -59,8 +61,8 @@ def batch_norm(
         eps: added to the variance.
         num_batches_tracked: how many batches the running statistics have seen; integer scalar.
         statistics: a policy or its lower-case name.
-        activation: None, or one of relu, relu6, leaky_relu, silu, gelu, hardswish, elu, sigmoid,
-            tanh.
+        activation: None, or the name in `torch.nn.functional` of one that runs inside the layer:
+            relu, silu, gelu and the others of `steadynorm.kernels.activations.ACTIVATIONS`.
         residual: of input's shape; added before the activation.
         mask: boolean, True where valid; broadcasts against input without its channel axis. Moments
             come from valid positions; every position is normalized.
@@ -92,87 +94,44 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the policies name theirs.
     """
     policy = statistics if statistics.__class__ is Batch else policy_from(statistics)
-    if activation is not None:
+    if activation is not None and activation not in ACTIVATIONS:
         checks.activation_name(activation, owner)
-    if residual is not None:
-        checks.residual_shape(residual, input, owner)
-    if eps <= 0:
-        checks.epsilon(eps, training or running_mean is None, owner)
-    learning = training and policy.__class__ is not Frozen
-    if mask is None and (
-        _is_plain(input, policy, momentum, synchronize, nonfinite)
-        if learning
-        else running_mean is not None and running_var is not None
-    ):
-        home = choice.plain_call(
-            input, weight, bias, running_mean, running_var, residual, activation, training=learning
-        )
-        if home is not None:
-            y: Tensor
-            around = (eps, residual, activation)
-            if not learning:
-                y = home.infer(input, weight, bias, running_mean, running_var, *around)
-                return y
-            if running_mean is not None and recomputation.is_recomputation():
-                # The same on copies: checkpointing wants as many tensors saved as before.
-                running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
-                num_batches_tracked = None
-            y = home.train(
-                input, weight, bias, running_mean, running_var, momentum, *around,
-                num_batches_tracked,
-            )  # fmt: skip
-            return y
     if input.ndim < 2 and input.numel() == 0:
         return input.clone()  # as torch does, though it has no channel axis
-    checks.channels_and_types(input, running_mean, running_var, weight, bias, owner)
+    checks.tensors(input, running_mean, running_var, weight, bias, owner)
+    if residual is not None:
+        checks.residual_shape(residual, input, owner)
     if mask is not None:
         mask = checks.expanded_mask(mask, input, owner)
     if nonfinite != "propagate":
         checks.nonfinite_name(nonfinite, owner)
-    if not learning:
-        if running_mean is not None and running_var is not None:
-            return operators.normalize_by_running(
-                input, weight, bias, running_mean, running_var, eps, residual, activation
-            )
-        if training:
-            _require_running(policy, running_mean, owner)
-        policy, synchronize = BATCH, False  # nothing tracked: the batch serves, as in torch
-    _require_running(policy, running_mean, owner)
-    group = None if synchronize is False else process_group(synchronize, owner)
-    replicas = None if group is None else Replicas(group, owner)
-    groups = None
-    if isinstance(policy, Ghost):
-        alone = policy.lengths(input.shape[0]) if input.numel() else None
-        groups = alone if replicas is None else replicas.divide(policy, input)
-    if mask is None and replicas is None:
-        checks.values_per_channel(input, checks.smallest_group(input, groups), policy, owner)
-    buffers = Buffers(running_mean, running_var, num_batches_tracked)
-    step = TrainingStep(
-        input, policy, buffers, momentum, eps, replicas, nonfinite, owner, groups, activation
-    )
-    return operators.normalize(input, weight, bias, residual, mask, step)
-
-
-def _is_plain(
-    input: Tensor, policy: Policy, momentum: float | None, synchronize: Synchronize, nonfinite: str
-) -> bool:
-    """Whether nothing but the batch matters to a training call without a mask."""
-    return (
-        policy.__class__ is Batch
-        and synchronize is False
-        and nonfinite == "propagate"
-        and momentum is not None
-        and input.ndim > 1
-        and input.numel() > input.size(1)
-    )
-
-
-def _require_running(policy: Policy, running_mean: Tensor | None, owner: str) -> None:
-    if policy.needs_running and running_mean is None:
+    learning = training and policy.__class__ is not Frozen
+    if eps <= 0:
+        checks.epsilon(eps, owner, positive=training or running_mean is None)
+    if running_mean is None and policy.needs_running and training:
         raise ValueError(
             f"{owner}: statistics={policy!r} needs running statistics; got none "
             f"(track_running_stats=False). Track them, or use sn.Batch() or sn.Ghost()."
         )
+    tensors = (input, weight, bias, residual, mask, running_mean, running_var)
+    if not learning:
+        if running_mean is not None:
+            return dispatch.normalize(Call(*tensors, policy=None, activation=activation, eps=eps))
+        policy, synchronize = BATCH, False  # nothing tracked: the batch serves, as in torch
+    group = None if synchronize is False else process_group(synchronize, owner)
+    replicas = None if group is None else Replicas(group, owner)
+    groups = None
+    if policy.__class__ is Ghost:
+        alone = policy.lengths(input.shape[0]) if input.numel() else None
+        groups = alone if replicas is None else replicas.divide(policy, input)
+    if mask is None and replicas is None:
+        checks.values_per_channel(input, groups, policy, owner)
+    step = TrainingStep(
+        *tensors, num_batches_tracked, policy=policy, activation=activation, momentum=momentum,
+        eps=eps, groups=groups, replicas=replicas, skip_nonfinite=nonfinite == "skip",
+        owner=owner,
+    )  # fmt: skip
+    return dispatch.normalize(step)
 
 
 if TYPE_CHECKING:  # last, since a type checker counts the first of two equal names

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from steadynorm.kernels import compat
 from steadynorm.statistics import Moments, Normalizer
 
 # Forwards of one layer that may wait for their recomputation at a time; channel-sized each.
@@ -26,7 +27,7 @@ _first_runs: Any = WeakIdKeyDictionary()
 
 def is_recomputation() -> bool:
     """Whether this forward runs in a backward pass; the compiler recomputes by its own means."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and compat.in_backward()
 
 
 def may_be_recomputed() -> bool:
@@ -38,8 +39,7 @@ def may_be_recomputed() -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None  # torch 2.7 cannot be asked: perhaps
+    return compat.has_saved_tensor_hooks()
 
 
 def remember(running_mean: Tensor, batch: Moments, normalizer: Normalizer) -> None:

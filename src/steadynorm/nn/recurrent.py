@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from steadynorm.kernels import lstm
 from steadynorm.nn import checks
 from steadynorm.nn.steps import StepNorm
 from steadynorm.statistics import Policy, policy_from
@@ -142,14 +141,16 @@ class BatchNormLSTMCell(nn.Module):
             rows = (state[0].unsqueeze(0), state[1].unsqueeze(0))
             h, c = self(input.unsqueeze(0), rows, step=step, mask=mask)
             return h.squeeze(0), c.squeeze(0)
+        active = None  # which sequences go on; the others keep their state
         if mask is None:
             self._check_size(len(input), step, owner)
         else:
-            mask = checks.expanded_mask(mask, input, owner)
+            mask = active = checks.expanded_mask(mask, input, owner)
         term = self.input_norm(F.linear(input, self.weight_ih), step, mask=mask)
         h, c = self.advance(term, state, step, mask)
-        if mask is not None:
-            h, c = lstm.carry(mask, h, state[0]), lstm.carry(mask, c, state[1])
+        if active is not None:
+            column = active.unsqueeze(1)
+            h, c = (torch.where(column, new, old) for new, old in zip((h, c), state, strict=True))
         return h, c
 
     def advance(self, term: Tensor, state: State, step: int, mask: Tensor | None = None) -> State:
@@ -157,8 +158,9 @@ class BatchNormLSTMCell(nn.Module):
         h, c = state
         recurrent = F.linear(h, self.weight_hh)
         gates = self.hidden_norm(recurrent, step, self.bias, residual=term, mask=mask)
-        c = lstm.update(gates, c)
-        return lstm.expose(gates, self.cell_norm(c, step, activation="tanh", mask=mask)), c
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * self.cell_norm(c, step, activation="tanh", mask=mask), c
 
     def _check_size(self, samples: int, step: int, owner: str) -> None:
         norm = self.hidden_norm

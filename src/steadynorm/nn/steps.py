@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from steadynorm.kernels import choice, operators
+from steadynorm.kernels import compat, dispatch
+from steadynorm.kernels.spec import Call
 from steadynorm.nn import recomputation
 from steadynorm.nn.batchnorm import BatchNorm1d
 from steadynorm.nn.functional import batch_norm
@@ -148,13 +149,12 @@ class StepNorm(_NormBase):
         steps = [self.steps[self.index(time)] for time in range(len(sizes))]
         if self.learns:
             self.reached = max(self.reached, len(sizes))
-        call = _AllSteps(steps, sizes, self.learns)
-        y = operators.normalize(input, self.weight, self.bias, None, None, call)
+        y = dispatch.normalize(_AllSteps(steps, sizes, input, self.weight, self.bias, self.learns))
         return tuple(y.split(sizes))
 
     def _can_join(self, input: Tensor, length: int) -> bool:
         """Whether one call serves all steps: none is met twice, hooked, or set apart."""
-        if choice.needs_plain_operations() or input.numel() == 0 or length < 2:
+        if compat.is_traced() or input.numel() == 0 or length < 2:
             return False
         if self.learns and (
             length > len(self.steps)
@@ -183,17 +183,23 @@ def _settings(step: Any) -> tuple[Any, ...]:
     return step.statistics, step.training, step.momentum, step.eps
 
 
-class _AllSteps(operators.Call):
+class _AllSteps(Call):
     """Every time step is a group of samples with running statistics of its own."""
 
-    def __init__(self, steps: list[Any], sizes: tuple[int, ...], training: bool) -> None:
-        super().__init__(steps[0].eps, groups=sizes)
+    def __init__(
+        self,
+        steps: list[Any],
+        sizes: tuple[int, ...],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+    ) -> None:
+        policy = steps[0].statistics if training else None
+        super().__init__(x, weight, bias, policy=policy, eps=steps[0].eps, groups=sizes)
         self.steps = steps
-        self.sizes = sizes
-        self.moments_needed = training
-        self.own_moments = training and steps[0].statistics.batch_alone
 
-    def settle(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
+    def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """One row of statistics for each step; training moves them."""
         first = self.steps[0]
         mean, var = (
@@ -204,7 +210,7 @@ class _AllSteps(operators.Call):
             return None, of_running(RunningStatistics(mean, var, None))
         wide = batch.mean.dtype
         seen = torch.stack([step.num_batches_tracked for step in self.steps]).unsqueeze(1)
-        samples = torch.tensor(self.sizes, dtype=wide, device=mean.device).unsqueeze(1)
+        samples = torch.tensor(self.groups, dtype=wide, device=mean.device).unsqueeze(1)
         running = RunningStatistics(mean.to(wide), var.to(wide), seen.to(wide))
         context = Context(samples, first.momentum, first.eps, torch)
         batch = batch._replace(count=samples)

@@ -21,19 +21,22 @@ def process_group(synchronize: Synchronize, owner: str) -> dist.ProcessGroup | N
     `True` is the default group, and means nothing as long as torch.distributed is not initialized,
     so that the same script runs on one process.
     """
-    if not (isinstance(synchronize, bool) or _is_group(synchronize)):
-        raise TypeError(
-            f"{owner}: `synchronize` must be True, False or a torch.distributed process group; "
-            f"got {synchronize!r}."
-        )
+    synchronize_setting(synchronize, owner)
     if synchronize is False or not (dist.is_available() and dist.is_initialized()):
         return None
     group: Any = dist.group.WORLD if synchronize is True else synchronize
     return group if group.size() > 1 else None
 
 
-def _is_group(value: object) -> bool:
-    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+def synchronize_setting(synchronize: Any, owner: str) -> Any:
+    """`synchronize`, if it is True, False or a process group."""
+    is_group = dist.is_available() and isinstance(synchronize, dist.ProcessGroup)
+    if not (isinstance(synchronize, bool) or is_group):
+        raise TypeError(
+            f"{owner}: `synchronize` must be True, False or a torch.distributed process group; "
+            f"got {synchronize!r}."
+        )
+    return synchronize
 
 
 class _Rows(NamedTuple):

@@ -7,80 +7,131 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import choice, eager, operators
+from steadynorm.kernels import compat
+from steadynorm.kernels.spec import Call, statistics_dtype
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas
 from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
 
 
-class Buffers:
-    """A layer's running statistics: read in the statistics' type, written in place."""
+class TrainingStep(Call):
+    """One training forward: reads the layer's running statistics, and writes them in place.
+
+    In the recomputation of a checkpointed region copies take the buffers' place, so that these move
+    once, and `checkpointed_mean` is the buffer that the first run is remembered by.
+    """
+
+    policy: Policy
+    replicas: Replicas | None
+    checkpointed_mean: Tensor | None = None
 
     def __init__(
-        self, mean: Tensor | None, var: Tensor | None, num_batches_tracked: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        *,
+        owner: str,
+        **settings: Any,
     ) -> None:
-        self.mean = mean
-        self.var = var
-        self.num_batches_tracked = num_batches_tracked
+        if running_mean is None or running_var is None:
+            num_batches_tracked = None
+        elif recomputation.is_recomputation():
+            self.checkpointed_mean = running_mean
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+            if num_batches_tracked is not None:
+                num_batches_tracked = num_batches_tracked.clone()
+        super().__init__(
+            x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
+            **settings,
+        )  # fmt: skip
+        self.owner = owner
+        # Asked here: inside the autograd function gradient is off in any case.
+        self.may_repeat = (
+            self.policy.needs_running
+            and self.checkpointed_mean is None
+            and recomputation.may_be_recomputed()
+        )
 
-    def read(self, dtype: torch.dtype) -> RunningStatistics | None:
-        """The statistics now; None where nothing is tracked."""
-        if self.mean is None or self.var is None:
-            return None
-        mean, var = self.mean, self.var
+    def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
+        """Moments pooled over replicas and what normalizes; moves the running statistics."""
+        assert batch is not None  # a training step always measures its batch
+        samples: Any = self.x.shape[0]
+        if self.replicas is not None:
+            batch, samples = self.replicas.pool(batch, samples)
+        self._refuse_one_value(batch)
+        running = self._running()
+        context = Context(samples, self.momentum, self.eps, torch)
+        normalizer, after = step(
+            self.policy, batch, running, context, skip_nonfinite=self.skip_nonfinite
+        )
+        if self.checkpointed_mean is not None and self.policy.needs_running:
+            normalizer = recomputation.recall(self.checkpointed_mean, batch) or normalizer
+        elif self.may_repeat and self.running_mean is not None:
+            recomputation.remember(self.running_mean, batch, normalizer)
+        if after is not None and after is not running:
+            self._write(after)
+        if self.replicas is not None:
+            return self.replicas.own(batch), self.replicas.own(normalizer)
+        return batch, normalizer
+
+    def _refuse_one_value(self, batch: Moments) -> None:
+        """Where only the data tell, if reading them is cheap."""
+        if isinstance(batch.count, int) or compat.is_traced():
+            return
+        if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
+            checks.one_value(self.x, self.policy, self.owner)
+
+    def _running(self) -> RunningStatistics | None:
+        """The statistics now, in the type they are computed in; None where nothing is tracked."""
+        mean, var = self.running_mean, self.running_var
         batches: Any = self.num_batches_tracked
-        if torch.compiler.is_compiling() and not choice.is_exporting():
+        if mean is None or var is None:
+            return None
+        dtype = statistics_dtype(self.x)
+        if torch.compiler.is_compiling() and not compat.is_exporting():
             mean, var, *rest = recomputation.snapshot(
                 [mean, var] if batches is None else [mean, var, batches]
             )
             batches = rest[0] if rest else None
-        elif batches is not None and batches.is_cpu and not choice.needs_plain_operations():
+        elif batches is not None and batches.is_cpu and not compat.is_traced():
             batches = int(batches)  # plain numbers are cheaper than scalar tensors
         if isinstance(batches, Tensor) and dtype == torch.float64:
             batches = batches.double()  # weights such as 1/(t + 1) would else be float32
         return RunningStatistics(mean.to(dtype), var.to(dtype), batches)
 
-    def write(self, after: RunningStatistics) -> None:
-        """Store the statistics after a batch."""
-        if self.mean is None or self.var is None:
-            return
-        if torch._C._are_functorch_transforms_active():
-            _WriteThroughTransforms.apply(  # type: ignore[no-untyped-call]
-                self.mean, self.var, self.num_batches_tracked, after.mean, after.var, after.batches
-            )
+    def _write(self, after: RunningStatistics) -> None:
+        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+        if compat.is_transforming():
+            _WriteThroughTransforms.apply(*buffers, *after)  # type: ignore[no-untyped-call]
             return
         with torch.no_grad():
-            self.mean.copy_(after.mean)
-            self.var.copy_(after.var)
-            if self.num_batches_tracked is not None and after.batches is not None:
-                if isinstance(after.batches, Tensor):
-                    self.num_batches_tracked.copy_(after.batches)
-                else:
-                    self.num_batches_tracked.fill_(after.batches)
+            _copy(buffers, after)
+
+
+def _copy(buffers: tuple[Tensor | None, ...], values: tuple[Any, ...]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        if isinstance(buffer, Tensor) and value is not None:
+            if isinstance(value, Tensor):
+                buffer.copy_(value)
+            else:
+                buffer.fill_(value)
 
 
 class _WriteThroughTransforms(torch.autograd.Function):
-    """Writes buffers below torch.func's transforms, which refuse to change what they captured.
-
-    Under `vmap` over buffers that are not batched themselves, the examples' updates are averaged:
-    each example is one batch of its own, and all start from the same statistics.
-    """
+    """Writes buffers below torch.func's transforms, which refuse to change what they captured."""
 
     @staticmethod
-    def forward(
-        mean: Tensor,
-        var: Tensor,
-        tracked: Tensor | None,
-        new_mean: Tensor,
-        new_var: Tensor,
-        new_tracked: Tensor | None,
-    ) -> Tensor:
+    def forward(*buffers_and_values: Tensor | None) -> Tensor:
+        buffers, values = buffers_and_values[:3], buffers_and_values[3:]
         with torch.no_grad():
-            mean.copy_(new_mean)
-            var.copy_(new_var)
-            if tracked is not None and new_tracked is not None:
-                tracked.copy_(new_tracked)
-        return new_mean.new_zeros(())
+            _copy(buffers, values)
+        return values[0].new_zeros(())  # type: ignore[union-attr]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -98,89 +149,25 @@ class _WriteThroughTransforms(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, int | None]:
-        old, new = tensors[:3], list(tensors[3:])
-        old_dims, new_dims = in_dims[:3], in_dims[3:]
-        for i, (kept, kept_dim, value, dim) in enumerate(
-            zip(old, old_dims, new, new_dims, strict=True)
+        buffers, values = tensors[:3], list(tensors[3:])
+        for i, (buffer, buffer_dim, value, dim) in enumerate(
+            zip(buffers, in_dims[:3], values, in_dims[3:], strict=True)
         ):
-            if kept is None or value is None:
+            if buffer is None or value is None:
                 continue
-            if kept_dim is None and dim is not None:
-                new[i] = value.to(torch.float64).mean(dim).to(value.dtype)
-            elif kept_dim is not None:
+            if buffer_dim is None and dim is not None:
+                raise RuntimeError(
+                    "batch normalization under torch.func.vmap: every example is a batch of its "
+                    "own, and they cannot all move the same running statistics. Give each its own, "
+                    "by torch.func.stack_module_state and functional_call with in_dims=0; or call "
+                    "eval(), or make the layer with track_running_stats=False or "
+                    "statistics=sn.Frozen()."
+                )
+            if buffer_dim is not None:
                 spread = value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
-                old_first = kept.movedim(kept_dim, 0)
-                new[i] = spread.expand_as(old_first).movedim(0, kept_dim)
+                first = buffer.movedim(buffer_dim, 0)
+                values[i] = spread.expand_as(first).movedim(0, buffer_dim)
         done: Tensor = _WriteThroughTransforms.apply(  # type: ignore[no-untyped-call]
-            *old, *new
+            *buffers, *values
         )
         return done, None
-
-
-class TrainingStep(operators.Call):
-    """One training forward's statistics."""
-
-    def __init__(
-        self,
-        input: Tensor,
-        policy: Policy,
-        buffers: Buffers,
-        momentum: float | None,
-        eps: float,
-        replicas: Replicas | None,
-        nonfinite: str,
-        owner: str,
-        groups: tuple[int, ...] | None,
-        activation: str | None,
-    ) -> None:
-        super().__init__(eps, groups=groups, activation=activation, replicas=replicas)
-        self.own_moments = policy.batch_alone and replicas is None
-        # Asked here: inside the autograd node gradient is off in any case.
-        self.may_repeat = policy.needs_running and recomputation.may_be_recomputed()
-        self.input = input
-        self.policy = policy
-        self.buffers = buffers
-        self.momentum = momentum
-        self.exchange = replicas
-        self.nonfinite = nonfinite
-        self.owner = owner
-
-    def settle(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
-        """Moments pooled over replicas and what normalizes; moves the running statistics."""
-        assert batch is not None  # a training step always measures its batch
-        samples: Any = self.input.shape[0]
-        if self.exchange is not None:
-            batch, samples = self.exchange.pool(batch, samples)
-        self._check(batch)
-        running = self.buffers.read(eager.statistics_dtype(self.input))
-        context = Context(samples, self.momentum, self.eps, torch)
-        normalizer, after = step(
-            self.policy, batch, running, context, skip_nonfinite=self.nonfinite == "skip"
-        )
-        normalizer = self._move(batch, normalizer, None if after is running else after)
-        if self.exchange is not None:
-            return self.exchange.own(batch), self.exchange.own(normalizer)
-        return batch, normalizer
-
-    def _move(
-        self, batch: Moments, normalizer: Normalizer, after: RunningStatistics | None
-    ) -> Normalizer:
-        """Store the running statistics, once, however often checkpointing runs the forward."""
-        mean = self.buffers.mean
-        if mean is None:
-            return normalizer
-        if recomputation.is_recomputation():
-            leans = self.policy.needs_running
-            return (leans and recomputation.recall(mean, batch)) or normalizer
-        if self.may_repeat:
-            recomputation.remember(mean, batch, normalizer)
-        if after is not None:
-            self.buffers.write(after)
-        return normalizer
-
-    def _check(self, batch: Moments) -> None:
-        """Refuse one value per channel where only the data tell, if reading them is cheap."""
-        if isinstance(batch.count, int) or choice.needs_plain_operations():
-            return
-        if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
-            checks.values_per_channel(self.input, 1, self.policy, self.owner)

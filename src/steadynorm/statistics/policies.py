@@ -50,6 +50,8 @@ class Policy:
     """Whether the running variance it keeps may be unbiased, as torch's is."""
     counts_batches: ClassVar[bool] = True
     """Whether it asks how many batches the running statistics have seen."""
+    uses_momentum: ClassVar[bool] = True
+    """Whether the layer's `momentum` says how fast the running statistics move."""
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
@@ -143,6 +145,7 @@ class Steady(Policy):
     horizon: float = 640
 
     unbiased = False
+    uses_momentum = False
 
     def __post_init__(self) -> None:
         _number("Steady", "prior", self.prior, low=0)
@@ -347,9 +350,13 @@ class Ghost(Policy):
     ) -> RunningStatistics:
         for group in range(batch.mean.shape[0]):
             row = Moments(*(part[group] for part in batch))
-            after = super().update(row, running, context)
             some = row.count > 0
-            batches = None if running.batches is None else running.batches + some[0]
+            before, batches = running, None
+            if running.batches is not None:
+                # In the statistics' type, for 1 / (t + 1) of an integer array would be float32.
+                before = running._replace(batches=running.batches + 0 * row.count)
+                batches = running.batches + some[0]
+            after = super().update(row, before, context)
             running = RunningStatistics(
                 context.xp.where(some, after.mean, running.mean),
                 context.xp.where(some, after.var, running.var),
@@ -371,6 +378,7 @@ class Frozen(Policy):
     """
 
     counts_batches = False
+    uses_momentum = False
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context

@@ -49,11 +49,11 @@ def test_help_loads_no_framework():
 )
 def test_says_in_one_line_what_to_install(monkeypatch, absent, arguments, named):
     monkeypatch.setattr(
-        "steadynorm.evidence.tour._cli.find_spec", lambda name: None if name in absent else True
+        "steadynorm.evidence.command.find_spec", lambda name: None if name in absent else True
     )
     result = runner.invoke(app, ["tour", *arguments])
     assert result.exit_code == 2
-    assert result.output == f'steadynorm tour needs {named}: pip install "steadynorm[lab]"\n'
+    assert result.output == f'steadynorm tour: needs {named}: pip install "steadynorm[lab]"\n'
 
 
 def test_a_folder_without_digits(tmp_path):

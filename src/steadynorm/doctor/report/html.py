@@ -9,9 +9,8 @@ from typing import Literal
 import numpy as np
 
 from steadynorm import __version__
-from steadynorm.doctor.evidence import Layer
+from steadynorm.doctor.evidence import ModelData, NormEvidence
 from steadynorm.doctor.finding import Severity
-from steadynorm.doctor.observed import ModelData
 from steadynorm.doctor.report import groups
 from steadynorm.doctor.report.groups import Reported, named, printable
 from steadynorm.doctor.report.run import run_sections
@@ -88,7 +87,7 @@ def _card(group: groups.Group) -> Card:
         groups.NOUNS[finding.severity][0].capitalize(),
         code=finding.code,
         places=places or ["the whole model"],
-        place_name=("Layer" if len(layers) == 1 else "Layers") if layers else "",
+        place_name=("NormEvidence" if len(layers) == 1 else "Layers") if layers else "",
         remark=f"Follows from {' and '.join(group.because)}: cure that first."
         if group.because
         else "",
@@ -141,7 +140,7 @@ def _table(report: Reported) -> Table:
             printable(named(layer)),
             ", ".join(sorted(codes.get(layer.name, ()))),
             layer.kind,
-            layer.place.policy if layer.place else None,
+            layer.usage.policy if layer.usage else None,
             layer.state.num_features,
             _batches(layer),
             _range(layer.state.running_mean),
@@ -160,7 +159,7 @@ def _table(report: Reported) -> Table:
     )  # fmt: skip
 
 
-def _batches(layer: Layer) -> int | None:
+def _batches(layer: NormEvidence) -> int | None:
     return layer.state.num_batches_tracked
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from steadynorm import __version__
-from steadynorm.doctor.evidence import Layer
+from steadynorm.doctor.evidence import NormEvidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.report.groups import Reported
 
@@ -70,12 +70,12 @@ def _finding(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _layer(layer: Layer) -> dict[str, Any]:
+def _layer(layer: NormEvidence) -> dict[str, Any]:
     return {
         "name": layer.name,
         "kind": layer.kind,
         "state": _plain(layer.state),
-        "place": _plain(layer.place),
+        "place": _plain(layer.usage),
         "data": _plain(layer.data),
     }
 

@@ -1,0 +1,151 @@
+"""PyTorch's own batch normalization operator, about a pivot on CPU: cheapest where overhead rules.
+
+On CPU that operator computes `x·a + b`, which at mean 1e6 and standard deviation 1 is off by 2.6.
+Subtracting first one value per channel that lies in the data makes the same operator exact to
+float32 rounding: the difference of two floats within a factor of two of one another is exact.
+A Python autograd node would cost 12 µs a step more (measured at input (2, 16, 4, 4)).
+
+Half precision on CPU is widened to float32 first: the operator would sum its gradients in half
+precision over some layouts (off by 0.03 at 16 rows), and a constant channel of 1e6 came out as 14.
+
+Accelerators go without a pivot, since a further pass over x costs more than all the rest of the
+call; the numerics at large means are then those of the device's own operator.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels import reference
+from steadynorm.kernels.activations import functions
+from steadynorm.kernels.spec import HALF, Backend, Call, Tensors
+
+# Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
+# crossover that benchmarks/small_calls.py measures, in docs/speed.md.
+LIMIT = 1 << 13
+
+# Number of axes -> the shape in which a channel array broadcasts.
+CHANNEL_SHAPE = {n: (-1,) + (1,) * (n - 2) for n in range(2, 65)}
+
+
+@lru_cache(maxsize=4096)
+def _refusal(
+    shape: torch.Size, strides: tuple[int, ...], on_cpu: bool, training: bool, limit: int
+) -> str | None:
+    """Why not, by shape and layout alone.
+
+    PyTorch sums planes of contiguous (N, C, *) in float64; rows of (N, C) or channels_last one by
+    one in float32: off by 9e-7 at 64 rows and mean 1e6, by 3e-6 at 256, by 3e-5 at 16384.
+    """
+    like = torch.empty_strided(shape, strides, device="meta")
+    if not like.numel():
+        return "the input is empty"
+    if on_cpu and like.numel() > limit:
+        return f"{like.numel()} values, more than {limit}"
+    planes = like.is_contiguous() and strides[1] > 1
+    if on_cpu and training and not planes and like.numel() > 64 * shape[1]:
+        return "more rows than PyTorch's operator sums precisely"
+    return None
+
+
+class Aten(Backend):
+    """The backend of basic calls; PyTorch differentiates it."""
+
+    name = "aten"
+
+    def supports(self, call: Call) -> str | None:
+        """A basic call, on few values or on an accelerator, of types that the operator takes."""
+        x, mean, var = call.x, call.running_mean, call.running_var
+        if not call.basic:
+            return "more is asked than PyTorch's operator does"
+        if x.__class__ is not Tensor:
+            return f"the input is a {x.__class__.__name__}"
+        no = _refusal(x.shape, x.stride(), x.is_cpu, not call.by_running, LIMIT)
+        if no is not None:
+            return no
+        computed = _computed_type(x)
+        dtype = computed if call.weight is None else call.weight.dtype
+        if dtype is not computed and (dtype is not torch.float32 or x.dtype not in HALF):
+            return "types of input and parameters that its operator refuses"
+        if mean is not None and var is not None and not mean.dtype is var.dtype is dtype:
+            return "a type of the running statistics that its operator refuses"
+        return None
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+        """y; a training call moves the running statistics."""
+        y = _by_running(call) if call.by_running else _by_batch(call)
+        return _finished(y, call), ((), None)
+
+
+def _by_batch(call: Call) -> Tensor:
+    """About the first value of each channel."""
+    mean, var, momentum = call.running_mean, call.running_var, call.momentum
+    x, pivot = _widened(call.x), None
+    if x.is_cpu:
+        source = x.detach() if x.requires_grad else x
+        pivot = source.as_strided((x.size(1),), (x.stride(1),))
+        x = x - pivot.view(CHANNEL_SHAPE[x.ndim])
+    if mean is not None and var is not None:
+        # `.data` aliases have version counters of their own: PyTorch saves these two for backward,
+        # though it ignores them there, and would refuse after any later update of the buffers.
+        mean, var = mean.data, var.data
+    y = torch.batch_norm(x, call.weight, call.bias, mean, var, True, momentum, call.eps, True)
+    if pivot is not None and call.running_mean is not None:
+        call.running_mean.data.add_(pivot, alpha=momentum)  # type: ignore[arg-type]
+    if call.num_batches_tracked is not None:
+        call.num_batches_tracked.add_(1)
+    return y
+
+
+def _by_running(call: Call) -> Tensor:
+    """About the running mean."""
+    x, mean, var = _widened(call.x), call.running_mean, call.running_var
+    assert mean is not None
+    assert var is not None
+    backward = torch.is_grad_enabled()  # which reads copies: the buffers may have moved by then
+    if x.is_cpu:
+        x, mean = x - mean.view(CHANNEL_SHAPE[x.ndim]), _zeros(mean.numel(), x.dtype)
+    elif backward:
+        mean = mean.clone()
+    var = var.clone() if backward else var
+    return torch.batch_norm(x, call.weight, call.bias, mean, var, False, 0.0, call.eps, True)
+
+
+def one_operator(call: Call) -> Tensor:
+    """Inference as the single operator that other runtimes know and fold; for export."""
+    mean, var = call.running_mean, call.running_var
+    y = torch.batch_norm(call.x, call.weight, call.bias, mean, var, False, 0.0, call.eps, True)
+    return _finished(y, call)
+
+
+def _computed_type(x: Tensor) -> torch.dtype:
+    """The type in which the operator gets the input."""
+    return torch.float32 if x.is_cpu and x.dtype in HALF else x.dtype
+
+
+def _widened(x: Tensor) -> Tensor:
+    computed = _computed_type(x)
+    return x if computed is x.dtype else x.to(computed)
+
+
+def _finished(y: Tensor, call: Call) -> Tensor:
+    dtype = call.x.dtype
+    if call.residual is not None:
+        y = y + call.residual
+        dtype = torch.promote_types(dtype, call.residual.dtype)
+    if call.activation is not None:
+        y = functions(call.activation, reference.TORCH)[0](y)
+    return y if y.dtype is dtype else y.to(dtype)
+
+
+@lru_cache(maxsize=256)
+def _zeros(channels: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # kept ones must serve where a backward follows, too
+        return torch.zeros(channels, dtype=dtype)
+
+
+ATEN = Aten()

@@ -1,0 +1,131 @@
+"""The one autograd function of every backend and policy, and the road that PyTorch sees through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels import aten, compat, reference
+from steadynorm.kernels.activations import ACTIVATIONS, functions
+from steadynorm.kernels.cpu import operators
+from steadynorm.kernels.cpu.backend import CPU
+from steadynorm.kernels.spec import (
+    Backend,
+    Call,
+    Gradients,
+    Saved,
+    Tensors,
+    coefficients_of,
+)
+from steadynorm.statistics import Moments, attach
+
+
+class Normalize(torch.autograd.Function):
+    """Forward and backward of a backend; second derivatives in plain operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+        backend: Backend,
+    ) -> Tensor:
+        y, (tensors, ctx.rest) = backend.forward(call)
+        ctx.backend = backend
+        ctx.save_for_backward(*tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs = (ctx.saved_tensors, ctx.rest), ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _second_order(ctx.backend.expand(saved), grad, needs)
+        else:
+            gradients = ctx.backend.backward(saved, grad, needs)
+        return *gradients, None, None
+
+
+normalize = compat.direct_apply(Normalize)
+
+
+def _differentiable(saved: Saved, live: Moments | None) -> Tensor:
+    """The map over x by what was decided, joined to moments that carry gradient."""
+    x, weight, bias = saved[:3]
+    normalizer = saved.normalizer
+    if live is not None:
+        if saved.replicas is not None:
+            live = saved.replicas.link(live)
+        normalizer = attach(normalizer, _constant(live), live)
+    known = coefficients_of(normalizer, x, weight, bias, saved.eps)
+    return reference.apply(
+        x, known.center, known.scale, known.shift, residual=saved.residual,
+        activation=saved.activation, groups=saved.groups,
+    )  # fmt: skip
+
+
+def _constant(live: Moments) -> Moments:
+    return live._replace(var=live.var.detach(), mean_low=live.mean_low.detach())
+
+
+def _second_order(saved: Saved, grad: Tensor, needs: Any) -> Gradients:
+    """The backward in differentiable operations."""
+    live = None
+    if saved.batch is not None:
+        live = reference.moments(saved.x, mask=saved.mask, groups=saved.groups)
+    z = _differentiable(saved._replace(activation=None), live)
+    g, y = grad, saved.y
+    if saved.activation is not None:
+        forward, gradient = functions(saved.activation, reference.TORCH)
+        if saved.signs is not None:
+            y = CPU.stages.outputs_for(saved.signs, saved.x, saved.groups)
+        elif y is None:
+            y = z if ACTIVATIONS[saved.activation].source == "input" else forward(z)
+        g = gradient(grad, y)
+    wanted = [t if need else None for t, need in zip(saved[:3], needs, strict=False)]
+    inputs = [t for t in wanted if t is not None]
+    found: Any = torch.autograd.grad(z, inputs, g.to(z.dtype), create_graph=True) if inputs else ()
+    gradients = iter(found)
+    dx, dweight, dbias = (None if t is None else next(gradients) for t in wanted)
+    return dx, dweight, dbias, g.to(saved.residual_dtype) if needs[3] else None
+
+
+class Traced(Backend):
+    """The call in operations that PyTorch differentiates, transforms, compiles or exports."""
+
+    name = "traced"
+
+    def supports(self, call: Call) -> str | None:
+        """Only where PyTorch looks on."""
+        return None if compat.is_traced() else "PyTorch neither compiles nor transforms this call"
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+        """y, by operators that keep the kernels whole where compiled code may call these."""
+        x, measured = call.x, not call.by_running
+        if call.by_running and _is_exported():
+            return aten.one_operator(call), ((), None)
+        by_operators = operators.serve(call)
+        moments = operators.moments if by_operators else reference.moments
+        live = moments(x, mask=call.mask, groups=call.groups) if measured else None
+        batch, normalizer = call.decide(None if live is None else _constant(live))
+        saved = Saved(
+            x, call.weight, call.bias, call.residual, call.mask, None, None, batch, normalizer,
+            None, call.eps, call.activation, call.groups, call.replicas, None,
+        )  # fmt: skip
+        return (operators.apply(saved) if by_operators else _differentiable(saved, live)), (
+            (),
+            None,
+        )
+
+
+TRACED = Traced()
+
+
+def _is_exported() -> bool:
+    if torch.compiler.is_compiling():
+        return compat.is_exporting()
+    return torch.onnx.is_in_onnx_export() or compat.is_jit_tracing()

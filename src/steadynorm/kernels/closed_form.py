@@ -1,0 +1,124 @@
+"""A call by the four stages: forward `moments`, `apply`; backward `reduce_grad`, `apply_grad`.
+
+The gradient is the closed form of `statistics/normalizer.py`, for every policy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels import reference
+from steadynorm.kernels.spec import (
+    Backend,
+    Call,
+    Gradients,
+    Keep,
+    Saved,
+    Tensors,
+    coefficients_of,
+    keep,
+)
+from steadynorm.statistics import gradient_coefficients, gradient_factors, parameter_gradients
+
+
+class ClosedForm(Backend):
+    """A backend over a module of stages.
+
+    `compiled` stages also have `normalize` and `normalize_grad`, which do both stages of a
+    direction in one visit, rebuild z as they go, and write sign bits.
+    """
+
+    differentiable = False
+
+    def __init__(self, name: str, stages: Any, *, compiled: bool) -> None:
+        self.name, self.stages, self.compiled = name, stages, compiled
+
+    def supports(self, call: Call) -> str | None:
+        """The reference takes every call."""
+        return None
+
+    def expand(self, saved: tuple[Tensors, Any]) -> Saved:
+        """What `forward` left."""
+        tensors, rest = saved
+        return Saved(*tensors, *rest)
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+        """Measure, let the call decide, and map."""
+        stages, x, residual, mask = self.stages, call.x, call.residual, call.mask
+        kept = keep(call.activation, residual=residual is not None, compiled=self.compiled)
+        options = {"residual": residual, "activation": call.activation, "groups": call.groups}
+        signs = y = local = None
+        if kept is Keep.SIGNS and call.gradient:
+            options["signs"] = signs = stages.empty_signs(x, call.groups)
+        parameters = (x, call.weight, call.bias, call.eps)
+        alone = call.policy is not None and call.policy.batch_alone and call.replicas is None
+        if alone and self.compiled and mask is None:
+            y, local = stages.normalize(*parameters, **options)
+        elif not call.by_running:
+            local = stages.moments(x, mask=mask, groups=call.groups)
+        batch, normalizer = call.decide(local)
+        known = coefficients_of(normalizer, *parameters)
+        if y is None:
+            y = stages.apply(x, *known[:3], **options)
+        tensors = (
+            x, call.weight, call.bias, residual if kept is Keep.REBUILT else None, mask,
+            y if kept is Keep.OUTPUT else None, signs,
+        )  # fmt: skip
+        dtype = None if residual is None else residual.dtype
+        settings = (call.eps, call.activation, call.groups, call.replicas, dtype)
+        return y, (tensors, (batch, normalizer, known, *settings))
+
+    def backward(self, saved: tuple[Tensors, Any], grad: Tensor, needs: Any) -> Gradients:
+        """The gradients in closed form."""
+        return self.gradients(self.expand(saved), grad, needs)
+
+    def gradients(self, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
+        """The gradients in closed form, from what was saved, in full."""
+        need_x, need_weight, need_bias, need_residual = needs
+        stages, known, normalizer = self.stages, saved.coefficients, saved.normalizer
+        names = ("y", "residual", "activation", "groups", *(("signs",) if self.compiled else ()))
+        read: dict[str, Any] = {name: getattr(saved, name) for name in names}
+        maps = (grad, saved.x, *known[:3])
+        factors = sums = dx = dresidual = None
+        if need_x and saved.batch is not None:  # dx has terms by way of the moments
+            factors = gradient_factors(normalizer, saved.batch, known.scale, known.rho)
+        if factors is not None and self.compiled and saved.replicas is None and saved.mask is None:
+            dx, dresidual, *sums = stages.normalize_grad(
+                *maps, *factors, want_residual=need_residual, **read
+            )
+        else:
+            if factors is not None or need_weight or need_bias:
+                sums = stages.reduce_grad(*maps, **read)
+            slope = constant = torch.zeros_like(known.scale)
+            if factors is not None and sums is not None:
+                total = sums
+                if saved.replicas is not None:
+                    total = saved.replicas.sum(torch.stack(list(sums))).unbind()
+                slope, constant = gradient_coefficients(factors, *total)
+            if need_x or need_residual:
+                dx, dresidual = stages.apply_grad(
+                    *maps, slope, constant, mask=saved.mask, want_residual=need_residual, **read
+                )
+        dweight = dbias = None
+        if sums is not None:
+            dweight, dbias = parameter_gradients(normalizer, known.rho, *sums)
+        return (
+            dx if need_x else None,
+            _like_parameter(dweight, saved.weight) if need_weight else None,
+            _like_parameter(dbias, saved.bias) if need_bias else None,
+            None if dresidual is None else dresidual.to(saved.residual_dtype),
+        )
+
+
+def _like_parameter(gradient: Any, parameter: Tensor | None) -> Tensor | None:
+    """Summed over groups, in the parameter's type."""
+    if parameter is None:
+        return None
+    result: Tensor = gradient.sum_to_size(parameter.shape).to(parameter.dtype)
+    return result
+
+
+REFERENCE = ClosedForm("reference", reference, compiled=False)

@@ -1,0 +1,169 @@
+"""The CPU kernels as operators that torch.compile keeps whole.
+
+What Inductor makes of batch normalization costs several times what they do (docs/speed.md).
+Statistics between the operators stay visible to the compiler. Channel-sized arguments travel
+stacked, since an operator's results must not share memory.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, impl, register_autograd, register_fake
+
+from steadynorm.kernels import compat
+from steadynorm.kernels.closed_form import ClosedForm
+from steadynorm.kernels.spec import (
+    Call,
+    Keep,
+    Saved,
+    coefficients_of,
+    keep,
+    statistics_dtype,
+)
+from steadynorm.statistics import Moments, Normalizer
+
+from .backend import CPU
+
+HAS_NUMBA = find_spec("numba") is not None
+
+
+def serve(call: Call) -> bool:
+    """Whether compiled code should call the CPU kernels: not where it is to run elsewhere later."""
+    x, residual = call.x, call.residual
+    return (
+        HAS_NUMBA
+        and torch.compiler.is_compiling()
+        and not compat.is_exporting()
+        and not compat.is_transforming()
+        and call.replicas is None
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and x.numel() > 0
+        and (residual is None or residual.dtype == x.dtype)
+        and (x.is_contiguous() or (x.ndim > 2 and x.movedim(1, -1).is_contiguous()))
+    )
+
+
+LIBRARY = Library("steadynorm", "FRAGMENT")
+_SETTINGS = "float eps, str? activation, int[]? groups"
+for schema in (
+    "measure(Tensor x, Tensor? mask, int[]? groups) -> (Tensor, Tensor)",
+    "apply(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
+    f"Tensor normalizer, Tensor? batch, {_SETTINGS}) -> Tensor",
+    "gradients(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
+    f"Tensor? mask, Tensor? y, Tensor normalizer, Tensor? batch, {_SETTINGS}, bool want_residual) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+):
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def _kernels() -> ClosedForm:
+    if (trouble := CPU.load()) is not None:
+        raise RuntimeError(trouble)
+    return CPU
+
+
+def moments(x: Tensor, *, mask: Tensor | None, groups: tuple[int, ...] | None) -> Moments:
+    """Moments of the batch, by the operator; nothing differentiates through them."""
+    counts, stacked = torch.ops.steadynorm.measure(x.detach(), mask, groups)
+    count: Any = counts if mask is not None or groups is not None else x.numel() // x.shape[1]
+    return Moments(count, *stacked.unbind())
+
+
+def apply(saved: Saved) -> Tensor:
+    """The map by the operator, whose gradient is the closed form."""
+    like = saved.normalizer.mean
+
+    def stacked(parts: Any) -> Tensor:
+        return torch.stack(
+            [part.expand_as(like) if isinstance(part, Tensor) else torch.full_like(like, part)
+             for part in parts]
+        )  # fmt: skip
+
+    batch = None if saved.batch is None else stacked(saved.batch)
+    statistics = (stacked(saved.normalizer), batch)
+    y: Tensor = torch.ops.steadynorm.apply(
+        *saved[:5], *statistics, saved.eps, saved.activation, saved.groups
+    )
+    return y
+
+
+@impl(LIBRARY, "measure", "CPU")
+def _(x: Tensor, mask: Tensor | None, groups: Any) -> Any:
+    count, mean, var, low = _kernels().stages.moments(x, mask=mask, groups=groups)
+    counts = count.clone() if isinstance(count, Tensor) else mean.new_full((1,), count)
+    return counts, torch.stack([mean, var, low])
+
+
+@register_fake("steadynorm::measure", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: Tensor, mask: Tensor | None, groups: Any) -> Any:
+    rows = () if groups is None else (len(groups),)
+    made = x.new_empty((3, *rows, x.shape[1]), dtype=statistics_dtype(x))
+    return made.new_empty((*rows, 1)), made
+
+
+@impl(LIBRARY, "apply", "CPU")
+def _(
+    x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, normalizer: Tensor, batch: Any,
+    eps: float, activation: str | None, groups: Any,
+) -> Any:  # fmt: skip
+    known = coefficients_of(Normalizer(*normalizer.unbind()), x, weight, bias, eps)
+    options = {"residual": residual, "activation": activation, "groups": groups}
+    return _kernels().stages.apply(x, *known[:3], **options)
+
+
+@register_fake("steadynorm::apply", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@impl(LIBRARY, "gradients", "CPU")
+def _(
+    grad: Tensor, x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, y: Any,
+    normalizer: Tensor, batch: Any, eps: float, activation: str | None, groups: Any,
+    want_residual: bool,
+) -> Any:  # fmt: skip
+    """Of x, weight, bias and residual; empty where there is none or none is wanted."""
+    statistics = Normalizer(*normalizer.unbind())
+    known = coefficients_of(statistics, x, weight, bias, eps)
+    measured = None if batch is None else Moments(*batch.unbind())
+    settings = (eps, activation, groups, None, x.dtype)
+    saved = Saved(x, weight, bias, residual, mask, y, None, measured, statistics, known, *settings)
+    needs = (True, weight is not None, bias is not None, want_residual)
+    return tuple(
+        x.new_empty(0) if t is None else t for t in _kernels().gradients(saved, grad, needs)
+    )
+
+
+@register_fake("steadynorm::gradients", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(grad: Tensor, x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
+    given = (x, weight, bias, x if rest[-1] else None)
+    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in given)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, residual, mask, *statistics, _, activation, _ = inputs
+    kept = keep(activation, residual=residual is not None, compiled=True, signs=False)
+    ctx.settings, ctx.want_residual = inputs[-3:], residual is not None and residual.requires_grad
+    rebuilds, y = kept is Keep.REBUILT, output if kept is Keep.OUTPUT else None
+    ctx.save_for_backward(x, weight, bias, residual if rebuilds else None, mask, y, *statistics)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    activation = ctx.settings[1]
+    # Without an activation the residual's gradient is the output's: no second copy of it.
+    want = ctx.want_residual and activation is not None
+    found = torch.ops.steadynorm.gradients(grad, *ctx.saved_tensors, *ctx.settings, want)
+    parameters = ctx.saved_tensors[1:3]
+    dweight, dbias = (
+        d if t is not None else None for d, t in zip(found[1:3], parameters, strict=True)
+    )
+    dresidual = (found[3] if want else grad) if ctx.want_residual else None
+    return found[0], dweight, dbias, dresidual, *(None,) * 6
+
+
+register_autograd("steadynorm::apply", _backward, setup_context=_setup, lib=LIBRARY)

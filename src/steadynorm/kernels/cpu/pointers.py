@@ -1,0 +1,259 @@
+"""Raw memory for the compiled CPU kernels: typed pointers, scratch on the stack, an atomic counter.
+
+Kernels get addresses, not arrays: a call then costs a few microseconds instead of the tens that
+unboxing a dozen arrays takes, and indexing has no wrap-around check in the way of the vectorizer.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from llvmlite import ir
+from llvmlite.ir.instructions import Instruction
+from numba.core import cgutils, types
+from numba.core.extending import intrinsic
+
+WIDTH = 1024
+"""Columns of a strip: how many elements an inner loop runs over. Six float32 arrays of this width
+(24 KiB) stay in a first-level cache of 32 KiB."""
+
+ROOM = 2 * WIDTH
+"""The most of them: a channels-last row up to this is one strip, rather than two with gaps."""
+
+STAGE = 256
+"""Values that are made ready in the cache and then sent past it: of more, reading would rest."""
+
+LANES = 16
+"""Values whose signs make one word."""
+
+LINE = 64
+"""Bytes of a cache line."""
+
+APART = 32
+"""Elements between one scratch and the next: at distances of 4096 bytes they would collide."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typing: Any, address: Any, scalar: Any) -> Any:
+    """The address, an integer, as a pointer to `scalar` (a NumPy scalar class)."""
+    kind = types.CPointer(scalar.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(kind))
+
+    return kind(address, scalar), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def shifted(typing: Any, values: Any, count: Any) -> Any:
+    """The pointer to what lies `count` values beyond."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return values(values, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer_like(typing: Any, address: Any, model: Any) -> Any:
+    """The address, an integer, as a pointer of the type of the pointer `model`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(model))
+
+    return model(address, model), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def scratch(typing: Any, scalar: Any) -> Any:
+    """Room for ROOM elements of `scalar` on the stack, aligned to a cache line, uninitialized."""
+    kind = types.CPointer(scalar.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        room = ir.ArrayType(context.get_data_type(scalar.dtype), ROOM + APART)
+        with builder.goto_entry_block():
+            place = builder.alloca(room)
+        place.align = LINE
+        return builder.bitcast(place, context.get_value_type(kind))
+
+    return kind(scalar), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def noinline(typing: Any) -> Any:
+    """Called in a function: compile it once in a kernel, not wherever it is called."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def to_boundary(typing: Any, values: Any) -> Any:
+    """How many values there are before one that begins a cache line."""
+    itemsize = values.dtype.bitwidth // 8
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        address = builder.ptrtoint(arguments[0], word)
+        return builder.udiv(builder.and_(builder.neg(address), word(LINE - 1)), word(itemsize))
+
+    return types.int64(values), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def stream(typing: Any, source: Any, target: Any, place: Any) -> Any:
+    """Copy LANES values from `place` on past the caches; a line or a word of them begins there."""
+    width = source.dtype.bitwidth
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target, place = arguments
+        kind = ir.VectorType(ir.IntType(width), LANES).as_pointer()
+        v = builder.load(builder.bitcast(builder.gep(source, [place]), kind), align=width // 8)
+        where = builder.bitcast(builder.gep(target, [place]), kind)
+        sent = builder.store(v, where, align=min(width // 8 * LANES, LINE))
+        sent.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(source, target, place), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fetch_add(typing: Any, args: Any, slot: Any) -> Any:
+    """Return the integer in a slot and add one to it, atomically: the next piece of work."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one = ir.Constant(ir.IntType(64), 1)
+        return builder.atomic_rmw("add", builder.gep(*_place(arguments)), one, "seq_cst")
+
+    return types.int64(args, slot), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_atomic(typing: Any, args: Any, slot: Any) -> Any:
+    """The integer in a slot as other threads have left it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(builder.gep(*_place(arguments)), "seq_cst", 8)
+
+    return types.int64(args, slot), generate
+
+
+def _place(arguments: Any) -> tuple[Any, list[Any]]:
+    return arguments[0], [arguments[1]]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pause(typing: Any) -> Any:
+    """Tell the processor that this thread only waits."""
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if on_x86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse2.pause"
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call_sched_yield(typing: Any, address: Any) -> Any:
+    """Call the function at the address, one that gives the processor to other threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def like(typing: Any, value: Any, model: Any) -> Any:
+    """`value` in the type of `model`, so that a literal does not widen float32 to float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], value, model)
+
+    return model(value, model), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def widen(typing: Any, value: Any) -> Any:
+    """What was loaded as a value to compute with: bfloat16, held as uint16, becomes float32.
+
+    All of it is loaded, though a condition may then choose among the values. The compiler would put
+    that condition on the load, and a load of some values only does not set the prefetcher going on
+    some processors, AMD's Zen 5 for one (benchmarks/memory_traffic.py). To freeze hinders that.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v = Instruction(builder.block, arguments[0].type, "freeze", [arguments[0]])
+        builder._insert(v)
+        if value != types.uint16:
+            return v
+        bits = builder.shl(builder.zext(v, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return (types.float32 if value == types.uint16 else value)(value), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def narrow(typing: Any, value: Any, target: Any) -> Any:
+    """The computed value as one to store at `target`: bfloat16's bits by rounding to nearest."""
+    stored = target.dtype
+    if stored != types.uint16:
+
+        def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return context.cast(builder, arguments[0], value, stored)
+
+        return stored(value, target), cast
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, half = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+        # Rounding up could carry a NaN's bits over into an infinity or a zero.
+        nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        bits = builder.select(nan, word(0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(bits, word(16)), half)
+
+    return stored(value, target), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_float(typing: Any, bits: Any) -> Any:
+    """The float64 whose bits the integer holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bits(typing: Any, value: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def from_bits(typing: Any, pattern: Any) -> Any:
+    """The float32 with these 32 bits; of a longer integer, its lowest."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        low = arguments[0] if pattern.bitwidth == 32 else builder.trunc(arguments[0], word)
+        return builder.bitcast(low, ir.FloatType())
+
+    return types.float32(pattern), generate

@@ -1,0 +1,194 @@
+"""Basic calls on CPU, prepared: where the general way by stages costs too much.
+
+The kernels here also do what a training step keeps per channel: running statistics, the factors of
+the backward, the parameters' gradients. That saves some forty small tensor operations a step, which
+take 100 µs when the caches hold their code, and three times that after a kernel has streamed
+through 30 MB: as much as normalizing 10 MB. All that follows from shape, layout and type is
+prepared once, and a call fills in addresses.
+
+Whatever is rare (second derivatives, an input that needs no gradient, gradients in inference) is
+done by the stages.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels.spec import Call, Gradients, Keep, Saved, Tensors, coefficients_of, keep
+from steadynorm.statistics import Moments, Normalizer
+
+from . import loops, slabs
+from .allocator import empty_like
+from .arguments import Arguments
+from .kernels import backward_kernel, forward_kernel, gradient_options
+
+# Rows of what a training step leaves for its backward, (len, C), by the names of their arguments.
+MEASURED = ("center", "center_low", "var", "scale", "shift", "rho", "slope_factor",
+            "constant_factor")  # fmt: skip
+# Rows that the backward alone uses.
+SCRATCH = ("sum_grad_x", "slope", "constant")
+ROWS = len(MEASURED) + len(SCRATCH)
+
+
+class Rest(NamedTuple):
+    """What a prepared forward leaves for its backward, but for tensors."""
+
+    plan: Plan
+    eps: float
+
+
+class Plan:
+    """Basic calls with inputs of one shape, layout and type, and one activation.
+
+    A training step leaves one tensor for its backward, in int16: the rows named above in the type
+    that statistics have, then the sign bits where they serve.
+    """
+
+    def __init__(
+        self, shape: slabs.Shape, dtype: torch.dtype, activation: str | None, residual: bool
+    ) -> None:
+        slab = slabs.Slab(shape, dtype.itemsize)
+        slab.arguments.count = slab.count
+        self.real = torch.float64 if dtype == torch.float64 else torch.float32
+        self.dtype, self.channels, self.count = dtype, shape.channels, slab.count
+        self.activation = activation
+        self.kept = keep(activation, residual=residual, compiled=True)
+        self.threads = slab.plan.threads
+        self.partial = 0 if slab.plan.visit else slab.sums
+        self.step = shape.channels * self.real.itemsize
+        self.signs = slab.words if self.kept is Keep.SIGNS else 0
+        options = gradient_options(self.kept, residual=residual)
+        self._backward = tuple(
+            partial(backward_kernel, dtype, activation, want=want, **options)
+            for want in (False, True)
+        )
+        self._forward = forward_kernel(dtype, activation, add=residual)
+        mapping = slabs.Slab(shape, dtype.itemsize, only_maps=True)
+        self._training = _template(slab, *slab.plan.forward(loops.DECIDE | loops.RECORD))
+        self._gradients = _template(slab, *slab.plan.backward())
+        self._inference = _template(mapping, loops.DECIDE, loops.MAP)
+
+    def fits(self, call: Call) -> bool:
+        """Whether parameters and running statistics are as these kernels read and write them."""
+        for t in (call.weight, call.bias, call.running_mean, call.running_var):
+            if t is not None and not (t.dtype is self.real and t.is_contiguous()):
+                return False
+        batches = call.num_batches_tracked
+        return batches is None or batches.dtype is torch.int64
+
+    def train(self, call: Call) -> tuple[Tensor, tuple[Tensors, Rest]]:
+        """Normalize by the batch and move the running statistics."""
+        x, residual = call.x, slabs.residual_alike(call.residual, call.x)
+        y = empty_like(x)
+        rows = torch.empty(ROWS * self.step // 2 + self.signs, dtype=torch.int16)
+        partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
+        a = Arguments.from_buffer_copy(self._training)
+        a.x, a.y, a.partial = x.data_ptr(), y.data_ptr(), _address(partial_sums)
+        a.residual, a.weight, a.bias = map(_address, (residual, call.weight, call.bias))
+        a.eps, a.momentum = call.eps, call.momentum
+        address = rows.data_ptr()
+        for name in MEASURED:
+            setattr(a, name, address)
+            address += self.step
+        if self.signs:
+            a.signs = rows.data_ptr() + ROWS * self.step
+        if call.running_mean is not None:
+            written = (call.running_mean, call.running_var, call.num_batches_tracked)
+            a.running_mean, a.running_var, a.num_batches_tracked = map(_address, written)
+            for t in written:
+                if t is not None:
+                    torch.autograd.graph.increment_version(t)
+        self._forward(a, self.threads)
+        tensors = (
+            x, rows, y if self.kept is Keep.OUTPUT else None,
+            residual if self.kept is Keep.REBUILT else None, call.weight, call.bias,
+        )  # fmt: skip
+        return y, (tensors, Rest(self, call.eps))
+
+    def infer(self, call: Call) -> Tensor:
+        """Normalize by the running statistics; nothing moves."""
+        x, residual = call.x, slabs.residual_alike(call.residual, call.x)
+        y = empty_like(x)
+        rows = torch.empty((2, self.channels), dtype=self.real)
+        a = Arguments.from_buffer_copy(self._inference)
+        a.x, a.y, a.eps = x.data_ptr(), y.data_ptr(), call.eps
+        a.residual, a.weight, a.bias = map(_address, (residual, call.weight, call.bias))
+        a.center, a.var = _address(call.running_mean), _address(call.running_var)
+        a.scale = rows.data_ptr()
+        a.shift = a.scale + self.step
+        self._forward(a, self.threads)
+        return y
+
+    def backward(self, tensors: Any, grad: Tensor, needs: Any) -> Gradients:
+        """The gradients of a training step, all per-channel work inside the kernel."""
+        x, rows, y, residual, *_ = tensors
+        grad = slabs.alike(grad, x, "grad")
+        want = needs[3] and self.activation is not None
+        dx = empty_like(x)
+        dresidual = empty_like(x) if want else None
+        dweight = torch.empty(self.channels, dtype=self.real)
+        dbias = torch.empty(self.channels, dtype=self.real)
+        partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
+        a = Arguments.from_buffer_copy(self._gradients)
+        a.x, a.grad, a.dx = x.data_ptr(), grad.data_ptr(), dx.data_ptr()
+        a.y, a.residual, a.dresidual = map(_address, (y, residual, dresidual))
+        a.grad_weight, a.sum_grad = dweight.data_ptr(), dbias.data_ptr()
+        a.partial = _address(partial_sums)
+        address = rows.data_ptr()
+        for name in MEASURED + SCRATCH:
+            setattr(a, name, address)
+            address += self.step
+        a.signs = address
+        a.mean_low = a.mean_gap = a.center_low
+        self._backward[want]()(a, self.threads)
+        return (
+            dx,
+            dweight if needs[1] else None,
+            dbias if needs[2] else None,
+            dresidual if want else (grad if needs[3] else None),
+        )
+
+    def expand(self, tensors: Any, eps: float) -> Saved:
+        """What a training step left, as the stages leave it."""
+        x, rows, y, residual, weight, bias = tensors
+        words = ROWS * self.step // 2
+        mean, low, var = rows[:words].view(self.real).view(ROWS, self.channels)[:3]
+        normalizer = Normalizer(mean, low, var, 1, 0, 1)
+        batch, known = (
+            Moments(self.count, mean, var, low),
+            coefficients_of(normalizer, x, weight, bias, eps),
+        )
+        signs = rows[words:] if self.signs else None
+        return Saved(
+            x, weight, bias, residual, None, y, signs, batch, normalizer, known, eps,
+            self.activation, None, None, self.dtype,
+        )  # fmt: skip
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _template(slab: slabs.Slab, *passes: int) -> bytes:
+    """Arguments of which a call has to fill in the addresses only."""
+    slab.arguments.passes = slabs.padded(passes)
+    return bytes(slab.arguments)
+
+
+@lru_cache(maxsize=4096)
+def prepared(
+    sizes: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    activation: str | None,
+    residual: bool,
+    threads: int,
+) -> Plan:
+    """The plan for such inputs, which the kernels are known to take; built once."""
+    shape = slabs.shape_of(torch.empty_strided(sizes, strides, dtype=dtype, device="meta"))
+    assert shape is not None
+    return Plan(shape, dtype, activation, residual)

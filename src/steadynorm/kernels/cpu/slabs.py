@@ -1,0 +1,268 @@
+"""How a call of the CPU kernels is cut into work, and handed over: layout, plan, arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels.spec import Groups, statistics_dtype
+
+from . import loops
+from .allocator import empty_like
+from .arguments import PASSES, Arguments
+from .pointers import LANES, ROOM, WIDTH
+from .readable import unreadable
+from .runtime import Kernel
+
+MOMENTS = (loops.REDUCE, loops.MERGE, loops.REDUCE | loops.PIVOTED, loops.MERGE | loops.PIVOTED)
+"""Measure; and once more about the means, if a pivot lay too far from its channel's."""
+
+PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
+VISIT_UP_TO = 4 << 20  # bytes of x in a block: what a visit reads twice is to stay in the cache
+SHORTEST_PLANE = 32  # values; in a map alone, shorter ones are taken in strips
+STRETCH = 1 << 14  # values of adjacent planes that a reduction takes at a time
+PIECE = 1 << 16  # values of a row that a map alone takes at a time
+STREAM_FROM = 6 << 20  # bytes of x; larger ones' results go past the caches
+STREAM_VISITS_FROM = 3 << 20  # likewise in visits, whose block they would push out
+STREAM_MAPS_FROM = 32 << 20  # likewise of a map alone, as in inference: what comes next reads them
+PARTS = 4  # for each thread, so that a late one does not hold up the others
+
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Shape(NamedTuple):
+    """x in memory: `samples` x `repeats` rows of `channels` x `length` values."""
+
+    samples: int
+    repeats: int
+    channels: int
+    length: int
+
+
+def shape_of(x: Tensor) -> Shape | None:
+    """How x, which is not empty, lies in memory, if contiguous, channels first or last; or None."""
+    sizes = x.shape
+    positions = x.numel() // (sizes[0] * sizes[1])
+    if x.is_contiguous():
+        return Shape(sizes[0], 1, sizes[1], positions)
+    kind = _LAST.get(len(sizes))
+    last = x.is_contiguous(memory_format=kind) if kind else x.movedim(1, -1).is_contiguous()
+    return Shape(sizes[0], positions, sizes[1], 1) if last else None
+
+
+def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
+    """t in x's type and laid out in memory as x is: t itself if it is so already."""
+    if t.shape != x.shape:
+        raise ValueError(f"`{name}` must have x's shape {tuple(x.shape)}; got {tuple(t.shape)}.")
+    if (
+        t.dtype == x.dtype
+        and (t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()))
+        and unreadable(t) is None
+    ):
+        return t
+    return empty_like(x).copy_(t)
+
+
+def residual_alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    """The residual laid out as x is, if there is one."""
+    return None if residual is None else alike(residual, x, "residual")
+
+
+def per_channel(t: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
+    """A per-channel argument as the kernels read it."""
+    if t.numel() != x.shape[1] * (1 if groups is None else len(groups)):
+        rows = "(C,)" if groups is None else "(G, C)"
+        raise ValueError(
+            f"an argument per channel must have shape {rows}, C = {x.shape[1]}; "
+            f"got {tuple(t.shape)}."
+        )
+    if t.dtype is statistics_dtype(x) and t.is_contiguous() and unreadable(t) is None:
+        return t
+    return torch.empty(t.shape, dtype=statistics_dtype(x)).copy_(t)
+
+
+def given(out: Tensor, x: Tensor) -> Tensor:
+    """A caller's memory for a result, which has to be laid out as x is."""
+    if alike(out, x, "out") is not out:
+        raise ValueError(
+            f"`out` must have x's type and strides, {x.dtype} and {x.stride()}; "
+            f"got {out.dtype} and {out.stride()}."
+        )
+    return out
+
+
+class Plan(NamedTuple):
+    """How the work is cut: blocks of channels, parts of the rows, rows together in a strip.
+
+    `visit`: a block's values stay in the cache from the reduction to the map, and there is a block
+    for every thread, so that both may be done in one visit.
+    """
+
+    block: int
+    blocks: int
+    together: int
+    parts: int
+    threads: int
+    visit: bool
+    planes: bool
+
+    def forward(self, decide: int) -> tuple[int, ...]:
+        """`moments`, what `decide` asks for per channel, and `apply`; in one visit if that pays."""
+        if self.visit:
+            return (loops.REDUCE | decide | loops.MAP,)
+        # The map from the end: what the reduction read last is still in the cache.
+        return (*MOMENTS, decide, loops.MAP | loops.BACKWARDS)
+
+    def backward(self) -> tuple[int, ...]:
+        """`reduce_grad` and `apply_grad`; in one visit if that pays."""
+        if self.visit:
+            return (loops.REDUCE | loops.MAP,)
+        return (loops.REDUCE, loops.MERGE, loops.MAP | loops.BACKWARDS)
+
+
+@lru_cache(maxsize=4096)
+def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
+    """Cut for the cache and the threads; see loops.py for planes and strips."""
+    row = channels * length
+    block, together = 1, 1
+    if 2 * row <= WIDTH:
+        block, together = channels, min(rows, WIDTH // row)
+    elif 2 * length <= WIDTH:
+        widest = ROOM if length == 1 and channels <= ROOM else WIDTH
+        block = min(channels, widest // length)
+        if block < channels:
+            aligned = LANES // math.gcd(LANES, length)  # strips then start where cache lines do
+            block = block // aligned * aligned or block
+    elif length % LANES == 0:  # signs of a plane begin with a word
+        fits = VISIT_UP_TO // (rows * length * itemsize)
+        block = max(1, min(STRETCH // length, channels // (PARTS * threads), fits))
+    blocks = -(-channels // block)
+    if rows * row < PARALLEL_FROM:
+        threads = 1
+    strips = -(-rows // together)
+    parts = 1 if blocks >= PARTS * threads else min(strips, -(-PARTS * threads // blocks))
+    visit = rows * block * length * itemsize <= VISIT_UP_TO and blocks >= threads
+    return Plan(block, blocks, together, parts, threads, visit, 2 * length > WIDTH)
+
+
+@lru_cache(maxsize=4096)
+def plan_to_map(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
+    """Cut for a map alone: it follows memory, a reduction follows channels from row to row."""
+    usual = plan(rows, channels, length, itemsize, threads)
+    if length < SHORTEST_PLANE:
+        return usual
+    block = max(1, min(channels, PIECE // length))
+    return usual._replace(block=block, blocks=-(-channels // block), parts=rows, planes=True)
+
+
+def padded(passes: tuple[int, ...]) -> tuple[int, ...]:
+    """Passes, and zeros that end the list."""
+    return (*passes, *(0,) * (PASSES - len(passes)))
+
+
+class Slab:
+    """One group of samples: where it lies, how its work is cut, and the kernel's arguments."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        itemsize: int,
+        address: int = 0,
+        group: int = 0,
+        first: int = 0,
+        rows: int | None = None,
+        words_before: int = 0,
+        only_maps: bool = False,
+    ) -> None:
+        rows = shape.samples * shape.repeats if rows is None else rows
+        self.group, self.first, self.rows = group, first, rows
+        self.channels, self.length = shape.channels, shape.length
+        self.count = rows * shape.length
+        cut = plan_to_map if only_maps else plan
+        self.plan = cut(rows, shape.channels, shape.length, itemsize, torch.get_num_threads())
+        self._words_before = words_before
+        self._skip = first * shape.channels * shape.length * itemsize
+        stream_from = STREAM_VISITS_FROM if self.plan.visit else STREAM_FROM
+        stream_from = STREAM_MAPS_FROM if only_maps else stream_from
+        self.arguments = Arguments(
+            rows=rows, channels=shape.channels, length=shape.length, block=self.plan.block,
+            blocks=self.plan.blocks, parts=self.plan.parts, together=self.plan.together,
+            planes=self.plan.planes, streams=math.prod(shape) * itemsize >= stream_from,
+            x=address + self._skip,
+        )  # fmt: skip
+
+    def values(self, **tensors: Tensor | None) -> None:
+        """Hand over this group's part of x-sized tensors, by the names of their arguments."""
+        for name, t in tensors.items():
+            if t is not None:
+                setattr(self.arguments, name, t.data_ptr() + self._skip)
+
+    def by_channel(self, **tensors: Tensor) -> None:
+        """Hand over this group's row of per-channel tensors, (C,) or (G, C)."""
+        for name, t in tensors.items():
+            row = self.group * self.channels * t.element_size()
+            setattr(self.arguments, name, t.data_ptr() + row)
+
+    def shared(self, **tensors: Tensor | None) -> None:
+        """Hand over tensors that all groups share."""
+        for name, t in tensors.items():
+            if t is not None:
+                setattr(self.arguments, name, t.data_ptr())
+
+    @property
+    def words(self) -> int:
+        """How many words the signs of its values take: strips, or planes, begin with a new word."""
+        block, blocks, together, *_ = self.plan
+        width = together * block * self.length
+        return -(-self.rows // together) * blocks * -(-width // LANES)
+
+    def signs(self, t: Tensor | None) -> None:
+        """Hand over this group's part of the signs of all."""
+        if t is not None:
+            self.arguments.signs = t.data_ptr() + self._words_before * t.element_size()
+
+    def run(self, kernel: Kernel, *passes: int) -> None:
+        """Go through the passes, each over all chunks; room is made for sums that are in parts."""
+        a = self.arguments
+        a.passes = padded(passes)
+        a.taken = a.done = padded(())
+        a.pivot_moved = 0
+        if loops.MERGE in passes:
+            partial = torch.empty(self.sums, dtype=torch.float64)
+            a.partial = partial.data_ptr()
+        kernel(a, self.plan.threads)
+
+    @property
+    def sums(self) -> int:
+        """How many float64 a reduction in parts leaves."""
+        return 2 * self.plan.parts * self.channels
+
+
+def slabs(x: Tensor, groups: Groups) -> Iterator[Slab]:
+    """The groups of a call one by one; without groups the whole of x."""
+    shape = shape_of(x)
+    if shape is None:
+        raise ValueError(
+            "`x` must be contiguous, channels first or channels last; got shape "
+            f"{tuple(x.shape)} with strides {x.stride()}. Ask `unsupported` first: the reference "
+            "takes any strides."
+        )
+    sizes = groups or (shape.samples,)
+    if sum(sizes) != shape.samples:
+        raise ValueError(f"`groups` must sum to {shape.samples}, x's samples; got {sizes}.")
+    starts = accumulate(sizes, initial=0)
+    words = 0
+    for group, (start, size) in enumerate(zip(starts, sizes, strict=False)):
+        slab = Slab(
+            shape, x.element_size(), x.data_ptr(), group, start * shape.repeats,
+            size * shape.repeats, words,
+        )  # fmt: skip
+        words += slab.words
+        yield slab

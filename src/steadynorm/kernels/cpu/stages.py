@@ -1,0 +1,330 @@
+"""The stages on CPU, compiled by Numba: float32, float64 and bfloat16, channels first or last.
+
+The same names and arguments as in `reference.py`, plus `normalize` and `normalize_grad`, which do
+both stages of a direction while a block of channels is still in the cache. `unsupported` says what
+cannot run here.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.spec import Groups, Keep, statistics_dtype
+from steadynorm.statistics.moments import Moments
+
+from . import loops
+from .allocator import empty_like
+from .kernels import SCALARS, backward_kernel, forward_kernel, gradient_options, name_of
+from .signs import empty_signs, outputs_for
+from .slabs import (
+    MOMENTS,
+    alike,
+    given,
+    per_channel,
+    residual_alike,
+    shape_of,
+    slabs,
+)
+
+__all__ = [
+    "apply", "apply_grad", "empty_signs", "moments", "normalize", "normalize_grad", "outputs_for",
+    "reduce_grad", "unsupported",
+]  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def unsupported(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, residual: torch.dtype | None
+) -> str | None:
+    """Why the kernels do not take such an input and type of residual; None if they do."""
+    if dtype not in SCALARS:
+        return f"the input is {name_of(dtype)}, not float32, float64 or bfloat16"
+    like = torch.empty_strided(shape, strides, device="meta")
+    if like.numel() == 0:
+        return "the input is empty"
+    if like.ndim < 2 or shape_of(like) is None:
+        return "the input is contiguous neither channels-first nor channels-last"
+    if residual is not None and residual is not dtype:
+        return f"the residual is {name_of(residual)}, the input {name_of(dtype)}"
+    return None
+
+
+def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> Moments:
+    """Count, mean and biased variance per channel, over valid positions where a mask is given."""
+    mask = None if mask is None else mask.contiguous()
+    kernel = forward_kernel(x.dtype, masked=mask is not None)
+    mean, low, var = _results_per_channel(3, x, groups)
+    counts = []
+    for slab in slabs(x, groups):
+        count = slab.count
+        if mask is not None:
+            valid = mask.view(-1).narrow(0, slab.first * slab.length, count)
+            slab.shared(mask=valid)
+            count = int(torch.count_nonzero(valid))
+        counts.append(count)
+        slab.arguments.count = max(count, 1)
+        slab.by_channel(center=mean, center_low=low, var=var)
+        slab.run(kernel, *MOMENTS)
+        if count == 0:
+            for t in (mean, low, var):
+                t.view(-1, slab.channels)[slab.group] = 0
+    return Moments(_counts(counts, x, groups, mask), mean, var, low)
+
+
+def _results_per_channel(number: int, x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    sizes = (number, x.shape[1]) if groups is None else (number, len(groups), x.shape[1])
+    return torch.empty(sizes, dtype=statistics_dtype(x)).unbind()
+
+
+def _counts(counts: list[int], x: Tensor, groups: Groups, mask: Tensor | None) -> Any:
+    """As the reference gives it: a number if all channels and groups have the same."""
+    if groups is not None:
+        return torch.tensor(counts, dtype=statistics_dtype(x))[:, None]
+    return counts[0] if mask is None else torch.tensor(counts, dtype=statistics_dtype(x))
+
+
+def apply(
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    groups: Groups = None,
+    signs: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`activation((x - center)·scale + shift + residual)`, in `out` if given.
+
+    Into `signs`, if given (see `empty_signs`), where the activation lets the gradient through.
+    """
+    y = empty_like(x) if out is None else given(out, x)
+    center, scale, shift = (per_channel(t, x, groups) for t in (center, scale, shift))
+    residual = residual_alike(residual, x)
+    kernel = forward_kernel(x.dtype, activation, add=residual is not None)
+    for slab in slabs(x, groups):
+        slab.values(residual=residual, y=y)
+        slab.signs(signs)
+        slab.by_channel(center=center, scale=scale, shift=shift)
+        slab.run(kernel, loops.MAP)
+    return y
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    groups: Groups = None,
+    signs: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Moments]:
+    """`moments` and `apply` by these moments, in one visit of each block of channels.
+
+    y = activation((x - mean)/√(var + eps)·weight + bias + residual), in `out` if given.
+    """
+    y = empty_like(x) if out is None else given(out, x)
+    weight = None if weight is None else per_channel(weight, x)
+    bias = None if bias is None else per_channel(bias, x)
+    residual = residual_alike(residual, x)
+    kernel = forward_kernel(x.dtype, activation, add=residual is not None)
+    mean, low, var, scale, shift = _results_per_channel(5, x, groups)
+    counts = []
+    for slab in slabs(x, groups):
+        counts.append(slab.count)
+        slab.arguments.count, slab.arguments.eps = slab.count, eps
+        slab.values(residual=residual, y=y)
+        slab.signs(signs)
+        slab.shared(weight=weight, bias=bias)
+        slab.by_channel(center=mean, center_low=low, var=var, scale=scale, shift=shift)
+        slab.run(kernel, *slab.plan.forward(loops.DECIDE))
+    return y, Moments(_counts(counts, x, groups, None), mean, var, low)
+
+
+class _Backward:
+    """What both stages of the backward direction read and write, laid out as x is.
+
+    The activation's derivative is taken from `signs` if there are any, from z if the activation
+    needs it or no y is given, else from y.
+    """
+
+    def __init__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        maps: tuple[Tensor, Tensor, Tensor],
+        *,
+        y: Tensor | None,
+        residual: Tensor | None,
+        signs: Tensor | None,
+        activation: str | None,
+        groups: Groups,
+    ) -> None:
+        source = "nothing" if activation is None else ACTIVATIONS[activation].source
+        if y is None and signs is None and source == "output":
+            raise ValueError(
+                f"`y` must be the output, for the gradient of {activation} is taken from it; "
+                f"got None."
+            )
+        self.kept = (
+            Keep.NOTHING if activation is None
+            else Keep.SIGNS if signs is not None
+            else Keep.REBUILT if source == "input" or y is None
+            else Keep.OUTPUT
+        )  # fmt: skip
+        self.x, self.activation, self.groups, self.signs = x, activation, groups, signs
+        self.grad = alike(grad, x, "grad")
+        self.y = alike(y, x, "y") if self.kept is Keep.OUTPUT and y is not None else None
+        rebuilt = self.kept is Keep.REBUILT
+        self.residual = residual_alike(residual, x) if rebuilt else None
+        self.maps = tuple(per_channel(t, x, groups) for t in maps)
+
+    def kernel(self, *, want: bool = False, masked: bool = False) -> Any:
+        """The compiled kernel for these options."""
+        options = gradient_options(self.kept, residual=self.residual is not None)
+        return backward_kernel(self.x.dtype, self.activation, want=want, masked=masked, **options)
+
+    def slabs(self) -> Any:
+        """The groups, each with what is read handed over."""
+        center, scale, shift = self.maps
+        for slab in slabs(self.x, self.groups):
+            slab.values(grad=self.grad, y=self.y, residual=self.residual)
+            slab.signs(self.signs)
+            slab.by_channel(center=center, scale=scale, shift=shift)
+            yield slab
+
+    def results(
+        self, want: bool, out: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where dx and the residual's gradient go."""
+        x = self.x
+        if out is None:
+            return empty_like(x), empty_like(x) if want else None
+        dx, dresidual = out
+        if want and dresidual is None:
+            raise ValueError("`out` must hold memory for the residual's gradient, too; got None.")
+        return given(dx, x), given(dresidual, x) if want and dresidual is not None else None
+
+
+def reduce_grad(
+    grad: Tensor,
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    y: Tensor | None = None,
+    residual: Tensor | None = None,
+    signs: Tensor | None = None,
+    activation: str | None = None,
+    groups: Groups = None,
+) -> tuple[Tensor, Tensor]:
+    """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
+    read = _Backward(
+        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
+        activation=activation, groups=groups,
+    )  # fmt: skip
+    sum_grad, sum_grad_x = _results_per_channel(2, x, groups)
+    kernel = read.kernel()
+    for slab in read.slabs():
+        slab.by_channel(sum_grad=sum_grad, sum_grad_x=sum_grad_x)
+        slab.run(kernel, loops.REDUCE, loops.MERGE)
+    return sum_grad, sum_grad_x
+
+
+def apply_grad(
+    grad: Tensor,
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    slope: Tensor,
+    constant: Tensor,
+    *,
+    y: Tensor | None = None,
+    residual: Tensor | None = None,
+    signs: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    groups: Groups = None,
+    want_residual: bool = False,
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted.
+
+    Without an activation g is `grad`, and no copy of it is made.
+    """
+    want = want_residual and activation is not None
+    read = _Backward(
+        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
+        activation=activation, groups=groups,
+    )  # fmt: skip
+    dx, dresidual = read.results(want, out)
+    slope, constant = (per_channel(t, x, groups) for t in (slope, constant))
+    mask = None if mask is None else mask.contiguous()
+    kernel = read.kernel(want=want, masked=mask is not None)
+    for slab in read.slabs():
+        slab.values(dx=dx, dresidual=dresidual)
+        slab.by_channel(slope=slope, constant=constant)
+        if mask is not None:
+            slab.shared(mask=mask.view(-1)[slab.first * slab.length :])
+        slab.run(kernel, loops.MAP)
+    return dx, dresidual if want else (grad if want_residual else None)
+
+
+def normalize_grad(
+    grad: Tensor,
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    slope_factor: Tensor,
+    constant_factor: Tensor,
+    mean_low: Tensor,
+    mean_gap: Tensor,
+    *,
+    y: Tensor | None = None,
+    residual: Tensor | None = None,
+    signs: Tensor | None = None,
+    activation: str | None = None,
+    groups: Groups = None,
+    want_residual: bool = False,
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """`reduce_grad` and `apply_grad` by its sums, in one visit of each block of channels.
+
+    With S₁ = Σg and S₂ = Σg·(x - center) - mean_low·S₁:
+
+        dx = scale·g - constant_factor·S₁ - slope_factor·S₂·((x - center) - mean_gap)
+
+    Returns dx, g or None, Σg, Σg·(x - center). Without an activation g is `grad`, not a copy.
+    """
+    want = want_residual and activation is not None
+    read = _Backward(
+        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
+        activation=activation, groups=groups,
+    )  # fmt: skip
+    dx, dresidual = read.results(want, out)
+    slope_factor, constant_factor, mean_low, mean_gap = (
+        per_channel(t, x, groups) for t in (slope_factor, constant_factor, mean_low, mean_gap)
+    )
+    sum_grad, sum_grad_x, slope, constant = _results_per_channel(4, x, groups)
+    kernel = read.kernel(want=want)
+    for slab in read.slabs():
+        slab.values(dx=dx, dresidual=dresidual)
+        slab.by_channel(
+            sum_grad=sum_grad, sum_grad_x=sum_grad_x, slope=slope, constant=constant,
+            slope_factor=slope_factor, constant_factor=constant_factor, mean_low=mean_low,
+            mean_gap=mean_gap,
+        )  # fmt: skip
+        slab.run(kernel, *slab.plan.backward())
+    return dx, dresidual if want else (grad if want_residual else None), sum_grad, sum_grad_x

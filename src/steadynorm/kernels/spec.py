@@ -1,0 +1,171 @@
+"""What a call asks, what a backend is, and, in this one place, what a backward must keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.statistics import (
+    Batch,
+    Coefficients,
+    Moments,
+    Normalizer,
+    Policy,
+    RunningStatistics,
+    coefficients,
+    of_running,
+)
+
+Groups = tuple[int, ...] | None
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Keep(Enum):
+    """What a backward takes the activation's derivative from."""
+
+    NOTHING = "no activation"
+    OUTPUT = "the output"
+    REBUILT = "z, rebuilt from x, and from the residual where there is one"
+    SIGNS = "one bit for each output"
+
+
+def keep(activation: str | None, *, residual: bool, compiled: bool, signs: bool = True) -> Keep:
+    """What the backward needs besides x and per-channel statistics.
+
+    `compiled`: by kernels that rebuild z on the way, for which a comparison costs nothing and
+    reading the output 2 of 7 tensors' traffic. `signs`: whether these may leave sign bits.
+    """
+    if activation is None:
+        return Keep.NOTHING
+    row = ACTIVATIONS[activation]
+    if row.source == "input":
+        return Keep.REBUILT
+    if compiled and residual and signs and row.gate is not None:
+        return Keep.SIGNS
+    return Keep.REBUILT if compiled and not residual and row.source == "either" else Keep.OUTPUT
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The type that statistics of x are computed and kept in: float32 or wider."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def coefficients_of(
+    normalizer: Normalizer, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Coefficients:
+    """`statistics.coefficients`, with parameters in the type that statistics of x have."""
+    dtype = statistics_dtype(x)
+    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
+    return coefficients(normalizer, weight, bias, eps)
+
+
+class Exchange(Protocol):
+    """What one forward and its backward exchange with other replicas."""
+
+    def sum(self, sums: Tensor) -> Tensor:
+        """The sums of the backward reduction, added over replicas."""
+
+    def link(self, live: Moments) -> Moments:
+        """Differentiable moments of this process as differentiable pooled ones."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of the layer: its tensors, its settings, and who decides what normalizes.
+
+    Of a `basic` call a backend may do all in one piece: policy `Batch` in training, without mask,
+    groups, replicas or another rule for the running averages than torch's; or inference, where
+    there is no policy. Of any other it measures, lets the call `decide`, and maps.
+    """
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    mask: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    policy: Policy | None = None
+    activation: str | None = None
+    momentum: float | None = None
+    eps: float = 1e-5
+    groups: Groups = None
+    replicas: Exchange | None = None
+    skip_nonfinite: bool = False
+    gradient: bool = False  # whether a backward may follow; the dispatcher says so
+    plan: Any = None  # what the backend that supports the call has prepared for it
+
+    def __post_init__(self) -> None:
+        self.by_running = self.policy is None  # the running statistics normalize
+        batch = self.policy.__class__ is Batch and self.momentum is not None
+        alone = self.mask is None and self.replicas is None and not self.skip_nonfinite
+        self.basic = self.groups is None and (self.by_running or (batch and alone))
+
+    def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
+        """Moments and normalizer to use; called once a forward, with what the batch measures.
+
+        Replicas pool here and running statistics move here. In inference `batch` is None, and the
+        statistics normalize as they are now, copied: the buffers may move before the backward.
+        """
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        dtype = statistics_dtype(self.x)
+        mean, var = (t.to(dtype, copy=True) for t in (self.running_mean, self.running_var))
+        return None, of_running(RunningStatistics(mean, var, None))
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for its backward: first seven tensors, which autograd saves.
+
+    Of y, residual and signs there is only what `keep` says. `batch` is None if no gradient reaches
+    x through it. All that follows is per channel, or a setting.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    mask: Tensor | None
+    y: Tensor | None
+    signs: Tensor | None
+    batch: Moments | None
+    normalizer: Normalizer
+    coefficients: Any  # `Coefficients`
+    eps: float
+    activation: str | None
+    groups: Groups
+    replicas: Exchange | None
+    residual_dtype: torch.dtype | None
+
+
+Tensors = tuple[Any, ...]  # what autograd saves between a forward and its backward
+Gradients = tuple[Tensor | None, ...]  # of x, weight, bias, residual; None where none is needed
+
+
+class Backend:
+    """One way to run a call. If `differentiable`, PyTorch differentiates the forward by itself."""
+
+    name: str
+    differentiable = True
+
+    def supports(self, call: Call) -> str | None:
+        """None for yes, else why not."""
+        raise NotImplementedError
+
+    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+        """y, and what the backward needs: tensors for autograd to save, and the rest."""
+        raise NotImplementedError
+
+    def backward(self, saved: tuple[Tensors, Any], grad: Tensor, needs: Any) -> Gradients:
+        """The gradients of x, weight, bias and residual that are needed."""
+        raise NotImplementedError
+
+    def expand(self, saved: tuple[Tensors, Any]) -> Saved:
+        """What `forward` left, in full, for derivatives of the backward itself."""
+        raise NotImplementedError

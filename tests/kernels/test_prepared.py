@@ -1,0 +1,213 @@
+"""Prepared calls on CPU: values, running statistics and gradients against the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests import truth
+
+import steadynorm as sn
+from steadynorm.kernels import aten
+from steadynorm.kernels.cpu import prepared, slabs
+
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
+
+SHAPES = {
+    "visit": (8, 6, 9, 7),
+    "planes": (3, 4, 30, 40),
+    "planes together": (3, 36, 24, 24),
+    "parts": (64, 3, 5, 7),
+    "wide": (5, 1500, 2, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def only_compiled(monkeypatch):
+    monkeypatch.setattr(aten, "LIMIT", 0)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Which of a plan's methods have run."""
+    names = []
+    for name in ("train", "backward", "infer"):
+        method = getattr(prepared.Plan, name)
+
+        def spy(*arguments, name=name, method=method):
+            names.append(name)
+            return method(*arguments)
+
+        monkeypatch.setattr(prepared.Plan, name, spy)
+    return names
+
+
+@pytest.fixture(params=["one visit", "two passes", "two passes past the caches"])
+def visits(request, monkeypatch):
+    """The ways to cut the work, whatever the size."""
+    plan = slabs.plan.__wrapped__
+
+    def cut(*arguments):
+        return plan(*arguments)._replace(visit=request.param == "one visit")
+
+    monkeypatch.setattr(slabs, "plan", cut)
+    if "past the caches" in request.param:
+        for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
+            monkeypatch.setattr(slabs, name, 0)
+    prepared.prepared.cache_clear()
+    yield request.param
+    prepared.prepared.cache_clear()
+
+
+def make(shape, layout, mean=0.0, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
+    kind = torch.channels_last if layout == "last" else torch.contiguous_format
+    return values.contiguous(memory_format=kind)
+
+
+def layer_for(channels, activation, dtype=torch.float32):
+    layer = sn.BatchNorm2d(channels, activation=activation, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(channels, generator=generator) + 0.5)
+        layer.bias.copy_(torch.randn(channels, generator=generator))
+        layer.running_mean.copy_(torch.randn(channels, generator=generator))
+        layer.running_var.copy_(torch.rand(channels, generator=generator) + 0.5)
+    return layer
+
+
+def close(mine, wanted, tolerance, what):
+    error = np.abs(mine.detach().double().numpy() - wanted).max()
+    assert error <= tolerance * max(1.0, np.abs(wanted).max()), f"{what}: off by {error}"
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("case", ["bn", "relu", "relu6+residual", "silu+residual", "tanh"])
+def test_a_training_step_is_the_truths(name, layout, case, visits, ran):
+    shape = SHAPES[name]
+    activation, _, more = case.partition("+")
+    activation = None if activation == "bn" else activation
+    x, residual, grad = (make(shape, layout, 3.0 if i == 0 else 0.0, i) for i in range(3))
+    x.requires_grad_()
+    residual.requires_grad_()
+    layer = layer_for(shape[1], activation)
+    setting = truth.Setting(
+        layer.weight.detach().numpy(), layer.bias.detach().numpy(), activation=activation
+    )
+    before = truth.Running(layer.running_mean.numpy().copy(), layer.running_var.numpy().copy(), 0)
+    wanted = truth.train(
+        x.detach().numpy(), sn.Batch(), before, setting,
+        residual=residual.detach().numpy() if more else None, grad=grad.numpy(),
+    )  # fmt: skip
+    y = layer(x, residual=residual if more else None)
+    y.backward(grad)
+    assert ran == ["train", "backward"]
+    assert y.stride() == x.stride()
+    close(y, wanted.y, 2e-6, "y")
+    close(layer.running_mean, wanted.running.mean, 1e-6, "running_mean")
+    close(layer.running_var, wanted.running.var, 1e-6, "running_var")
+    assert int(layer.num_batches_tracked) == 1
+    close(x.grad, wanted.dx, 5e-6, "dx")
+    close(layer.weight.grad, wanted.dweight, 5e-6, "dweight")
+    close(layer.bias.grad, wanted.dbias, 5e-6, "dbias")
+    if more:
+        close(residual.grad, wanted.dresidual, 5e-6, "dresidual")
+
+
+@pytest.mark.parametrize(("rows", "together"), [(32, 5), (64, 5), (128, 2), (256, 1)])
+def test_planes_are_together_as_long_as_one_visit_serves(rows, together):
+    plan = slabs.plan(rows, 256, 56 * 56, 4, 2)
+    assert plan.visit
+    assert plan.block == together
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_running_statistics_move_once_when_the_pivot_has_to(layout, visits):
+    """The values that the pivot is drawn from lie far from all the others: a second reduction."""
+    x = make((64, 8, 12, 12), layout, 0.0)
+    total = 64 * 144
+    for k in range(16):
+        at = k * total // 16
+        x[at // 144, :, at % 144 // 12, at % 12] = 1e4
+    layer = sn.BatchNorm2d(8)
+    wanted = truth.train(x.numpy(), sn.Batch(), truth.Running(np.zeros(8), np.ones(8), 0))
+    y = layer(x)
+    close(y, wanted.y, 2e-6, "y")
+    close(layer.running_mean, wanted.running.mean, 1e-6, "running_mean")
+    close(layer.running_var, wanted.running.var, 1e-6, "running_var")
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (2, 700, 6, 6)], ids=str)
+def test_inference_is_the_truths(shape, layout, dtype, visits, ran):
+    x = make(shape, layout, 1.0, dtype=dtype)
+    residual = make(shape, layout, 0.0, 1, dtype=dtype)
+    layer = layer_for(
+        shape[1], "relu", torch.float64 if dtype == torch.float64 else torch.float32
+    ).eval()
+    mean, var, weight, bias = (
+        truth.beside(t.detach().double().numpy(), 4)
+        for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    )
+    wanted = np.maximum(
+        (x.double().numpy() - mean) / np.sqrt(var + 1e-5) * weight + bias
+        + residual.double().numpy(),
+        0,
+    )  # fmt: skip
+    with torch.no_grad():
+        y = layer(x, residual=residual)
+    assert ran == ["infer"]
+    close(y, wanted, 2e-2 if dtype == torch.bfloat16 else 2e-6, "y")
+
+
+def test_without_parameters_and_running_statistics():
+    x = make((8, 6, 9, 7), "last", 2.0).requires_grad_()
+    grad = make((8, 6, 9, 7), "last", 0.0, 1)
+    layer = sn.BatchNorm2d(6, affine=False, track_running_stats=False)
+    wanted = truth.train(x.detach().numpy(), sn.Batch(), grad=grad.numpy())
+    y = layer(x)
+    y.backward(grad)
+    close(y, wanted.y, 2e-6, "y")
+    close(x.grad, wanted.dx, 5e-6, "dx")
+
+
+def test_an_input_without_gradient_still_gives_the_parameters_theirs(ran):
+    x, grad = make((8, 6, 9, 7), "first", 2.0), make((8, 6, 9, 7), "first", 0.0, 1)
+    layer = layer_for(6, "relu")
+    setting = truth.Setting(
+        layer.weight.detach().numpy(), layer.bias.detach().numpy(), activation="relu"
+    )
+    wanted = truth.train(x.numpy(), sn.Batch(), setting=setting, grad=grad.numpy())
+    layer(x).backward(grad)
+    assert ran == ["train"]
+    close(layer.weight.grad, wanted.dweight, 5e-6, "dweight")
+    close(layer.bias.grad, wanted.dbias, 5e-6, "dbias")
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+def test_second_derivatives(activation, ran):
+    x = make((3, 2, 3, 2), "first", 1.0, dtype=torch.float64).requires_grad_()
+    layer = layer_for(2, activation, torch.float64)
+
+    def call(x, weight, bias):
+        return sn.functional.batch_norm(
+            x, layer.running_mean, layer.running_var, weight, bias, True, activation=activation
+        )
+
+    inputs = (x, layer.weight, layer.bias)
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+    assert "train" in ran
+
+
+def test_what_the_kernels_cannot_write_goes_to_the_stages(ran):
+    x = make((8, 6, 9, 7), "first").requires_grad_()
+    strided = torch.zeros(12)[::2]
+    y = sn.functional.batch_norm(x, strided, torch.ones(6), training=True)
+    assert ran == []
+    wanted = truth.train(x.detach().numpy(), sn.Batch(), truth.Running(np.zeros(6), np.ones(6), 0))
+    close(y, wanted.y, 2e-6, "y")
+    close(strided, wanted.running.mean, 1e-6, "running_mean")
