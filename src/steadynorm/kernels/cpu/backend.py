@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadynorm._extras import lacking
 from steadynorm.kernels.closed_form import ClosedForm
 from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
@@ -30,7 +31,7 @@ class CpuKernels(ClosedForm):
             try:
                 from . import prepared, stages
             except ImportError as error:
-                self.refusal = f"the CPU kernels cannot be loaded ({error})"
+                self.refusal = f"the CPU kernels cannot be loaded ({lacking(error) or error})"
             else:
                 self.prepared, self.stages = prepared.prepared, stages
         return self.refusal
