@@ -120,8 +120,9 @@ COMPILE = """
     {before}
     from seven import seven
     from steadynorm.kernels.cpu import runtime as cpu_runtime
+    from steadynorm.kernels.cpu.arguments import Arguments
     kernel = cpu_runtime.compile_kernel(seven, "seven")
-    arguments = cpu_runtime.Arguments()
+    arguments = Arguments()
     kernel(arguments, 1)
     assert arguments.rows == 7
 """

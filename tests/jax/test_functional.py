@@ -11,7 +11,7 @@ from tests import tolerances, truth
 
 import steadynorm as sn
 from steadynorm.jax import RunningStatistics, batch_norm
-from steadynorm.jax.activations import ACTIVATIONS
+from steadynorm.kernels.activations import ACTIVATIONS
 
 POLICIES = {
     "batch": sn.Batch(),

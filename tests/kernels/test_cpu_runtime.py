@@ -29,8 +29,9 @@ SEVEN = """
 LOAD_SEVEN = """
     from seven import seven
     from steadynorm.kernels.cpu import runtime as cpu_runtime
+    from steadynorm.kernels.cpu.arguments import Arguments
     kernel = cpu_runtime.compile_kernel(seven, "seven")
-    arguments = cpu_runtime.Arguments()
+    arguments = Arguments()
     kernel(arguments, 1)
     assert arguments.rows == 7
     print(kernel.cached)
@@ -181,6 +182,7 @@ COMPILING = """
     from numba.core.compiler_lock import global_compiler_lock
     from seven import seven
     from steadynorm.kernels.cpu import runtime as cpu_runtime
+    from steadynorm.kernels.cpu.arguments import Arguments
     from steadynorm.kernels.cpu.kernels import forward_kernel
 
     threading.Thread(target=forward_kernel, args=(torch.float32,)).start()
@@ -190,7 +192,7 @@ COMPILING = """
     child = os.fork()  # while the thread compiles
     if child == 0:
         signal.alarm(60)  # a hang is a failure
-        kernel, arguments = cpu_runtime.compile_kernel(seven, "seven"), cpu_runtime.Arguments()
+        kernel, arguments = cpu_runtime.compile_kernel(seven, "seven"), Arguments()
         kernel(arguments, 1)
         os._exit(arguments.rows)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from steadynorm.jax import checks
 from steadynorm.jax.functional import batch_norm
+from steadynorm.kernels.checks import activation_name, nonfinite_name
 from steadynorm.statistics import Policy, RunningStatistics, policy_from
 
 
@@ -100,7 +101,8 @@ class BatchNorm(nnx.BatchNorm):
         activation: str | None = None,
         nonfinite: str = "propagate",
     ) -> None:
-        checks.names(activation, nonfinite, "BatchNorm")
+        activation_name(activation, "BatchNorm")
+        nonfinite_name(nonfinite, "BatchNorm")
         checks.momentum_range(momentum, "BatchNorm")
         super().__init__(
             num_features,

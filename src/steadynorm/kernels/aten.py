@@ -15,14 +15,13 @@ call; the numerics at large means are then those of the device's own operator.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import reference
 from steadynorm.kernels.activations import functions
-from steadynorm.kernels.spec import HALF, Backend, Call, Tensors
+from steadynorm.kernels.spec import HALF, Backend, Call, Packed
+from steadynorm.kernels.torch_arrays import reference
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
 # crossover that benchmarks/small_calls.py measures, in docs/speed.md.
@@ -67,7 +66,7 @@ class Aten(Backend):
         no = _refusal(x.shape, x.stride(), x.is_cpu, not call.by_running, LIMIT)
         if no is not None:
             return no
-        computed = _computed_type(x)
+        computed = torch.float32 if x.is_cpu and x.dtype in HALF else x.dtype
         dtype = computed if call.weight is None else call.weight.dtype
         if dtype is not computed and (dtype is not torch.float32 or x.dtype not in HALF):
             return "types of input and parameters that its operator refuses"
@@ -75,10 +74,11 @@ class Aten(Backend):
             return "a type of the running statistics that its operator refuses"
         return None
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y; a training call moves the running statistics."""
         y = _by_running(call) if call.by_running else _by_batch(call)
-        return _finished(y, call), ((), None)
+        plain = call.activation is None and call.residual is None and y.dtype is call.x.dtype
+        return y if plain else _finished(y, call), ((), None)
 
 
 def _by_batch(call: Call) -> Tensor:
@@ -122,14 +122,8 @@ def one_operator(call: Call) -> Tensor:
     return _finished(y, call)
 
 
-def _computed_type(x: Tensor) -> torch.dtype:
-    """The type in which the operator gets the input."""
-    return torch.float32 if x.is_cpu and x.dtype in HALF else x.dtype
-
-
 def _widened(x: Tensor) -> Tensor:
-    computed = _computed_type(x)
-    return x if computed is x.dtype else x.to(computed)
+    return x.float() if x.is_cpu and x.dtype in HALF else x
 
 
 def _finished(y: Tensor, call: Call) -> Tensor:
@@ -138,7 +132,7 @@ def _finished(y: Tensor, call: Call) -> Tensor:
         y = y + call.residual
         dtype = torch.promote_types(dtype, call.residual.dtype)
     if call.activation is not None:
-        y = functions(call.activation, reference.TORCH)[0](y)
+        y = functions(call.activation, reference.xp)[0](y)
     return y if y.dtype is dtype else y.to(dtype)
 
 

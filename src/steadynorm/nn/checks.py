@@ -70,14 +70,19 @@ def tensors(
             f"got shape {tuple(input.shape)}."
         )
     channels = input.size(1)
-    for t in (running_mean, running_var, weight, bias):
-        if t is not None and t.size(0) != channels:
-            known = {"running_mean": running_mean, "running_var": running_var, "weight": weight}
-            name = next((name for name, other in known.items() if other is t), "bias")
-            raise ValueError(
-                f"{owner}: `input` must have {t.size(0)} channels on axis 1, as `{name}` "
-                f"has; got shape {tuple(input.shape)}."
-            )
+    if (  # written out: a loop costs a small call 0.7 µs
+        (running_mean is not None and running_mean.size(0) != channels)
+        or (running_var is not None and running_var.size(0) != channels)
+        or (weight is not None and weight.size(0) != channels)
+        or (bias is not None and bias.size(0) != channels)
+    ):
+        named = {"running_mean": running_mean, "running_var": running_var, "weight": weight}
+        for name, t in {**named, "bias": bias}.items():
+            if t is not None and t.size(0) != channels:
+                raise ValueError(
+                    f"{owner}: `input` must have {t.size(0)} channels on axis 1, as `{name}` "
+                    f"has; got shape {tuple(input.shape)}."
+                )
     parameter = bias if weight is None else weight
     if parameter is not None and parameter.dtype is not input.dtype:
         _types_go_together(input, parameter, owner)
@@ -132,10 +137,10 @@ def expanded_mask(mask: Tensor, input: Tensor, owner: str) -> Tensor:
 
 def values_per_channel(input: Tensor, groups: Groups, policy: Policy, owner: str) -> None:
     """Refuse one value per channel, in any group, if the policy cannot normalize it."""
-    count = input.numel() // max(input.size(1), 1)
-    if groups is not None and input.size(0):
-        count = count // input.size(0) * min(groups, default=0)
-    if count == 1:
+    values, channels = input.numel(), input.size(1)
+    if groups is not None and values:
+        values = values // input.size(0) * min(groups)
+    if values == channels > 0:
         one_value(input, policy, owner)
 
 

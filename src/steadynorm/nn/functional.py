@@ -1,13 +1,19 @@
-"""Batch normalization as a function over PyTorch tensors."""
+"""Batch normalization as a function over PyTorch tensors.
+
+All other names are those of `torch.nn.functional`.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor
 
 from steadynorm.kernels import dispatch
 from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.spec import Call
-from steadynorm.nn import checks
+from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
 from steadynorm.nn.training import TrainingStep
 from steadynorm.statistics import Batch, Frozen, Ghost, Policy, policy_from
@@ -107,22 +113,40 @@ def batch_norm(
             f"{owner}: statistics={policy!r} needs running statistics; got none "
             f"(track_running_stats=False). Track them, or use sn.Batch() or sn.Ghost()."
         )
-    tensors = (input, weight, bias, residual, mask, running_mean, running_var)
     if not learning:
         if running_mean is not None:
-            return dispatch.normalize(Call(*tensors, policy=None, activation=activation, eps=eps))
+            return dispatch.normalize(
+                Call(input, weight, bias, residual, mask, running_mean, running_var, None, None,
+                     activation, None, eps)
+            )  # fmt: skip
         policy, synchronize = BATCH, False  # nothing tracked: the batch serves, as in torch
-    group = None if synchronize is False else process_group(synchronize, owner)
-    replicas = None if group is None else Replicas(group, owner)
-    groups = None
+    replicas = groups = None
+    if synchronize is not False:
+        group = process_group(synchronize, owner)
+        replicas = None if group is None else Replicas(group, owner)
     if policy.__class__ is Ghost:
         alone = policy.lengths(input.shape[0]) if input.numel() else None
         groups = alone if replicas is None else replicas.divide(policy, input)
-    if mask is None and replicas is None:
+    few = groups is not None or input.numel() <= input.size(1)
+    if few and mask is None and replicas is None:
         checks.values_per_channel(input, groups, policy, owner)
     step = TrainingStep(
-        *tensors, num_batches_tracked, policy=policy, activation=activation, momentum=momentum,
-        eps=eps, groups=groups, replicas=replicas, skip_nonfinite=nonfinite == "skip",
-        owner=owner,
+        input, weight, bias, residual, mask, running_mean, running_var,
+        None if running_mean is None else num_batches_tracked, policy, activation, momentum, eps,
+        groups, replicas, nonfinite == "skip", owner=owner,
     )  # fmt: skip
+    if policy.needs_running:  # asked here: inside the autograd function gradient is always off
+        step.may_repeat = recomputation.may_be_recomputed()
+    if running_mean is not None and recomputation.is_recomputation():
+        step.recompute()
     return dispatch.normalize(step)
+
+
+if TYPE_CHECKING:  # last, since a type checker counts the first of two equal names
+    from torch.nn.functional import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(torch.nn.functional, name)

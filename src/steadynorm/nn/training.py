@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,57 +11,30 @@ from torch import Tensor
 from steadynorm.kernels import compat
 from steadynorm.kernels.spec import Call, statistics_dtype
 from steadynorm.nn import checks, recomputation
-from steadynorm.nn.synchronize import Replicas
-from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
+from steadynorm.statistics import Context, Moments, Normalizer, RunningStatistics, step
 
 
+@dataclass(eq=False)
 class TrainingStep(Call):
-    """One training forward: reads the layer's running statistics, and writes them in place.
+    """One training forward: reads the layer's running statistics, and writes them in place."""
 
-    In the recomputation of a checkpointed region copies take the buffers' place, so that these move
-    once, and `checkpointed_mean` is the buffer that the first run is remembered by.
-    """
+    owner: str = "batch_norm"
+    replicas: Any = None
 
-    policy: Policy
-    replicas: Replicas | None
-    checkpointed_mean: Tensor | None = None
+    may_repeat = False  # whether this may be the first run of a checkpointed region
+    repeats = None  # in its second run the layer's running mean, by which the first is remembered
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        *,
-        owner: str,
-        **settings: Any,
-    ) -> None:
-        if running_mean is None or running_var is None:
-            num_batches_tracked = None
-        elif recomputation.is_recomputation():
-            self.checkpointed_mean = running_mean
-            running_mean, running_var = running_mean.clone(), running_var.clone()
-            if num_batches_tracked is not None:
-                num_batches_tracked = num_batches_tracked.clone()
-        super().__init__(
-            x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
-            **settings,
-        )  # fmt: skip
-        self.owner = owner
-        # Asked here: inside the autograd function gradient is off in any case.
-        self.may_repeat = (
-            self.policy.needs_running
-            and self.checkpointed_mean is None
-            and recomputation.may_be_recomputed()
-        )
+    def recompute(self) -> None:
+        """Take copies of the buffers, which have moved already, in their place."""
+        self.repeats, self.may_repeat = self.running_mean, False
+        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+        copies = (t if t is None else t.clone() for t in buffers)
+        self.running_mean, self.running_var, self.num_batches_tracked = copies
 
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """Moments pooled over replicas and what normalizes; moves the running statistics."""
         assert batch is not None  # a training step always measures its batch
+        assert self.policy is not None
         samples: Any = self.x.shape[0]
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)
@@ -70,8 +44,8 @@ class TrainingStep(Call):
         normalizer, after = step(
             self.policy, batch, running, context, skip_nonfinite=self.skip_nonfinite
         )
-        if self.checkpointed_mean is not None and self.policy.needs_running:
-            normalizer = recomputation.recall(self.checkpointed_mean, batch) or normalizer
+        if self.repeats is not None and self.policy.needs_running:
+            normalizer = recomputation.recall(self.repeats, batch) or normalizer
         elif self.may_repeat and self.running_mean is not None:
             recomputation.remember(self.running_mean, batch, normalizer)
         if after is not None and after is not running:

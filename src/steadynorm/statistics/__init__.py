@@ -15,6 +15,8 @@ from steadynorm.statistics.normalizer import (
     fold,
     gradient_coefficients,
     gradient_factors,
+    of_batch,
+    of_running,
     parameter_gradients,
 )
 from steadynorm.statistics.policies import (
@@ -26,22 +28,24 @@ from steadynorm.statistics.policies import (
     Renorm,
     Running,
     Steady,
-    of_running,
     policy_from,
-    step,
 )
 from steadynorm.statistics.running import (
     CONVENTIONS,
+    MANY_BATCHES,
     Convention,
     RunningStatistics,
+    batches_seen,
     convert_momentum,
     convert_variance,
     new_batch_weight,
     update_average,
 )
+from steadynorm.statistics.step import step, usable
 
 __all__ = [
     "CONVENTIONS",
+    "MANY_BATCHES",
     "Batch",
     "Coefficients",
     "Context",
@@ -58,6 +62,7 @@ __all__ = [
     "RunningStatistics",
     "Steady",
     "attach",
+    "batches_seen",
     "coefficients",
     "contribution",
     "convert_momentum",
@@ -67,10 +72,12 @@ __all__ = [
     "gradient_factors",
     "merge",
     "new_batch_weight",
+    "of_batch",
     "of_running",
     "parameter_gradients",
     "policy_from",
     "pool",
     "step",
     "update_average",
+    "usable",
 ]

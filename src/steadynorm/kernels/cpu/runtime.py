@@ -41,6 +41,8 @@ class Kernel:
         entry, _, machine_code = code.partition(b"\0")
         # An engine for each kernel. Numba tells closures apart by a number that starts anew in
         # every process: two kernels compiled by two processes may hold the same symbols.
+        llvm.initialize_native_target()  # which Numba does when it first compiles; twice is no harm
+        llvm.initialize_native_asmprinter()
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))

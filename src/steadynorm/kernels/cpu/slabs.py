@@ -65,6 +65,7 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
         t.dtype == x.dtype
         and (t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()))
         and unreadable(t) is None
+        and not t._is_zerotensor()
     ):
         return t
     return empty_like(x).copy_(t)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _psum: Any = jax.lax.psum  # not annotated by JAX
 
 
-class Replicas(NamedTuple):
+class NamedAxis(NamedTuple):
     """A named axis, or several, and optionally groups of its indices that reduce on their own."""
 
     axis_name: Hashable
@@ -29,16 +29,16 @@ class Replicas(NamedTuple):
         return pool(rows, xp=jnp), self.sum(jnp.asarray(samples, local.mean.dtype))
 
     def gather(self, local: Moments) -> Moments:
-        """Everybody's moments, one below the other; (C,) counts as one row.
+        """The moments of all replicas, one below the other; (C,) counts as one row.
 
-        A psum of rows that are zero but at the replica's own place gathers all rows, and, unlike
-        an all_gather, leaves a result that JAX knows to be the same on every replica.
+        A psum of rows that are zero except at the replica's own index. Unlike an all_gather, its
+        result is known to JAX to be the same on every replica.
         """
         channels = local.mean.shape[-1]
         parts = [jnp.atleast_2d(part) for part in (local.count, *local[1:])]
         block = jnp.concatenate(parts, axis=1)
         blocks = jnp.zeros((self._number(), *block.shape), block.dtype)
-        rows = self.sum(blocks.at[self._place()].set(block)).reshape(-1, block.shape[1])
+        rows = self.sum(blocks.at[self._index()].set(block)).reshape(-1, block.shape[1])
         ends = [1, 1 + channels, 1 + 2 * channels]
         return Moments(*jnp.split(rows, ends, axis=1))
 
@@ -56,12 +56,12 @@ class Replicas(NamedTuple):
         size: int = _psum(1, self.axis_name)  # a constant: nothing is sent
         return size
 
-    def _place(self) -> Array:
+    def _index(self) -> Array:
         index = jax.lax.axis_index(self.axis_name)
         if self.axis_index_groups is None:
             return index
-        place_of = np.argsort(np.concatenate(self.axis_index_groups)) % self._number()
-        return jnp.asarray(place_of)[index]
+        within = np.argsort(np.concatenate(self.axis_index_groups)) % self._number()
+        return jnp.asarray(within)[index]
 
 
 def varying_like(x: Array, other: T) -> T:
@@ -87,7 +87,7 @@ def varying_like(x: Array, other: T) -> T:
 
 
 def _varying_axes(x: Array) -> frozenset[Any]:
-    """The mesh axes along which x differs, as far as this JAX keeps account of it."""
+    """The mesh axes along which x differs, as far as this version of JAX records it."""
     kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None
     account = getattr(kind, "manual_axis_type", None)  # since JAX 0.10
     axes: Any = getattr(kind, "vma", frozenset()) if account is None else account.varying

@@ -14,22 +14,22 @@ from steadynorm.statistics import Moments, pool
 Tensor = Any
 
 
-class Replicas(NamedTuple):
+class ReplicaContext(NamedTuple):
     """How many there are, which one this is, and a sum over them that carries gradient."""
 
     number: int
-    place: Any
+    index: Any
     total: Callable[[Tensor], Tensor]
 
     def pool(self, live: Moments, samples: Tensor) -> tuple[Moments, Tensor]:
         """Moments pooled over the replicas, by count, and how many samples they hold together.
 
-        The sum of rows that are zero but at the replica's own place gathers all rows.
+        A sum of rows that are zero except at the replica's own index gathers all rows.
         """
         dtype, channels = live.mean.dtype, live.mean.shape[-1]
         sizes = [ops.reshape(ops.cast(n, dtype), (1,)) for n in (live.count, samples)]
         row = ops.concatenate([*sizes, live.mean, live.var, live.mean_low])
-        mine = ops.cast(ops.equal(ops.arange(self.number), self.place), dtype)
+        mine = ops.cast(ops.equal(ops.arange(self.number), self.index), dtype)
         rows = self.total(mine[:, None] * row[None])
         ends = [2, 2 + channels, 2 + 2 * channels]
         size, mean, var, low = ops.split(rows, ends, axis=1)
@@ -37,7 +37,7 @@ class Replicas(NamedTuple):
         return pool(parts, xp=ops), ops.sum(size[:, 1])
 
 
-def replicas() -> Replicas | None:
+def replica_context() -> ReplicaContext | None:
     """The replicas of this call; None where there is one, or where the batch is global anyway.
 
     TensorFlow: the replicas of `tf.distribute`. torch: the default process group. JAX: none, since
@@ -52,11 +52,11 @@ def replicas() -> Replicas | None:
         if context is None or context.num_replicas_in_sync == 1:
             return None
         add = framework.distribute.ReduceOp.SUM
-        place = context.replica_id_in_sync_group
+        index = context.replica_id_in_sync_group
         number = context.num_replicas_in_sync
-        return Replicas(number, place, lambda t: context.all_reduce(add, t))
+        return ReplicaContext(number, index, lambda t: context.all_reduce(add, t))
     group = framework.distributed
     if not group.is_available() or not group.is_initialized() or group.get_world_size() == 1:
         return None
     sum_with_gradient = import_module(f"{backend}.distributed.nn.functional").all_reduce
-    return Replicas(group.get_world_size(), group.get_rank(), sum_with_gradient)
+    return ReplicaContext(group.get_world_size(), group.get_rank(), sum_with_gradient)
