@@ -207,3 +207,31 @@ def test_other_threads_run_their_models_meanwhile() -> None:
     runner.join()
     assert wrong == []
     assert torch.equal(theirs(X4), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_fx_takes_our_layers_whole(training: bool) -> None:
+    for model in models():
+        result, _ = convert(model)
+        norms = [name for name, m in result.named_modules() if isinstance(m, sn.BatchNorm2d)]
+        traced = torch.fx.symbolic_trace(result.train(training))
+        called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+        assert set(norms) <= set(called)
+        same(model, traced, X4)
+    layer = sn.BatchNorm2d(4)
+    graph = torch.fx.symbolic_trace(nn.Sequential(layer)).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_statistics_not_tracked_under_a_policy_that_needs_them() -> None:
+    """As Lightning's BaseFinetuning.freeze(train_bn=False) sets it."""
+    result, _ = convert(models()[1], "steady")
+    result[1].track_running_stats = False
+    with pytest.raises(ValueError, match=r"needs running statistics; got none .*sn\.Batch\(\)"):
+        result.train()(X4)
+    result.eval()(X4)  # as torch's: inference goes by what there is
+
+
+def test_a_momentum_that_steady_does_not_use_is_said() -> None:
+    _, changes = convert(nn.Sequential(nn.BatchNorm2d(4, momentum=0.01)), "steady")
+    assert changes[0].why.endswith("its momentum, 0.01, is not used: the horizon takes its place")

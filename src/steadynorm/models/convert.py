@@ -24,7 +24,7 @@ from steadynorm.models.layers import Norm, activation_name, behaves, describe, n
 from steadynorm.nn import batchnorm as ours
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.nn.synchronize import Synchronize
-from steadynorm.statistics import Batch, Frozen, Policy, policy_from
+from steadynorm.statistics import Batch, Frozen, Policy, Steady, policy_from
 
 Model = TypeVar("Model", bound=nn.Module)
 HALF = (torch.float16, torch.bfloat16)
@@ -163,6 +163,8 @@ def _to_ours(
     settled = norm.kind == "ours" and (module.statistics, module.synchronize) == (chosen, pooled)
     if settled:
         return None
+    if isinstance(chosen, Steady) and getattr(module, "momentum", 0.1) != 0.1:
+        notes.append(f"its momentum, {module.momentum}, is not used: the horizon takes its place")
     notes += adopt(module, norm, chosen, pooled)
     mean = module.running_mean
     if isinstance(mean, torch.Tensor) and mean.dtype in HALF:

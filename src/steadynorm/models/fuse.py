@@ -66,7 +66,8 @@ class Fused:
 
         `norm` may be a sequence that ends in a batch norm; `order` is how the sum was written.
         """
-        while (parts := _sequence(norm)) and not hooked(norm):
+        merges = not _has_any_global_hook()
+        while merges and (parts := _sequence(norm)) and not hooked(norm):
             for module in parts[:-1]:
                 x = module(x)
             norm = parts[-1]
@@ -76,7 +77,7 @@ class Fused:
             and _is_plain(norm)
             and isinstance(x, Tensor)
             and (not order or _matches(residual, x))
-            and not _has_any_global_hook()
+            and merges
         ):
             return norm(x, residual=residual, activation=name)
         y = x if norm is None else norm(x)
@@ -163,7 +164,7 @@ def fused_class(kind: Any, sites: frozenset[rewrite.Site]) -> Any:
 
 def _run_in_order(self: Any, input: Any) -> Any:
     """The forward of `nn.Sequential`, a batch norm with the activation after it."""
-    modules = _doing(self)
+    modules = list(self._modules.values()) if _has_any_global_hook() else _doing(self)
     value = input
     at = 0
     while at < len(modules):
