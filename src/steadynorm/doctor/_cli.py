@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from steadynorm.models._cli import errors_in_one_line
+from steadynorm._extras import lacking
+from steadynorm.command import errors_in_one_line
 
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
@@ -81,6 +82,8 @@ def doctor(
         except (ValueError, TypeError, OSError):
             raise
         except Exception as error:  # a model, its data and its loss may raise anything
+            if lacking(error):
+                raise
             raise ValueError(f"{type(error).__name__}: {error}") from error
         if changes:
             typer.echo(changes, err=output_format != "text" and output is None)
