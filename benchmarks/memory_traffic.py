@@ -21,9 +21,11 @@ from torch import Tensor
 
 from steadynorm.evidence.bench.measure import machine
 from steadynorm.evidence.timing import in_turns, seconds
-from steadynorm.kernels.cpu import slabs as cpu_slabs
+from steadynorm.kernels.cpu import slabs
 from steadynorm.kernels.cpu.pointers import like, widen
-from steadynorm.kernels.cpu.prepared import Prepared
+from steadynorm.kernels.cpu.prepared import Plan
+from steadynorm.kernels.spec import Call
+from steadynorm.statistics import Batch
 
 SHAPES = [(32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 512, 14, 14)]
 SUM = {"error_model": "numpy", "fastmath": {"reassoc", "contract"}}
@@ -78,19 +80,22 @@ def steps(
 ) -> dict[str, Callable[[], object]]:
     """The layer's forward, its backward, and its inference, with results past the caches or not."""
     for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
-        setattr(cpu_slabs, name, stream_from)
-    shape = cpu_slabs.shape_of(x)
+        setattr(slabs, name, stream_from)
+    shape = slabs.shape_of(x)
     assert shape is not None
-    call = Prepared(shape, x.dtype, "relu", adds=True)
+    plan = Plan(shape, x.dtype, "relu", residual=True)
     channels = x.shape[1]
     weight, bias = torch.ones(channels), torch.zeros(channels)
     mean, var = torch.zeros(channels), torch.ones(channels)
-    forward = (x, weight, bias, residual, mean, var, None, 0.1, 1e-5)
-    _, kept = call.normalize(*forward)
+    call = Call(
+        x, weight, bias, residual, None, mean, var, policy=Batch(), activation="relu", momentum=0.1
+    )
+    _, (tensors, _) = plan.train(call)
+    needs = (True, True, True, True)
     return {
-        "forward": lambda: call.normalize(*forward),
-        "backward": lambda: call.gradients(grad, x, kept, None, None, want_residual=True),
-        "inference": lambda: call.normalize_by_running(x, weight, bias, mean, var, 1e-5, residual),
+        "forward": lambda: plan.train(call),
+        "backward": lambda: plan.backward(tensors, grad, needs),
+        "inference": lambda: plan.infer(call),
     }
 
 
