@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steadynorm.evidence.bench.measure import machine
 from steadynorm.evidence.timing import in_turns, seconds
-from steadynorm.kernels.cpu import slabs
+from steadynorm.kernels.cpu import slabs as cpu_slabs
 from steadynorm.kernels.cpu.pointers import like, widen
 from steadynorm.kernels.cpu.prepared import Plan
 from steadynorm.kernels.spec import Call
@@ -80,21 +80,19 @@ def steps(
 ) -> dict[str, Callable[[], object]]:
     """The layer's forward, its backward, and its inference, with results past the caches or not."""
     for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
-        setattr(slabs, name, stream_from)
-    shape = slabs.shape_of(x)
+        setattr(cpu_slabs, name, stream_from)
+    shape = cpu_slabs.shape_of(x)
     assert shape is not None
     plan = Plan(shape, x.dtype, "relu", residual=True)
     channels = x.shape[1]
-    weight, bias = torch.ones(channels), torch.zeros(channels)
-    mean, var = torch.zeros(channels), torch.ones(channels)
     call = Call(
-        x, weight, bias, residual, None, mean, var, policy=Batch(), activation="relu", momentum=0.1
-    )
-    _, (tensors, _) = plan.train(call)
-    needs = (True, True, True, True)
+        x, torch.ones(channels), torch.zeros(channels), residual, policy=Batch(), momentum=0.1,
+        activation="relu", running_mean=torch.zeros(channels), running_var=torch.ones(channels),
+    )  # fmt: skip
+    _, (saved, _) = plan.train(call)
     return {
         "forward": lambda: plan.train(call),
-        "backward": lambda: plan.backward(tensors, grad, needs),
+        "backward": lambda: plan.backward(saved, grad, (True,) * 4),
         "inference": lambda: plan.infer(call),
     }
 

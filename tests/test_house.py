@@ -22,7 +22,8 @@ NOT_TORCH = ("keras", "tensorflow", "jax", "flax", KERAS, JAX)
 TOOLS = tuple(
     f"steadynorm.{path.stem}"
     for path in sorted(PACKAGE.iterdir())
-    if path.stem not in {"__init__", "__pycache__", "statistics", "kernels", "nn", "keras", "jax"}
+    if path.stem not in {"statistics", "kernels", "nn", "keras", "jax"}
+    and not path.stem.startswith("_")  # _extras.py, which all may use
     and (path.is_dir() or path.suffix == ".py")
 )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from steadynorm._extras import needed_by
+
 if TYPE_CHECKING:
     from steadynorm.doctor import diagnose, monitor
     from steadynorm.models.bias import drop_redundant_bias
@@ -86,7 +88,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'steadynorm' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    with needed_by(f"steadynorm.{name}"):
+        value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
 

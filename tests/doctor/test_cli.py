@@ -121,10 +121,8 @@ def test_information_fails_where_asked(shop: Path) -> None:
 
 
 COULD_NOT = {
-    ("shop:nothing",): "MODEL: shop has no 'nothing'.",
-    (
-        "nowhere:network",
-    ): "MODEL names a module that cannot be imported: No module named 'nowhere'.",
+    ("shop:nothing",): "MODEL 'shop:nothing' cannot be found: module",
+    ("nowhere:network",): "MODEL 'nowhere:network' cannot be found: No module named 'nowhere'.",
     ("shop:number",): "'int' object is not callable",
     ("shop:breaks",): "RuntimeError: no such data set",
     ("nothing.pt",): "no such file: nothing.pt",

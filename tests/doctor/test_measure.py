@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import steadynorm as sn
-from steadynorm.doctor.evidence import Evidence, NormData
+from steadynorm.doctor.evidence.records import Evidence, NormData
 
 
 def seen(model: nn.Module, batches: Any, **given: Any) -> Evidence:

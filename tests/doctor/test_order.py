@@ -10,8 +10,8 @@ from tests.doctor.fixtures.small import small
 
 from steadynorm.doctor import Finding, Severity, diagnose
 from steadynorm.doctor.diagnosis import judge, ordered
-from steadynorm.doctor.evidence import Evidence, NormEvidence, NormState
 from steadynorm.doctor.evidence.model import probe_model
+from steadynorm.doctor.evidence.records import Evidence, NormEvidence, NormState
 from steadynorm.doctor.rules import find_rule
 
 INFO, WARNING, ERROR = Severity

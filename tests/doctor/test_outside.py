@@ -335,3 +335,80 @@ def test_an_exception_in_trainer_leaves_no_hook(tmp_path: Path) -> None:
         trainer.train()
     assert callback.watch.steps == 3
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+# --- training runs
+
+
+def watched(model: nn.Module, batches: list[Any], *, eval_after: int | None = None) -> Report:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()
+    with sn.monitor(model, every=4) as watch:
+        for step, (x, y) in enumerate(batches):
+            if step == eval_after:
+                model.eval()
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return watch.report()
+
+
+@pytest.mark.parametrize(("size", "found"), [(2, 1), (24, 0)])
+def test_micro_batches_are_seen_in_a_run(size: int, found: int) -> None:
+    batches = (data(72, size) + data(72, size, seed=2))[:72]
+    assert len(of(watched(trained(), batches), "SN405")) == found
+
+
+def test_batches_sorted_by_class_are_seen_in_a_run() -> None:
+    x, y = (torch.cat(parts) for parts in zip(*data(43, 32), strict=True))
+    order = y.argsort(stable=True)
+    by_class = list(zip(x[order].split(19), y[order].split(19), strict=True))
+    assert len(of(watched(trained(), by_class), "SN405")) == 1
+
+
+def test_inference_mode_that_nobody_ends_is_seen_in_a_run() -> None:
+    report = watched(trained(), data(40, 8), eval_after=8)
+    (finding,) = of(report, "SN406")
+    assert finding.evidence == {"in_inference": 32, "in_training": 8}
+
+
+def test_few_readings_are_no_clean_report() -> None:
+    report = watched(trained(), data(8, 8))
+    assert report.evidence.remarks[-1].startswith("The second half of the run has 1 of the 8 ")
+
+
+def test_a_block_under_no_grad_is_seen_in_a_run() -> None:
+    class Holds(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            network = self.inner.inner
+            with torch.no_grad():
+                x = network.resnet.embedder(x)
+            x = network.resnet.encoder(x).last_hidden_state
+            result: Tensor = network.classifier(network.resnet.pooler(x))
+            return result
+
+    report = watched(Holds(trained()), data(40, 16) * 2)
+    assert [f.layer for f in of(report, "SN404")] == [
+        "inner.inner.resnet.embedder.embedder.normalization"
+    ]
+
+
+def test_updates_by_other_forwards_are_told_from_a_small_momentum() -> None:
+    model = trained()
+    for norm in norms(model):
+        norm.momentum = 0.3
+
+    def with_foreign(pairs: list[Any]) -> Any:
+        for x, y in pairs:
+            with torch.no_grad():
+                model(1 - x)  # still in training mode
+            yield x, y
+
+    report = watched(model, with_foreign(data(40, 32) * 2))
+    finding = of(report, "SN402")[0]
+    assert finding.line == "model.eval()"
+    assert "160 updates in 80 training steps" in finding.message

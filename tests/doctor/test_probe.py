@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import steadynorm as sn
 from steadynorm.doctor import diagnose
-from steadynorm.doctor.evidence import Neighbour, NormEvidence
 from steadynorm.doctor.evidence.model import probe_model
+from steadynorm.doctor.evidence.records import Neighbour, NormEvidence
 
 
 def layer(model: nn.Module, name: str, **given: Any) -> NormEvidence:

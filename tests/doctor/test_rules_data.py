@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from steadynorm.doctor import Finding, Severity
-from steadynorm.doctor.evidence import (
+from steadynorm.doctor.evidence.divergence import divergence, running_divergence
+from steadynorm.doctor.evidence.losses import loss_change
+from steadynorm.doctor.evidence.records import (
     Evidence,
     LossByMode,
     ModelData,
@@ -22,8 +24,6 @@ from steadynorm.doctor.evidence import (
     Saturation,
     WeightGradient,
 )
-from steadynorm.doctor.evidence.divergence import divergence, running_divergence
-from steadynorm.doctor.evidence.losses import loss_change
 from steadynorm.doctor.rules import find_rule
 
 INFO, WARNING, ERROR = Severity

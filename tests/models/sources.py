@@ -28,7 +28,7 @@ def block_class(body: str, arguments: str = "x") -> type[nn.Module]:
     )
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     space: dict[str, Any] = {"nn": nn, "torch": torch, "F": F, "__name__": __name__}
-    exec(compile(source, name, "exec"), space)
+    exec(compile(source, name, "exec", dont_inherit=True), space)
     made: type[nn.Module] = space["Block"]
     return made
 

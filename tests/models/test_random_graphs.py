@@ -77,11 +77,19 @@ class Writer:
         return lines
 
     def statement(self, depth: int = 1) -> list[str]:
-        kind = self.dice.choice(("usual", "usual", "value", "if", "for") if depth else ("value",))
+        kind = self.dice.choice(
+            ("usual", "usual", "value", "if", "for", "optional") if depth else ("value",)
+        )
         if kind == "usual":
             return self.usual()
         if kind == "value":
             return [f"{self.name()} = {self.value()}"]
+        if kind == "optional":
+            y = self.name()
+            return [f"if self.{self.dice.choice(('flag', 'bn2 is not None'))}:",
+                    f"    {y} = {self.call('norm', y)}",
+                    f"if self.{self.dice.choice(('flag', 'relu is not None'))}:",
+                    f"    {y} = {self.call('act', y)}"]  # fmt: skip
         if kind == "for":
             return [f"for _ in range({self.dice.choice((1, 2))}):", *self.indented(depth)]
         test = self.dice.choice(("self.flag", "self.training", "given", "self.down is not None"))
@@ -176,7 +184,7 @@ def test_random_graphs_stay_the_same(part: int) -> None:
     assert wrong == {}
     # The graphs are worth something: most can be trained, and many calls are merged.
     assert sum("training" in found for found in all_found.values()) > count // 3
-    assert sum(found["fused"] > 0 for found in all_found.values()) > count // 2
+    assert sum(found["fused"] for found in all_found.values()) > 1.5 * count
 
 
 def test_a_wrong_merge_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

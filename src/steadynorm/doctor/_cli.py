@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
+from steadynorm._extras import lacking
+
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
 
@@ -112,7 +114,7 @@ def doctor(
 
 def _could_not_run(error: Exception) -> NoReturn:
     told = isinstance(error, ValueError | TypeError | OSError)
-    what = str(error) if told else f"{type(error).__name__}: {error}"
+    what = lacking(error) or (str(error) if told else f"{type(error).__name__}: {error}")
     line = " ".join(what.split()) or type(error).__name__
     typer.echo(f"steadynorm doctor: {line}", err=True)
     raise typer.Exit(2) from error

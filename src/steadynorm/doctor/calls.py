@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from steadynorm.doctor.evidence.graph import inside_checkpointing
 from steadynorm.doctor.evidence.training import ChannelReading
-from steadynorm.kernels.dispatch import stages_for
 from steadynorm.models.layers import Norm
-from steadynorm.models.observe import input_of
+from steadynorm.models.observe import input_of, moments_of
 
 # Where the slope of a sigmoid is a twentieth of its largest: s(1 − s) = 1/80.
 STEEP_UNTIL = 4.36
@@ -48,7 +47,7 @@ class NormCall:
         if given is None or not given[0].is_floating_point() or not given[0].numel():
             return None
         x, mask = given
-        count, mean, var, _ = stages_for(x).moments(x.detach(), mask=mask)
+        count, mean, var, _ = moments_of(x, mask)
         none = torch.full_like(mean, nan)
         running = (norm.running_mean, norm.running_var)
         parts = [mean, var, *(none if t is None else t.to(mean.dtype) for t in running)]

@@ -11,8 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steadynorm.doctor.evidence import Evidence
 from steadynorm.doctor.evidence.losses import loss_raised_by_calibration
+from steadynorm.doctor.evidence.records import Evidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.rules import all_rules, find_rule
 
@@ -42,7 +42,12 @@ class Report:
         return max((finding.severity for finding in self.findings), default=None)
 
     def to_html(self, path: str | PathLike[str]) -> Path:
-        """Writes the report as one page that needs nothing else, and returns its path."""
+        """Writes the report as one page that needs nothing else, and returns its path.
+
+        Raises ModuleNotFoundError where jinja2 is missing.
+        """
+        if find_spec("jinja2") is None:
+            raise ModuleNotFoundError("Report.to_html needs jinja2: pip install jinja2.")
         from steadynorm.doctor.report.html import page
 
         page(self).write(Path(path))

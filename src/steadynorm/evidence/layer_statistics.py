@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.evidence.digits import batches
+from steadynorm.models.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class LayerStatistics:
 def layer_statistics(
     network: nn.Module, images: Tensor, batch_size: int, *, seed: int, count: int = 64
 ) -> list[LayerStatistics]:
-    """`LayerStatistics` of every normalizing layer over `count` training batches. Modes and buffers
-    are restored.
+    """`LayerStatistics` of every normalizing layer over `count` training batches. The network
+    is left as it was.
     """
     found = {
         name: module
@@ -45,17 +45,14 @@ def layer_statistics(
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, inputs: seen[name].append(_deviations(module, inputs[0]))
 
-    hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in found.items()]
-    try:
-        with modes_restored(network), buffers_restored(network) as restore:
-            network.train()
-            order = batches(len(images), batch_size, seed)
-            for _, batch in zip(range(count), order, strict=False):
-                network(images[batch])
-                restore()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with untouched(network) as original:
+        for name, module in found.items():
+            module.register_forward_pre_hook(recorder(name))
+        network.train()
+        order = batches(len(images), batch_size, seed)
+        for _, batch in zip(range(count), order, strict=False):
+            network(images[batch])
+            original.restore_buffers()
     return [
         LayerStatistics(name, *(_percentiles(torch.stack(p)) for p in zip(*triples, strict=True)))
         for name, triples in seen.items()
@@ -87,29 +84,3 @@ def _percentiles(values: Tensor) -> tuple[float, float, float]:
     at = torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype)
     low, middle, high = torch.quantile(values.flatten(), at).tolist()
     return low, middle, high
-
-
-@contextmanager
-def modes_restored(network: nn.Module) -> Iterator[None]:
-    """Restores the mode of every submodule at the end."""
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def buffers_restored(network: nn.Module) -> Iterator[Callable[[], None]]:
-    """Restores all buffers at the end; the function that it gives restores them at once."""
-    saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
-
-    def restore() -> None:
-        for buffer, value in saved:
-            buffer.copy_(value)
-
-    try:
-        yield restore
-    finally:
-        restore()

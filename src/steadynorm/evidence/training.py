@@ -12,13 +12,9 @@ from torch import Tensor, nn
 
 from steadynorm.evidence.data_parallel import DataParallelGroup
 from steadynorm.evidence.digits import Digits, batches, load, tensors
-from steadynorm.evidence.layer_statistics import (
-    LayerStatistics,
-    buffers_restored,
-    layer_statistics,
-    modes_restored,
-)
+from steadynorm.evidence.layer_statistics import LayerStatistics, layer_statistics
 from steadynorm.evidence.networks import Kind, build
+from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Policy
 
 Tick = Callable[[int], None]
@@ -214,8 +210,8 @@ def train(
 
 @torch.no_grad()
 def inference_accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of `images` classified correctly in inference. Modes are restored."""
-    with modes_restored(network):
+    """Share of `images` classified correctly in inference. The network is left as it was."""
+    with untouched(network):
         network.eval()
         return float((network(images).argmax(1) == labels).double().mean())
 
@@ -225,14 +221,14 @@ def accuracy_in_training(
     network: nn.Module, images: Tensor, labels: Tensor, batch_size: int
 ) -> float:
     """Share of `images` classified correctly when normalized as in training, without the last
-    incomplete batch. Modes and buffers are restored.
+    incomplete batch. The network is left as it was.
     """
     right, seen = 0, 0
-    with modes_restored(network), buffers_restored(network) as restore:
+    with untouched(network) as original:
         network.train()
         for start in range(0, len(labels) - batch_size + 1, batch_size):
             part = slice(start, start + batch_size)
             right += int((network(images[part]).argmax(1) == labels[part]).sum())
             seen += batch_size
-            restore()
+            original.restore_buffers()
     return right / max(seen, 1)

@@ -83,7 +83,7 @@ class Aten(Backend):
 
 def _by_batch(call: Call) -> Tensor:
     """About the first value of each channel."""
-    mean, var, momentum = call.running_mean, call.running_var, call.momentum
+    mean, var, momentum = call.running_mean, call.running_var, call.momentum or 0.0
     x, pivot = call.x, None
     if x.is_cpu:
         x = x.float() if x.dtype in HALF else x
@@ -96,7 +96,7 @@ def _by_batch(call: Call) -> Tensor:
         mean, var = mean.data, var.data
     y = torch.batch_norm(x, call.weight, call.bias, mean, var, True, momentum, call.eps, True)
     if pivot is not None and call.running_mean is not None:
-        call.running_mean.data.add_(pivot, alpha=momentum)  # type: ignore[arg-type]
+        call.running_mean.data.add_(pivot, alpha=momentum)
     if call.num_batches_tracked is not None:
         call.num_batches_tracked.add_(1)
     return y

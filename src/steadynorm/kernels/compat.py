@@ -24,7 +24,8 @@ is_transforming: Callable[[], bool] = getattr(
 graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 # The hooks on saved tensors, under which activation checkpointing runs its first forward.
-_saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+# torch 2.7 cannot be asked: perhaps.
+_saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 def is_traced() -> bool:

@@ -169,23 +169,25 @@ def _load_from(held: Any, name: Any) -> Callable[[], np.ndarray]:
 def keras(path: Path, opened: ExitStack) -> Entries:
     """Of `.keras`: an archive with the weights as HDF5 inside."""
     archive = opened.enter_context(zipfile.ZipFile(path))
-    inner = _member(archive, "model.weights.h5", path, LARGEST_EXPANSION)
+    inner = _member(archive, "model.weights.h5", "weights", path, LARGEST_EXPANSION)
     folder = opened.enter_context(tempfile.TemporaryDirectory())
     return hdf5(Path(archive.extract(inner, folder)), opened)
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: Path, factor: int) -> zipfile.ZipInfo:
+def _member(
+    archive: zipfile.ZipFile, name: str, what: str, path: Path, factor: int
+) -> zipfile.ZipInfo:
     """A part of an archive, if its size is one that such a file can hold."""
     found = archive.getinfo(name)
     if found.file_size > factor * max(path.stat().st_size, SMALLEST_SIZE):
-        raise ValueError(f"its {name} would be larger than such a file can hold")
+        raise ValueError(f"its {what} would be larger than such a file can hold")
     return found
 
 
 def keras_settings(path: Path) -> list[dict[str, Any]]:
     """The settings of every batch normalization layer in a `.keras` file's configuration."""
     with zipfile.ZipFile(path) as archive:
-        text = archive.read(_member(archive, "config.json", path, LARGEST_SETTINGS))
+        text = archive.read(_member(archive, "config.json", "settings", path, LARGEST_SETTINGS))
 
     def visit(value: Any) -> Iterator[dict[str, Any]]:
         if isinstance(value, dict):

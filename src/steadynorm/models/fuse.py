@@ -29,7 +29,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from steadynorm.models import rewrite
 from steadynorm.models.changes import Change, Changes
-from steadynorm.models.layers import ACTIVATIONS, activation_name, hooked, is_host, named
+from steadynorm.models.layers import ACTIVATIONS, DROPOUTS, activation_name, hooked, is_host, named
 from steadynorm.nn.batchnorm import SteadyNorm
 
 FUNCTIONS: dict[Any, str] = {
@@ -60,24 +60,49 @@ class Fused:
 
     @staticmethod
     def _call_fused(
-        norm: Any, activation: Any, input: Any, residual: Any = None, order: str = ""
+        norm: Any, activation: Any, x: Any, residual: Any = None, order: str = ""
     ) -> Any:
-        """`activation(norm(input) + residual)`, in one call where the layers allow it."""
+        """`activation(norm(x) + residual)`, in one call where the layers allow it.
+
+        `norm` may be a sequence that ends in a batch norm; `order` is how the sum was written.
+        """
+        while (parts := _sequence(norm)) and not hooked(norm):
+            for module in parts[:-1]:
+                x = module(x)
+            norm = parts[-1]
         name = None if activation is None else _name_of(activation)
         if (
             (activation is None or name is not None)
             and _is_plain(norm)
-            and isinstance(input, Tensor)
-            and (not order or _matches(residual, input))
+            and isinstance(x, Tensor)
+            and (not order or _matches(residual, x))
             and not _has_any_global_hook()
         ):
-            return norm(input, residual=residual, activation=name)
-        output = norm(input)
+            return norm(x, residual=residual, activation=name)
+        y = x if norm is None else norm(x)
         if order == "+=":
-            output += residual
+            y += residual
         elif order:
-            output = output + residual if order == "+" else residual + output
-        return output if activation is None else activation(output)
+            y = y + residual if order == "+" else residual + y
+        return y if activation is None else activation(y)
+
+
+def _sequence(module: Any) -> list[nn.Module]:
+    """The modules of an `nn.Sequential`, or of a subclass with its forward, in their order."""
+    kind = module.fused_from if isinstance(module, Fused) else type(module)
+    in_order = isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward
+    return _doing(module) if in_order and "forward" not in vars(module) else []
+
+
+def _doing(sequence: nn.Module) -> list[nn.Module]:
+    """The modules of a sequence that do anything."""
+    return [module for module in sequence._modules.values() if not _hands_on(module)]  # type: ignore[misc]
+
+
+def _hands_on(module: Any) -> bool:
+    """An identity, or a dropout that never drops."""
+    nothing = type(module) is nn.Identity or (type(module) in DROPOUTS and module.p == 0)
+    return nothing and not hooked(module)
 
 
 def _name_of(activation: Any) -> str | None:
@@ -138,11 +163,11 @@ def fused_class(kind: Any, sites: frozenset[rewrite.Site]) -> Any:
 
 def _run_in_order(self: Any, input: Any) -> Any:
     """The forward of `nn.Sequential`, a batch norm with the activation after it."""
-    modules = list(self._modules.values())
+    modules = _doing(self)
     value = input
     at = 0
     while at < len(modules):
-        if at + 1 < len(modules) and isinstance(modules[at], SteadyNorm):
+        if at + 1 < len(modules) and _last(modules[at]) is not None:
             value = self._call_fused(modules[at], modules[at + 1], value)
             at += 2
         else:
@@ -228,13 +253,11 @@ class _Block:
 
 
 def _look_at_sequence(block: _Block) -> frozenset[rewrite.Site] | None:
-    modules = list(block.module._modules.values())
     found = False
-    for norm, after in pairwise(modules):
-        if norm is None or after is None:
-            return None
+    for module, after in pairwise(_doing(block.module)):
+        norm = _last(module)
         looks_like = type(after).__module__ == nn.ReLU.__module__  # where torch's activations are
-        if _is_ours(norm) and (looks_like or activation_name(after) is not None):
+        if norm is not None and (looks_like or activation_name(after) is not None):
             why = _why_not(norm, after)
             found |= block.say(norm, str(activation_name(after) or after), why)
     return frozenset() if found else None
@@ -242,21 +265,20 @@ def _look_at_sequence(block: _Block) -> frozenset[rewrite.Site] | None:
 
 def _look_at_code(block: _Block) -> frozenset[rewrite.Site] | None:
     norms = [module for module in block.module.children() if _is_ours(module)]
+    ends = [module for module in block.module.children() if _last(module) is not None]
     forward: Any = type(block.module).forward
-    known = rewrite.sites(forward) if norms else ()
+    known = rewrite.sites(forward) if ends else ()
     if isinstance(known, str):
         for norm in norms:
             block.say(norm, "what follows", known)
         return None
     chosen = set()
     for site in known:
-        norm = block.get(site.norm)
-        if not _is_ours(norm):
-            continue
+        norm = _last(block.get(site.norm))
         activation = _value_of(site.activation, block)
-        why = _why_not(norm, activation) or _why_not_moved(site, norm, block)
-        if activation is not None and not _may_be_activation(activation):
+        if norm is None or not (site.activation is None or _may_be_activation(activation)):
             continue
+        why = _why_not(norm, activation) or _why_not_moved(site, norm, block)
         words = ["residual"] * site.residual
         if activation is not None:
             words.append(str(_name_of(activation) or activation))
@@ -283,10 +305,17 @@ def _is_ours(norm: Any) -> bool:
     return isinstance(norm, SteadyNorm) and norm.activation is None
 
 
+def _last(module: Any) -> Any:
+    """The batch norm of ours that a module is, or that a sequence ends in; else None."""
+    while (parts := _sequence(module)) and not hooked(module):
+        module = parts[-1]
+    return module if _is_ours(module) else None
+
+
 def _may_be_activation(value: Any) -> bool:
     if isinstance(value, nn.Module):
         return type(value).__module__ == nn.ReLU.__module__ or activation_name(value) is not None
-    return value in FUNCTIONS
+    return callable(value) and value in FUNCTIONS
 
 
 def _why_not(norm: nn.Module, activation: Any) -> str | None:
@@ -304,6 +333,8 @@ def _why_not_moved(site: rewrite.Site, norm: nn.Module, block: _Block) -> str | 
     """Why a batch norm cannot run after the calls that stand between it and the sum."""
     if site.host is None:
         return None
+    if block.get(site.norm) is not norm:
+        return "what ends in the batch norm would have to run after other calls"
     host = block.get(site.host)
     if not (is_host(host) and type(host).__module__.startswith("torch.nn.")) or hooked(host):
         return f"something besides the batch norm may hold what {site.host} returns"

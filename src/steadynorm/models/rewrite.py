@@ -3,6 +3,7 @@
 Only what holds whatever the arguments, flags and branches is found, by the syntax alone:
 
     self.act(self.bn(x))            y = self.bn(x); y = self.act(y)         relu(self.bn(x) + z)
+    if self.bn is not None: y = self.bn(y)            if self.act is not None: y = self.act(y)
     y = self.bn(self.conv(x)); if ...: z = self.down(x); y += z; y = self.act(y)
 
 In the last, statements stand between the batch norm and the sum. The batch norm may run after them,
@@ -15,13 +16,12 @@ since they do not name `y`, and since nothing but `y` holds what a convolution h
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FunctionType
-from typing import Any
 
 HELPER = "_call_fused"
 # Code whose order or names could not be followed.
@@ -51,35 +51,6 @@ class Site:
 @cache
 def sites(function: FunctionType) -> tuple[Site, ...] | str:
     """All places in a forward, or why its source cannot be followed."""
-    tree = _parsed(function)
-    if isinstance(tree, str):
-        return tree
-    found: list[Site] = []
-
-    def collect(site: Site) -> bool:
-        found.append(site)
-        return False
-
-    _Merger(_own_name(tree), collect).merge(tree)
-    return tuple(found)
-
-
-def merged(function: FunctionType, chosen: frozenset[Site]) -> FunctionType:
-    """The function with the chosen places merged, in the same module's names."""
-    tree = _parsed(function)
-    assert isinstance(tree, ast.FunctionDef)
-    _Merger(_own_name(tree), chosen.__contains__).merge(tree)
-    code = _compiled(tree, function)
-    new = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-    new.__kwdefaults__ = function.__kwdefaults__
-    new.__annotations__ = dict(function.__annotations__)
-    new.__qualname__, new.__doc__ = function.__qualname__, function.__doc__
-    new.__module__ = function.__module__
-    return new
-
-
-def _parsed(function: Any) -> ast.FunctionDef | str:
-    """The function's syntax tree, once it is certain that this is what runs; else why not."""
     if (
         type(function) is not FunctionType
         or function.__closure__
@@ -87,11 +58,10 @@ def _parsed(function: Any) -> ast.FunctionDef | str:
     ):
         return "its forward is decorated, or uses super() or names of an outer function"
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
-    except (OSError, TypeError, SyntaxError, IndexError):
+        module, tree = _parsed(function)
+    except (OSError, TypeError, SyntaxError, StopIteration):
         return "the source of its forward cannot be read"
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or not tree.args.args:
+    if tree.decorator_list or not tree.args.args:
         return "its forward is decorated, or no plain method"
     own = _own_name(tree)
     for node in ast.walk(tree):
@@ -99,27 +69,51 @@ def _parsed(function: Any) -> ast.FunctionDef | str:
         named = isinstance(node, ast.Name) and node.id in REFUSED_NAMES
         if rebinds or named or (isinstance(node, REFUSED) and node is not tree):
             return f"its forward has code that is not followed (line {getattr(node, 'lineno', 0)})"
-    if not _same_code(_compiled(tree, function), function.__code__):
+    if _compiled(module, function) != function.__code__:
         return "the source of its forward is not what runs"
-    return tree
+    found: list[Site] = []
+
+    def collect(site: Site) -> bool:
+        found.append(site)
+        return False
+
+    _Merger(own, collect).merge(tree)
+    return tuple(found)
 
 
-def _compiled(tree: ast.FunctionDef, function: FunctionType) -> CodeType:
-    """The code of a function as the interpreter would compile it at its place in its file."""
-    module = ast.fix_missing_locations(ast.Module([tree], []))
-    made = compile(module, function.__code__.co_filename, "exec", dont_inherit=True)
-    return next(const for const in made.co_consts if isinstance(const, CodeType))
+def merged(function: FunctionType, chosen: frozenset[Site]) -> FunctionType:
+    """The function with the chosen places merged, in the same module's names."""
+    module, tree = _parsed(function)
+    _Merger(_own_name(tree), chosen.__contains__).merge(tree)
+    code = _compiled(ast.fix_missing_locations(module), function)
+    new = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    new.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(new, function)
+    return new
 
 
-def _same_code(a: CodeType, b: CodeType) -> bool:
-    def consts(code: CodeType) -> list[Any]:
-        return [type(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts]
-
-    same = (a.co_code, a.co_names, a.co_varnames) == (b.co_code, b.co_names, b.co_varnames)
-    inner = zip(
-        *([c for c in x.co_consts if isinstance(c, CodeType)] for x in (a, b)), strict=False
+def _parsed(function: FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
+    """The syntax tree of the function's whole file, since that decides how it compiles."""
+    lines, _ = inspect.findsource(function)
+    module = ast.parse("".join(lines))
+    first = function.__code__.co_firstlineno
+    return module, next(
+        node
+        for node in ast.walk(module)
+        if isinstance(node, ast.FunctionDef)
+        and (node.name, node.lineno) == (function.__name__, first)
     )
-    return same and consts(a) == consts(b) and all(_same_code(x, y) for x, y in inner)
+
+
+def _compiled(module: ast.Module, function: FunctionType) -> CodeType:
+    """The function's code as compiled from its file."""
+    codes = [compile(module, function.__code__.co_filename, "exec", dont_inherit=True)]
+    wanted = (function.__code__.co_name, function.__code__.co_firstlineno)
+    for code in codes:
+        if (code.co_name, code.co_firstlineno) == wanted:
+            return code
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    raise OSError("the source holds no such function")
 
 
 def _own_name(tree: ast.FunctionDef) -> str:
@@ -191,17 +185,34 @@ class _Merger(ast.NodeTransformer):
         self, before: ast.stmt | None, rest: list[ast.stmt]
     ) -> tuple[list[ast.stmt], int] | None:
         """What replaces the first statements, and how many; None where nothing starts here."""
-        name, value = _assigned(rest[0])
+        first, only_if = self.conditional(rest[0])
+        name, value = _assigned(first)
         norm = None if value is None else self.norm(value)
         if name is None or norm is None or len(rest) < 2:
             return None
         assert isinstance(value, ast.Call)
-        if (activation := self.ends(rest[1], name)) is not None:
+        if only_if is not None and not _is(value.args[0], name):
+            return None
+        last, also_if = self.conditional(rest[1])
+        activation = self.ends(last, name)
+        if also_if is not None and _assigned(last)[0] != name:
+            activation = None
+        if activation is not None:
             if not self.wanted(Site(norm, _text(activation), False)):
                 return None
-            new = self.fused(value, value, activation, value.args[0], None, "")
-            return [_with_value(rest[1], new)], 2
-        return self.sum(before, rest, name, norm, value)
+            call = ast.Call(_or_none(value.func, only_if), value.args, [])
+            new = self.fused(value, call, _or_none(activation, also_if), value.args[0], None, "")
+            return [_with_value(last, new)], 2
+        return None if only_if is not None else self.sum(before, rest, name, norm, value)
+
+    def conditional(self, statement: ast.stmt) -> tuple[ast.stmt, ast.expr | None]:
+        """The statement inside an `if` about the module alone, and what it asks."""
+        if not (isinstance(statement, ast.If) and len(statement.body) == 1):
+            return statement, None
+        names = {node.id for node in ast.walk(statement.test) if isinstance(node, ast.Name)}
+        runs = any(isinstance(node, ast.Call) for node in ast.walk(statement.test))
+        alone = names <= {self.own} and not runs and not statement.orelse
+        return (statement.body[0], statement.test) if alone else (statement, None)
 
     def sum(
         self, before: ast.stmt | None, rest: list[ast.stmt], name: str, norm: str, call: ast.Call
@@ -357,6 +368,10 @@ def _with_value(statement: ast.stmt, value: ast.expr) -> ast.stmt:
         return ast.copy_location(ast.Assign([target], value), statement)
     statement.value = value  # type: ignore[attr-defined]
     return statement
+
+
+def _or_none(value: ast.expr, condition: ast.expr | None) -> ast.expr:
+    return value if condition is None else ast.IfExp(condition, value, ast.Constant(None))
 
 
 def _is(node: ast.AST, name: str) -> bool:

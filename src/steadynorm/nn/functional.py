@@ -1,7 +1,13 @@
-"""Batch normalization as a function over PyTorch tensors."""
+"""Batch normalization as a function over PyTorch tensors.
+
+All other names are those of `torch.nn.functional`.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor
 
 from steadynorm.kernels import dispatch
@@ -135,3 +141,13 @@ def batch_norm(
     if running_mean is not None and recomputation.is_recomputation():
         step.recompute()
     return dispatch.normalize(step)
+
+
+if TYPE_CHECKING:  # last, since a type checker counts the first of two equal names
+    from torch.nn.functional import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(torch.nn.functional, name)

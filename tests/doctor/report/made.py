@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from steadynorm.doctor import Finding, Report, Severity
-from steadynorm.doctor.evidence import (
+from steadynorm.doctor.evidence.records import (
     Evidence,
     LossByMode,
     ModelData,

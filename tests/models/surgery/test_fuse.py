@@ -114,13 +114,19 @@ MERGED = {
     "sum as a statement": ("z = x[:, :1].expand(-1, 4, -1, -1)\ny = self.bn(self.conv(x))\n"
                            "y = z + y\ny = self.relu(y)\nreturn y", 1),
     "after another call": ("y = self.bn(self.conv(x))\ny += self.conv2(x)\nreturn y", 1),
+    "both optional": ("x = self.conv(x)\nif self.bn is not None:\n    x = self.bn(x)\n"
+                      "if self.relu:\n    x = self.relu(x)\nreturn x", 1),
+    "of a sequence": ("return self.relu(self.tail(x))", 1),
     "in a branch": ("if len(x) > 1:\n    x = self.relu(self.bn(self.conv(x)))\nreturn x", 1),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("body", "count"), MERGED.values(), ids=MERGED)
 def test_calls_that_are_merged(body: str, count: int) -> None:
-    fused(block(body, conv2=nn.Conv2d(3, 4, 1)), X, count)
+    layers = {"conv2": nn.Conv2d(3, 4, 1)}
+    if "tail" in body:
+        layers["tail"] = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Identity())
+    fused(block(body, **layers), X, count)
 
 
 APART = {

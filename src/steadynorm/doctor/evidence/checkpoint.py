@@ -80,7 +80,8 @@ def _is_norm(found: Mapping[str, Entry], framework: str) -> bool:
 
 
 def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, float]) -> NormState:
-    arrays = {p: array_of(found[p].load()).astype(np.float64) for p in PARTS if p in found}
+    with np.errstate(invalid="ignore"):  # a damaged file may hold signalling NaNs
+        arrays = {p: array_of(found[p].load()).astype(np.float64) for p in PARTS if p in found}
     batches = found.get("batches")
     return NormState(
         num_features=len(arrays["running_mean"]),

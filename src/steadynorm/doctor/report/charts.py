@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from steadynorm.doctor.evidence import Evidence, NormEvidence
+from steadynorm.doctor.evidence.records import Evidence, NormEvidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.report.groups import named
 from steadynorm.report.depth import channels, profile

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from steadynorm import __version__
-from steadynorm.doctor.evidence import ModelData, NormEvidence
+from steadynorm.doctor.evidence.records import ModelData, NormEvidence
 from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.report import groups
 from steadynorm.doctor.report.groups import Reported, named, printable

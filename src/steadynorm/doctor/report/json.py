@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from steadynorm import __version__
-from steadynorm.doctor.evidence import NormEvidence
+from steadynorm.doctor.evidence.records import NormEvidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.report.groups import Reported
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import EllipsisType
 from typing import Literal
 
-from steadynorm.doctor.evidence import Evidence, NormEvidence
+from steadynorm.doctor.evidence.records import Evidence, NormEvidence
 from steadynorm.doctor.finding import Finding, Severity
 
 __all__ = [

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from steadynorm.doctor.evidence import NormState
 from steadynorm.doctor.evidence.losses import loss_raised_by_calibration
+from steadynorm.doctor.evidence.records import NormState
 from steadynorm.doctor.rules.rule import (
     ERROR,
     INFO,
@@ -38,7 +38,7 @@ from steadynorm.doctor.rules.rule import (
     NormEvidence,
     Numbers,
     Rule,
-)
+)  # fmt: skip
 
 FROZEN: dict[str, Any] = {
     "cure": "Load the pretrained statistics: the layer applies its weight and bias alone.",

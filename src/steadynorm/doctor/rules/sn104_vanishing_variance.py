@@ -32,7 +32,7 @@ from steadynorm.doctor.rules.rule import (
     NormEvidence,
     Numbers,
     Rule,
-)
+)  # fmt: skip
 
 FAR_BELOW = 100
 

@@ -28,7 +28,7 @@ from steadynorm.doctor.rules.rule import (
     NormEvidence,
     Numbers,
     Rule,
-)
+)  # fmt: skip
 
 DEAD = 1e-3
 
@@ -45,11 +45,7 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     dead = int((size <= DEAD * size.max()).sum())
     if not dead:
         return
-    numbers: Numbers = {
-        "dead": dead,
-        "channels": weight.size,
-        "largest": float(size.max()),
-    }
+    numbers: Numbers = {"dead": dead, "channels": weight.size, "largest": float(size.max())}
     if dead < weight.size:
         message = (
             f"weight is at most a thousandth of the largest ({size.max():.3g}) in {dead} of "

@@ -25,7 +25,7 @@ from steadynorm.doctor.rules.rule import (
     NormEvidence,
     Numbers,
     Rule,
-)
+)  # fmt: skip
 from steadynorm.statistics import CONVENTIONS
 
 WITHOUT_MOMENTUM = ("Steady", "Frozen")

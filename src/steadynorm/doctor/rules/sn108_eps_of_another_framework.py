@@ -26,7 +26,7 @@ from steadynorm.doctor.rules.rule import (
     NormEvidence,
     Rule,
     Severity,
-)
+)  # fmt: skip
 from steadynorm.doctor.rules.sn107_momentum_of_another_framework import setting
 from steadynorm.statistics import CONVENTIONS
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from steadynorm.doctor.evidence import HALF
+from steadynorm.doctor.evidence.records import HALF
 from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
 
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from steadynorm.doctor.evidence import NormData
 from steadynorm.doctor.evidence.divergence import EPS, FAR, divergence, measured
 from steadynorm.doctor.evidence.losses import loss_change
+from steadynorm.doctor.evidence.records import NormData
 from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, NormEvidence, Numbers, Rule
 
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))

@@ -35,7 +35,5 @@ def _check(evidence: Evidence) -> Findings:
         f"in {steps} of the {len({r.step for r in run.readings})} steps that were read"
     )
     yield rule.finding(
-        layer,
-        message,
-        {"step": first.step, "channels": first.nonfinite, "steps": steps},
+        layer, message, {"step": first.step, "channels": first.nonfinite, "steps": steps}
     )

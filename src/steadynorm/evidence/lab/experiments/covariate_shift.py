@@ -13,9 +13,9 @@ from steadynorm.evidence.lab.figures import chart, first_reaching, sentences, ta
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.two_networks import NETWORKS, needed, recipe
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
-from steadynorm.evidence.layer_statistics import modes_restored
 from steadynorm.evidence.networks import Statistics, normalization_1d
 from steadynorm.evidence.training import Tick, inference_accuracy, train
+from steadynorm.models.untouched import untouched
 from steadynorm.report.charts import lines
 from steadynorm.report.page import Chart
 
@@ -102,22 +102,17 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
 @torch.no_grad()
 def percentiles(network: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
     """The 15th, 50th and 85th percentile of every unit of the output of `layer`, normalized as in
-    training; (3, units). Buffers and the noise's random state are restored.
+    training; (3, units). The network and the noise's random state are left as they were.
     """
     found: list[Tensor] = []
-    before = {name: value.clone() for name, value in network.state_dict().items()}
     shifts = [module for module in network.modules() if isinstance(module, InjectedShift)]
     states = [shift.generator.get_state() for shift in shifts]
-    hook = layer.register_forward_hook(lambda _, __, output: found.append(output))
-    try:
-        with modes_restored(network):
-            network.train()
-            network(images)
-    finally:
-        hook.remove()
-        network.load_state_dict(before)
-        for shift, state in zip(shifts, states, strict=True):
-            shift.generator.set_state(state)
+    with untouched(network):
+        layer.register_forward_hook(lambda _, __, output: found.append(output))
+        network.train()
+        network(images)
+    for shift, state in zip(shifts, states, strict=True):
+        shift.generator.set_state(state)
     return torch.quantile(found[0], torch.tensor([0.15, 0.5, 0.85]), dim=0)
 
 

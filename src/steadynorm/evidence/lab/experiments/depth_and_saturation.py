@@ -16,6 +16,7 @@ from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Set
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import fully_connected, initialize, normalization_1d
 from steadynorm.evidence.training import Recipe, Tick, train
+from steadynorm.models.untouched import untouched
 from steadynorm.report.page import Table
 
 BATCH = 32
@@ -71,15 +72,14 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
 
 def gradient_norms(network: nn.Module, digits: Digits) -> list[float | None]:
     """For each layer's weights, the decimal logarithm of the gradient's norm on 256 digits; None
-    where it is 0. The state of the network is restored.
+    where it is 0. The network is left as it was.
     """
     images, labels, _, _ = tensors(digits)
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    network.train()
-    loss = F.cross_entropy(network(images[:256]), labels[:256])
-    gradients = torch.autograd.grad(loss, [module.weight for module in linear])
-    network.load_state_dict(before)
+    with untouched(network):
+        network.train()
+        loss = F.cross_entropy(network(images[:256]), labels[:256])
+        gradients = torch.autograd.grad(loss, [module.weight for module in linear])
     norms = [float(gradient.double().norm()) for gradient in gradients]
     return [math.log10(norm) if norm > 0 else None for norm in norms]
 

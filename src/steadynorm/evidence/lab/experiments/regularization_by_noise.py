@@ -11,9 +11,9 @@ from steadynorm.evidence.lab.experiment import Experiment, Figures
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
-from steadynorm.evidence.layer_statistics import modes_restored
 from steadynorm.evidence.networks import Statistics, build
 from steadynorm.evidence.training import Recipe, Tick, train
+from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Ghost
 
 FEW = 300  # digits to train on: few enough that the gap to the test digits is plain to see
@@ -100,7 +100,7 @@ def dropped_relu() -> nn.Module:
 @torch.no_grad()
 def measure(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Loss, and error in per cent, of inference."""
-    with modes_restored(network):
+    with untouched(network):
         network.eval()
         logits = network(images).double()
     loss = nn.functional.cross_entropy(logits, labels)

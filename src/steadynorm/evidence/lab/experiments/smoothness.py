@@ -14,8 +14,8 @@ from steadynorm.evidence.lab.figures import chart, sentences, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.two_networks import BATCH, GOOD_RATES, NETWORKS, build, recipe
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
-from steadynorm.evidence.layer_statistics import modes_restored
 from steadynorm.evidence.training import Tick, train
+from steadynorm.models.untouched import untouched
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0)  # of the step, in multiples of the learning rate
 NAMES = {"none": "no normalization", "batch": "batch normalization"}
@@ -77,7 +77,7 @@ def along(network: nn.Module, images: Tensor, labels: Tensor, rate: float) -> di
 
     losses, turns, ratios = [], [], []
     try:
-        with modes_restored(network):
+        with untouched(network):
             network.train()
             _, start = at()
             origin = nn.utils.parameters_to_vector(parameters).detach().clone()
