@@ -235,3 +235,17 @@ def test_statistics_not_tracked_under_a_policy_that_needs_them() -> None:
 def test_a_momentum_that_steady_does_not_use_is_said() -> None:
     _, changes = convert(nn.Sequential(nn.BatchNorm2d(4, momentum=0.01)), "steady")
     assert changes[0].why.endswith("its momentum, 0.01, is not used: the horizon takes its place")
+
+
+def test_classes_that_others_make_of_fused_blocks_are_kept() -> None:
+    """As FSDP's fully_shard does, and torch.nn.utils.parametrize."""
+    result, _ = convert(models()[0].eval())
+    theirs = type("Sharded", (type(result[0]),), {})
+    result[0].__class__ = theirs
+    for given in (None, X4):
+        folded, changes = fold(result, given)
+        assert changes.tally() == {"folded": 5}
+        torch.testing.assert_close(folded(X4), result(X4), rtol=1e-4, atol=1e-4)
+    assert type(result[0]) is theirs
+    back, _ = convert(result, to="torch", inplace=True)
+    assert type(back[0]) is theirs

@@ -177,11 +177,16 @@ def _run_in_order(self: Any, input: Any) -> Any:
     return value
 
 
+def _has_class_of_ours(block: nn.Module) -> bool:
+    """Whether nobody has made another class of it since, as FSDP and parametrizations do."""
+    return isinstance(block, Fused) and "fused_from" in vars(type(block))
+
+
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """While it lasts, every block has its own class."""
     blocks: list[tuple[Any, Any]] = [
-        (module, type(module)) for module in model.modules() if isinstance(module, Fused)
+        (module, type(module)) for module in model.modules() if _has_class_of_ours(module)
     ]
     for block, kind in blocks:
         block.__class__ = kind.fused_from
@@ -195,7 +200,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
 def unfuse(model: nn.Module, changes: Changes | None = None) -> None:
     """Gives every block its own class again."""
     for name, block in named(model):
-        if isinstance(block, Fused):
+        if _has_class_of_ours(block):
             block.__class__ = block.fused_from  # type: ignore[assignment]
             if changes is not None:
                 kind = type(block).__name__
