@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+OLDEST ?= .venv-oldest
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
@@ -10,8 +11,9 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 PYTEST_ARGS ?= --numprocesses=2 --dist=worksteal
 TOUR_ARGS   ?=
 BENCH_ARGS  ?=
+ATTACK_ARGS ?= --long
 
-.PHONY: help tour tour-short test lint format types docs bench clean
+.PHONY: help tour tour-short test test-slow test-all test-pythons test-oldest lint format types docs bench clean attack
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
@@ -22,8 +24,23 @@ tour: $(VENV)/.tour  ## train on real digits, write tour/report.html and tour/re
 tour-short: $(VENV)/.tour  ## the same in seconds, with fewer steps and one seed
 	$(BIN)/steadynorm tour --short $(TOUR_ARGS)
 
-test: $(VENV)/.dev  ## the whole test suite, doctests included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## the core and all that is fast, doctests included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.dev  ## the rest: the lab, the tour, three Keras backends, a browser, Inductor
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+test-all: test test-slow  ## both
+
+test-pythons:  ## the wheel in empty environments of the oldest and the newest Python claimed
+	tests/pythons.sh
+
+test-oldest: constraints.txt  ## the layers on the oldest torch claimed; downloads up to 3 GB
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet 'torch==2.7.*' '.[torch]' pytest hypothesis expecttest
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(OLDEST)/bin/python -m pytest -q \
+	    tests/statistics tests/nn/test_checkpointing.py tests/nn/test_edges.py \
+	    tests/nn/test_policies.py tests/nn/test_names.py tests/nn/test_transforms.py
 
 lint: $(VENV)/.dev  ## style and layout, nothing changed
 	$(BIN)/ruff check .
@@ -43,7 +60,7 @@ bench: $(VENV)/.dev  ## speed against torch.nn and a plain copy, side by side in
 	$(BIN)/steadynorm bench $(BENCH_ARGS)
 
 clean:  ## remove what these commands made
-	rm -rf $(VENV) site tour build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) site tour build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and alone: every later install then finds the pinned build in place, and a
 # CPU build that this machine's package configuration offers is taken instead of the larger one.
@@ -53,9 +70,12 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.tour: $(VENV)/.torch pyproject.toml
-	$(INSTALL) --editable '.[lab]'
+	$(INSTALL) --editable '.[torch,lab]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.tour
+
+attack: $(VENV)/.dev  ## break the promises of docs/promises.md, for at most 10 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ATTACK_ARGS)

@@ -21,18 +21,17 @@ import torch
 from torch import Tensor, nn
 
 import steadynorm as sn
-from steadynorm.evidence.lab import jobs
-from steadynorm.evidence.lab.batches import tensors
-from steadynorm.evidence.lab.data import load
-from steadynorm.evidence.lab.networks import (
+from steadynorm.evidence import workers
+from steadynorm.evidence.digits import load, tensors
+from steadynorm.evidence.estimates import mean
+from steadynorm.evidence.networks import (
     convolutional,
     fully_connected,
     initialize,
     normalization_1d,
     normalization_2d,
 )
-from steadynorm.evidence.lab.runs import interval
-from steadynorm.evidence.lab.training import Recipe, Tick, inference_accuracy, train
+from steadynorm.evidence.training import Recipe, Tick, inference_accuracy, train
 from steadynorm.report.machine import processor
 
 SAMPLES = 9_000
@@ -139,8 +138,8 @@ def show_calibration(runs: dict[tuple[str, bool], list[dict[str, float]]]) -> No
     columns = list(next(iter(runs.values()))[0])
     rows = []
     for (kind, half), results in runs.items():
-        gain = interval([run["calibrate"] - run["before"] for run in results])
-        cells = [str(interval([run[column] for run in results])) for column in columns]
+        gain = mean([run["calibrate"] - run["before"] for run in results])
+        cells = [mean([run[column] for run in results]).plus_minus for column in columns]
         rows.append([f"{kind}, {'half-way' if half else 'at the end'}", *cells, str(gain)])
     table(["network, trained at batch 2", *columns, "gain of calibrate"], rows)
 
@@ -148,7 +147,7 @@ def show_calibration(runs: dict[tuple[str, bool], list[dict[str, float]]]) -> No
 def show_adaptation(runs: list[dict[tuple[str, str], float]]) -> None:
     columns = [column for name, column in runs[0] if name == SHIFTS[0].name]
     rows = [
-        [name, *(str(interval([run[name, column] for run in runs])) for column in columns)]
+        [name, *(mean([run[name, column] for run in runs]).plus_minus for column in columns)]
         for name, _ in SHIFTS
     ]
     table(["test digits", *columns], rows)
@@ -160,16 +159,16 @@ def main() -> None:
     seeds = range(parser.parse_args().seeds)
     steps = SAMPLES // 2
     work = [
-        jobs.Job("calibrate", (kind, half, seed), steps, calibration, (kind, half, seed))
+        workers.Job("calibrate", (kind, half, seed), steps, calibration, (kind, half, seed))
         for kind in ("fully connected", "convolutional")
         for half in (True, False)
         for seed in seeds
     ]
-    work += [jobs.Job("adapt", (seed,), steps, adaptation, (seed,)) for seed in seeds]
-    outcomes = {job.key: outcome for job, outcome in jobs.run(work)}
+    work += [workers.Job("adapt", (seed,), steps, adaptation, (seed,)) for seed in seeds]
+    outcomes = {job.key: outcome for job, outcome in workers.run(work)}
     print(f"{load()}; accuracy of inference on the test digits, %; {len(seeds)} seeds")
     print(
-        f"{date.today()}, {processor()}, {jobs.cores()} cores, "
+        f"{date.today()}, {processor()}, {workers.cores()} cores, "
         f"steadynorm {sn.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}\n"
     )

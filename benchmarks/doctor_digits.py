@@ -27,11 +27,11 @@ from torch.nn import functional as F  # noqa: E402
 
 import steadynorm as sn  # noqa: E402
 from steadynorm.doctor.fixes import fix  # noqa: E402
-from steadynorm.evidence.lab import jobs  # noqa: E402
-from steadynorm.evidence.lab.data import load  # noqa: E402
-from steadynorm.evidence.lab.networks import fully_connected, initialize, normalization_1d  # noqa: E402
-from steadynorm.evidence.lab.runs import interval  # noqa: E402
-from steadynorm.evidence.lab.training import (  # noqa: E402
+from steadynorm.evidence import workers  # noqa: E402
+from steadynorm.evidence.digits import load  # noqa: E402
+from steadynorm.evidence.estimates import mean  # noqa: E402
+from steadynorm.evidence.networks import fully_connected, initialize, normalization_1d  # noqa: E402
+from steadynorm.evidence.training import (  # noqa: E402
     Recipe,
     Tick,
     batches,
@@ -94,7 +94,7 @@ def tally(seen: list[str]) -> str:
 
 def table(outcomes: list[Outcome]) -> str:
     firsts = [f"{run.before[0][0]} in layer `{run.before[0][1]}`" for run in outcomes]
-    known = interval([run.known for run in outcomes])
+    known = mean(run.known for run in outcomes).plus_minus
     rows = [
         ("trained at batch 2", [run.trained for run in outcomes]),
         ("after `--fix`", [run.fixed for run in outcomes]),
@@ -111,7 +111,7 @@ def table(outcomes: list[Outcome]) -> str:
         "",
         f"| | accuracy of inference, %, {len(outcomes)} seeds |",
         "|---|---|",
-        *(f"| {name} | {interval(values)} |" for name, values in rows),
+        *(f"| {name} | {mean(values).plus_minus} |" for name, values in rows),
     ]
     return "\n".join(lines)
 
@@ -123,8 +123,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put it into docs/doctor_gallery.md")
     arguments = parser.parse_args()
     steps = 2 * SAMPLES // 2 + SAMPLES // 8
-    work = [jobs.Job("digits", (seed,), steps, run, (seed,)) for seed in range(arguments.seeds)]
-    outcomes = {job.key: outcome for job, outcome in jobs.run(work, workers=arguments.workers)}
+    work = [workers.Job("digits", (seed,), steps, run, (seed,)) for seed in range(arguments.seeds)]
+    outcomes = {job.key: outcome for job, outcome in workers.run(work, workers=arguments.workers)}
     found = [outcomes[key] for key in sorted(outcomes)]
     text = f"{where_and_when('doctor_digits.py')}\n\n{table(found)}"
     print(text)

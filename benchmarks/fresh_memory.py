@@ -9,7 +9,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 
 SETTINGS = {
     "as it comes": {},
@@ -25,20 +24,14 @@ SETTINGS = {
 def one() -> None:
     import torch
 
+    from steadynorm.evidence.timing import interleaved
+
     x = torch.randn(32, 64, 112, 112)
     y = torch.empty_like(x)
 
-    def seconds(step) -> float:
-        step()
-        step()
-        times = []
-        for _ in range(15):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    print(f"{seconds(x.clone) / seconds(lambda: y.copy_(x)):.2f} copies")
+    found = interleaved({"clone": x.clone, "copy": lambda: y.copy_(x)}, 15)
+    clone, copy = (statistics.median(found[name]) for name in ("clone", "copy"))
+    print(f"{clone / copy:.2f} copies")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from steadynorm.evidence.lab.report import Saved, findings, markdown, page, saved
-from steadynorm.report.files import replace_file
-from steadynorm.report.page import Chart, Table
+from steadynorm.evidence.lab.report import SavedResults, findings, markdown, page, saved
+from steadynorm.files import replace_file
+from steadynorm.report.page import Chart
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "lab.md"
@@ -57,28 +57,15 @@ def svg(chart: Chart) -> str:
     return re.sub(r'(id="|#)(\w+)', lambda m: m[1] + names.get(m[2], m[2]), drawn) + "\n"
 
 
-def grid(table: Table) -> str:
-    """A table as Markdown."""
-    rows = [[table.text(cell) for cell in row] for row in table.rows]
-    for index in table.emphasis:
-        rows[index] = [f"**{cell}**" for cell in rows[index]]
-    lines = [list(table.columns), ["---"] * len(table.columns), *rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-                     for row in lines)  # fmt: skip
-    note = f"\n\n{table.note}" if table.note else ""
-    return f"{table.title}:\n\n{body}{note}"
-
-
-def figures(one: Saved) -> Iterator[str]:
+def figures(one: SavedResults) -> Iterator[str]:
     """One experiment: claim, verdict, what it follows from, tables and pictures."""
-    head, shown = one.head, one.shown()
+    head, shown = one.head, one.figures()
     verdict = head["verdict"]
     yield f"*Claim:* {head['claim']} ({head['source']})"
     yield f"**{verdict['outcome'].capitalize()}.** {verdict['sentence']}"
     yield f"Rule, written down before: {head['rule']} Measured: {head['measure']}"
-    yield grid(findings(one))
-    for table in shown.tables[:TABLES]:
-        yield grid(table)
+    for table in [findings(one), *shown.tables[:TABLES]]:
+        yield f"{table.title}:\n\n{table.markdown()}"
     for number, chart in enumerate(shown.charts[: PICTURES.get(one.name, 2)], start=1):
         path = FOLDER / "pictures" / f"{one.name}-{number}.svg"
         replace_file(path, svg(chart))

@@ -3,26 +3,29 @@
     python benchmarks/memory_traffic.py [--rounds 25]
 
 First a sum of some values of a tensor, chosen one by one, as by a ReLU in its gradient: the
-compiler puts the condition on the load, unless `kernels.cpu_memory.widen` loads all. Then the layer
-with a residual and a ReLU, with its results written through the caches and past them. All as
-multiples of `y.copy_(x)` in the same round, median over the rounds, one round in each order.
+compiler puts the condition on the load, unless `kernels.cpu.pointers.widen` loads all. Then the
+layer with a residual and a ReLU, with its results written through the caches and past them. All as
+multiples of `y.copy_(x)` in the same round, median over the rounds, whose order rotates.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from numba import njit
 from torch import Tensor
 
 from steadynorm.evidence.bench.measure import machine
+from steadynorm.evidence.timing import in_turns, seconds
 from steadynorm.kernels.cpu import slabs as cpu_slabs
 from steadynorm.kernels.cpu.pointers import like, widen
-from steadynorm.kernels.cpu.prepared import Prepared
+from steadynorm.kernels.cpu.prepared import Plan
+from steadynorm.kernels.spec import Call
+from steadynorm.statistics import Batch
 
 SHAPES = [(32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 512, 14, 14)]
 SUM = {"error_model": "numpy", "fastmath": {"reassoc", "contract"}}
@@ -47,14 +50,13 @@ def whole(values, chosen):
 
 def medians(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each step's second call in a round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds):
-        for name in list(steps) if round_ % 2 else reversed(list(steps)):
-            steps[name]()
-            start = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+
+    def second(step: Callable[[], object]) -> float:
+        step()
+        return seconds(step)
+
+    found = in_turns({name: partial(second, step) for name, step in steps.items()}, rounds)
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def loads(rounds: int) -> None:
@@ -81,16 +83,17 @@ def steps(
         setattr(cpu_slabs, name, stream_from)
     shape = cpu_slabs.shape_of(x)
     assert shape is not None
-    call = Prepared(shape, x.dtype, "relu", adds=True)
+    plan = Plan(shape, x.dtype, "relu", residual=True)
     channels = x.shape[1]
-    weight, bias = torch.ones(channels), torch.zeros(channels)
-    mean, var = torch.zeros(channels), torch.ones(channels)
-    forward = (x, weight, bias, residual, mean, var, None, 0.1, 1e-5)
-    _, kept = call.normalize(*forward)
+    call = Call(
+        x, torch.ones(channels), torch.zeros(channels), residual, policy=Batch(), momentum=0.1,
+        activation="relu", running_mean=torch.zeros(channels), running_var=torch.ones(channels),
+    )  # fmt: skip
+    _, (saved, _) = plan.train(call)
     return {
-        "forward": lambda: call.normalize(*forward),
-        "backward": lambda: call.gradients(grad, x, kept, None, None, want_residual=True),
-        "inference": lambda: call.normalize_by_running(x, weight, bias, mean, var, 1e-5, residual),
+        "forward": lambda: plan.train(call),
+        "backward": lambda: plan.backward(saved, grad, (True,) * 4),
+        "inference": lambda: plan.infer(call),
     }
 
 

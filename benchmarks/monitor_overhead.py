@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import steadynorm as sn
-from steadynorm.evidence.lab.networks import convolutional, fully_connected, normalization_1d
+from steadynorm.evidence.networks import convolutional, fully_connected, normalization_1d
 
 EVERY = 50
 CASES = {

@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
+from functools import partial
 
 import torch
 from torch.profiler import profile
 
 from steadynorm import convert
 from steadynorm.evidence.bench.measure import machine
-from steadynorm.evidence.bench.networks import NETWORKS
+from steadynorm.evidence.bench.networks import NETWORKS, loss_of, prepared
+from steadynorm.evidence.timing import in_turns
 
 KINDS = {
     "convolution": ("convolution",),
@@ -34,8 +36,7 @@ def kind_of(name: str) -> str:
 def spent(model: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
     model.zero_grad(set_to_none=True)
     with profile() as watched:
-        answer = model(x)
-        getattr(answer, "last_hidden_state", answer).square().mean().backward()
+        loss_of(model, x).backward()
     times: dict[str, float] = defaultdict(float)
     for event in watched.key_averages():
         times[kind_of(event.key)] += event.self_cpu_time_total / 1e3
@@ -47,19 +48,11 @@ def main() -> None:
     parser.add_argument("network", nargs="?", default="ResNet-50", choices=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
-    make, shape = NETWORKS[options.network]
-    torch.manual_seed(0)
-    model, x = make().train(), torch.randn(shape)
-    if len(shape) == 4:
-        model = model.to(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last)
+    model, x = prepared(options.network)
     models = {"torch.nn": model, "ours": convert(model, example_inputs=x[:2])[0]}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    for step in range(options.steps + 2):
-        for name, one in models.items():
-            times = spent(one, x)
-            if step > 1:  # the first compile, and warm caches and allocator
-                runs[name].append(times)
+    contenders = {name: partial(spent, one, x) for name, one in models.items()}
+    # The first steps compile, and warm caches and allocator.
+    runs = in_turns(contenders, options.steps, warm_up=2)
     kinds = [*KINDS, "other"]
     print(f"{options.network}, milliseconds {'':6}" + "".join(f"{kind:>13}" for kind in kinds))
     for name, steps in runs.items():

@@ -11,74 +11,43 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from steadynorm.evidence.bench.measure import Measurement
+from steadynorm.evidence.bench.results import tables
+from steadynorm.evidence.bench.workloads import Workload
+from steadynorm.report.page import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "speed.md"
 PICTURE = ROOT / "docs" / "images" / "roofline.svg"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-MINE = ("ours", "given")
 
 
-def mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+def measurement(row: dict[str, Any]) -> Measurement:
+    shape = tuple(map(int, row["shape"].split("x")))
+    training = row["mode"] == "training"
+    load = Workload(row["suite"], shape, row["layout"], row["dtype"], row["case"], training)
+    times = (row[name] for name in ("milliseconds", "copies", "copies_low", "copies_high"))
+    return Measurement(load, row["contender"], row["direction"], *times, row["of_limit"])
 
 
-def table(title: str, rows: list[dict[str, Any]], training: bool) -> str:
-    shapes: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
-    for row in rows:
-        shapes[row["shape"]][row["contender"], row["direction"]] = row["copies"]
-    total = "both" if training else "forward"
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    peers = [name for name in names if name not in MINE]
-    columns = ["shape"]
-    for name in names:
-        split = training and name in MINE
-        columns += [f"{name} forward", f"{name} backward"] if split else [name]
-    columns += [f"ours against {peer}" for peer in peers]
-    lines = [f"### {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    gains: dict[str, list[float]] = defaultdict(list)
-    for shape, found in shapes.items():
-        cells = [shape]
-        for name in names:
-            split = training and name in MINE
-            ways = ("forward", "backward") if split else (total,)
-            cells += [f"{found[name, way]:.2f}" for way in ways]
-        for peer in peers:
-            gains[peer].append(found[peer, total] / found["ours", total])
-            cells.append(f"{gains[peer][-1]:.2f}x")
-        lines.append("| " + " | ".join(cells) + " |")
-    empty = " | " * (len(columns) - 1 - len(peers))
-    for label, of in (("geometric mean", mean), ("lowest", min)):
-        figures = " | ".join(f"**{of(gains[peer]):.2f}x**" for peer in peers)
-        lines.append(f"| {label} {empty}| {figures} |")
-    return "\n".join(lines)
-
-
-def networks(record: dict[str, Any]) -> str:
+def networks(record: dict[str, Any]) -> Table:
     rows = record["networks"]
-    columns = list(rows[0])
-    lines = ["### Whole networks, one training step", ""]
-    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    title = "Whole networks, one training step"
+    return Table(title, list(rows[0]), [list(row.values()) for row in rows], digits=3)
 
 
-def picture(rows: list[dict[str, Any]], limit: float) -> None:
+def picture(measured: list[Measurement]) -> None:
     import altair as alt
     import vl_convert
 
+    limit = sum(measured[0].workload.limit)
     points = [
-        {
-            "MB": math.prod(map(int, row["shape"].split("x"))) * 4 / 1e6,
-            "copies": row["copies"],
-            "contender": row["contender"],
-        }
-        for row in rows
+        {"MB": math.prod(m.workload.shape) * 4 / 1e6, "copies": m.copies, "contender": m.contender}
+        for m in measured
+        if m.direction == "both"
     ]
     base = alt.Chart(alt.InlineData(values=points))
     marks = base.mark_point(filled=True, size=70).encode(
@@ -101,25 +70,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parts = []
-    drawn = False
+    drawn: list[Measurement] = []
     for path in parser.parse_args().files:
         record = json.loads(path.read_text(encoding="utf-8"))
-        grouped: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
-        for row in record["measurements"]:
-            key = tuple(row[name] for name in ("suite", "case", "mode", "layout", "dtype"))
-            grouped[key].append(row)
-        for key, rows in grouped.items():
-            suite, case, mode, layout, dtype = key
-            parts.append(
-                table(f"{case}, {mode}, {suite}, {layout}, {dtype}", rows, mode == "training")
-            )
-            if key == ("resnet50", "bn+add+relu", "training", "nchw", "float32") and not drawn:
-                drawn = True
-                picture([row for row in rows if row["direction"] == "both"], 4.0)
-        if record.get("networks"):
-            parts.append(networks(record))
-        about = record["machine"]
-        parts.append("Measured: " + ", ".join(f"{k} {v}" for k, v in about.items()) + ".")
+        found = [measurement(row) for row in record["measurements"]]
+        shown = tables(found) + ([networks(record)] if record.get("networks") else [])
+        parts += [f"### {table.title}\n\n{table.markdown()}" for table in shown]
+        parts.append(
+            "Measured: " + ", ".join(f"{k} {v}" for k, v in record["machine"].items()) + "."
+        )
+        drawn = drawn or [
+            m for m in found if m.workload.title == "bn+add+relu, training, resnet50, nchw, float32"
+        ]
+    if drawn:
+        picture(drawn)
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     PAGE.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after, "utf-8")

@@ -18,11 +18,11 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from steadynorm.evidence.lab import jobs
-from steadynorm.evidence.lab.data import load
-from steadynorm.evidence.lab.networks import renorm_for
-from steadynorm.evidence.lab.runs import Interval, Setup, execute, interval
-from steadynorm.evidence.lab.training import Recipe
+from steadynorm.evidence import workers as processes
+from steadynorm.evidence.digits import load
+from steadynorm.evidence.estimates import mean
+from steadynorm.evidence.networks import renorm_for
+from steadynorm.evidence.training import Recipe, TrainingSetup, execute
 from steadynorm.report.machine import processor
 from steadynorm.statistics import Batch, Policy, Running, Steady
 
@@ -35,21 +35,21 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 
 
 def measure(
-    setups: dict[str, Setup], data_dir: Path | None, seeds: int, workers: int
-) -> dict[str, Interval | str]:
-    """Error of every setup over the seeds, or why it could not train."""
+    setups: dict[str, TrainingSetup], data_dir: Path | None, seeds: int, workers: int
+) -> dict[str, str]:
+    """Error of every setup over the seeds, where it can train."""
     folder = None if data_dir is None else str(data_dir)
     planned = [
-        jobs.Job("sweep", (name, seed), setup.recipe.steps, execute, (setup, folder, seed))
+        processes.Job("sweep", (name, seed), setup.recipe.steps, execute, (setup, folder, seed))
         for name, setup in setups.items()
         for seed in range(seeds)
     ]
-    runs = {job.key: run for job, run in jobs.run(planned, workers=workers)}
-    found: dict[str, Interval | str] = {}
+    runs = {job.key: run for job, run in processes.run(planned, workers=workers)}
+    found: dict[str, str] = {}
     for name in setups:
         mine = [runs[name, seed] for seed in range(seeds)]
         stopped = [run.stopped for run in mine if run.stopped]
-        found[name] = stopped[0].split(";")[0] if stopped else interval([r.error for r in mine])
+        found[name] = "cannot train" if stopped else mean(r.error for r in mine).plus_minus
     return found
 
 
@@ -87,7 +87,7 @@ def claim(
             ("Steady", Steady(), 0.1),
         )
         setups |= {
-            f"{name}|{size}": Setup("fully connected", policy, recipe, momentum=own)
+            f"{name}|{size}": TrainingSetup("fully connected", policy, recipe, momentum=own)
             for name, policy, own in arms
             if not only or name in only
         }
@@ -97,8 +97,7 @@ def claim(
     print("|---" * (len(batch) + 1) + "|")
     for name in dict.fromkeys(key.partition("|")[0] for key in setups):
         cells = [found[f"{name}|{size}"] for size in batch]
-        shown = [str(cell) if isinstance(cell, Interval) else "cannot train" for cell in cells]
-        print(f"| {name} | " + " | ".join(shown) + " |")
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 @app.command()
@@ -120,7 +119,7 @@ def sweep(
     """Steady at one batch size for every prior and horizon."""
     recipe = Recipe(batch, samples)
     setups = {
-        f"{p}|{h}": Setup("fully connected", Steady(p, h), recipe)
+        f"{p}|{h}": TrainingSetup("fully connected", Steady(p, h), recipe)
         for p, h in product(prior, horizon)
     }
     found = measure(setups, data_dir, seeds, workers)
@@ -128,7 +127,7 @@ def sweep(
     print("| prior | " + " | ".join(f"horizon {h}" for h in horizon) + " |")
     print("|---" * (len(horizon) + 1) + "|")
     for p in prior:
-        print(f"| {p:g} | " + " | ".join(str(found[f"{p}|{h}"]) for h in horizon) + " |")
+        print(f"| {p:g} | " + " | ".join(found[f"{p}|{h}"] for h in horizon) + " |")
 
 
 if __name__ == "__main__":

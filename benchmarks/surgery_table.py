@@ -33,8 +33,10 @@ from tests.models.surgery.test_models import inference, relative, step  # noqa: 
 from tests.models.surgery.zoo import ZOO, Entry, disturb, train_briefly  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from steadynorm.models.surgery import Changes, convert, fold  # noqa: E402
-from steadynorm.models.surgery.layers import recognize  # noqa: E402
+from steadynorm.models.changes import Changes  # noqa: E402
+from steadynorm.models.convert import convert  # noqa: E402
+from steadynorm.models.fold import fold  # noqa: E402
+from steadynorm.models.layers import recognize  # noqa: E402
 
 PAGE = ROOT / "docs" / "surgery.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

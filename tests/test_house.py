@@ -22,7 +22,8 @@ NOT_TORCH = ("keras", "tensorflow", "jax", "flax", KERAS, JAX)
 TOOLS = tuple(
     f"steadynorm.{path.stem}"
     for path in sorted(PACKAGE.iterdir())
-    if path.stem not in {"__init__", "__pycache__", "statistics", "kernels", "nn", "keras", "jax"}
+    if path.stem not in {"statistics", "kernels", "nn", "keras", "jax"}
+    and not path.stem.startswith("_")  # _extras.py, which all may use
     and (path.is_dir() or path.suffix == ".py")
 )
 
@@ -33,6 +34,11 @@ FORBIDDEN = {
     "keras": ("torch", "flax", KERNELS, NN, JAX, *TOOLS),
     "jax": ("torch", "keras", "tensorflow", KERNELS, NN, KERAS, *TOOLS),
 }
+# What of the kernels names no framework: Keras and JAX stand on it too.
+SHARED = tuple(f"{KERNELS}.{name}" for name in ("reference", "activations", "checks"))
+SHARED_FILES = tuple(f"kernels/{name.rpartition('.')[2]}.py" for name in SHARED)
+FORBIDDEN |= dict.fromkeys(SHARED_FILES, FORBIDDEN["statistics"])
+ALLOWED = dict.fromkeys(("keras", "jax", *SHARED_FILES), SHARED)
 
 
 # Imports --------------------------------------------------------------------------------------
@@ -56,16 +62,23 @@ def imported(source: str, module: str) -> Iterator[str]:
                 yield str(first.value)
 
 
-def forbidden_imports(source: str, module: str, forbidden: tuple[str, ...]) -> list[str]:
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def forbidden_imports(
+    source: str, module: str, forbidden: tuple[str, ...], allowed: tuple[str, ...] = ()
+) -> list[str]:
     return [
         f"{module} imports {name}"
         for name in imported(source, module)
-        if any(name == no or name.startswith(f"{no}.") for no in forbidden)
+        if any(within(name, no) for no in forbidden) and not any(within(name, a) for a in allowed)
     ]
 
 
 def modules(folder: str) -> Iterator[tuple[str, Path]]:
-    for path in sorted((PACKAGE / folder).rglob("*.py")):
+    place = PACKAGE / folder
+    for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
         dotted = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         yield dotted, path
 
@@ -74,7 +87,8 @@ def modules(folder: str) -> Iterator[tuple[str, Path]]:
 def test_imports_obey_the_law(folder: str) -> None:
     complaints = []
     for module, path in modules(folder):
-        complaints += forbidden_imports(path.read_text(encoding="utf-8"), module, FORBIDDEN[folder])
+        law = FORBIDDEN[folder], ALLOWED.get(folder, ())
+        complaints += forbidden_imports(path.read_text(encoding="utf-8"), module, *law)
     assert complaints == []
 
 
@@ -105,6 +119,18 @@ def test_a_forbidden_import_is_seen(source: str) -> None:
 def test_an_allowed_import_is_left_alone(source: str) -> None:
     law = FORBIDDEN["statistics"]
     assert forbidden_imports(source, "steadynorm.statistics.running", law) == []
+
+
+def test_keras_and_jax_may_import_of_the_kernels_what_names_no_framework() -> None:
+    law = FORBIDDEN["jax"], ALLOWED["jax"]
+    for source, complains in (
+        ("from steadynorm.kernels.reference import Reference", False),
+        ("from steadynorm.kernels import activations", False),
+        ("from steadynorm.kernels import torch_arrays", True),
+        ("from steadynorm.kernels.torch_arrays import reference", True),
+        ("import steadynorm.kernels", True),
+    ):
+        assert bool(forbidden_imports(source, "steadynorm.jax.functional", *law)) is complains
 
 
 # Arithmetic on tensors of the input's size ----------------------------------------------------
@@ -196,11 +222,11 @@ def arithmetic_on_inputs(source: str) -> list[str]:
 
 def wiring() -> list[Path]:
     """The files that pass tensors of the input's size on, and must not compute with them."""
-    stages = {"stages.py", "activations.py"}  # where the other frameworks' x-sized work stands
+    # In `arrays.py` stands what the reference asks of an array library.
     others = [p for home in ("jax", "keras") for p in (PACKAGE / home).rglob("*.py")]
     return [
         *sorted((PACKAGE / "nn").rglob("*.py")),
-        *sorted(p for p in others if p.name not in stages),
+        *sorted(p for p in others if p.name != "arrays.py"),
         *(PACKAGE / "kernels" / f"{name}.py" for name in ("dispatch", "autograd", "closed_form")),
     ]
 
@@ -302,8 +328,8 @@ GLUE_LIMIT = 700
 
 
 def test_the_glue_between_layers_and_kernels_stays_thin() -> None:
-    """All of kernels/ but the reference, the activations and what lies in a backend's folder."""
-    own = {"reference.py", "activations.py"}
+    """All of kernels/ but what frameworks share and what lies in a backend's folder."""
+    own = {"reference.py", "torch_arrays.py", "activations.py", "checks.py"}
     files = [path for path in (PACKAGE / "kernels").glob("*.py") if path.name not in own]
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert sum(lines.values()) <= GLUE_LIMIT, lines

@@ -7,18 +7,11 @@ from tests import tolerances, truth
 from torch.nn import functional as F
 
 import steadynorm as sn
+from steadynorm.kernels.activations import ACTIVATIONS
 
 TORCH_ACTIVATIONS = {
     None: lambda z: z,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "elu": F.elu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
+    **{name: getattr(F, name) for name in ACTIVATIONS},
 }
 
 

@@ -99,7 +99,8 @@ def normal(
     if kind == "Frozen":
         return Normal(running.mean, running.var)
     if kind == "Steady":
-        k = max(samples / (samples + policy.prior), 1 / (running.batches + 1))
+        n = batch.count if policy.window is None else samples
+        k = max(n / (n + policy.prior), 1 / (running.batches + 1))
         away = batch.mean - running.mean
         u = (1 - k) * running.var + k * batch.var + k * (1 - k) * away**2
         return Normal(running.mean + k * away, u, share=k)
@@ -185,6 +186,12 @@ ACTIVATIONS = {
     "elu": (lambda z: np.where(z > 0, z, np.expm1(z)), lambda z: np.where(z > 0, 1, np.exp(z))),
     "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "mish": (
+        lambda z: z * np.tanh(np.logaddexp(0, z)),
+        lambda z: (
+            np.tanh(np.logaddexp(0, z)) + z * _sigmoid(z) * (1 - np.tanh(np.logaddexp(0, z)) ** 2)
+        ),
+    ),
 }
 
 
@@ -269,7 +276,9 @@ def train(
         rows = slice(start, start + size)
         valid, extra, upper = (t if t is None else t[rows] for t in (mask, residual, grad))
         batch = moments(x[rows], valid)
-        seen = samples if valid is None else int(valid.reshape(len(valid), -1).any(1).sum())
+        seen = samples  # with a memory, those with a valid position
+        if memory is not None and valid is not None:
+            seen = int(valid.reshape(len(valid), -1).any(1).sum())
         if batch.count == 0:
             assert before is not None
             chosen = Normal(before.mean, before.var)

@@ -8,17 +8,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from steadynorm._extras import needed_by
+
 if TYPE_CHECKING:
     from steadynorm.doctor import diagnose, monitor
-    from steadynorm.models.calibration import adapt, calibrate
-    from steadynorm.models.surgery import (
-        convert,
-        drop_redundant_bias,
-        fold,
-        freeze,
-        parameter_groups,
-        unfreeze,
-    )
+    from steadynorm.models.bias import drop_redundant_bias
+    from steadynorm.models.calibrate import adapt, calibrate
+    from steadynorm.models.convert import convert
+    from steadynorm.models.fold import fold
+    from steadynorm.models.freeze import freeze, unfreeze
+    from steadynorm.models.groups import parameter_groups
     from steadynorm.nn import (
         BatchNorm1d,
         BatchNorm2d,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "steadynorm.models.calibration": ("adapt", "calibrate"),
     "steadynorm.doctor": ("diagnose", "monitor"),
     "steadynorm.nn": (
         "BatchNorm1d",
@@ -49,14 +47,12 @@ _HOMES = {
         "functional",
     ),
     "steadynorm.statistics": ("Batch", "Frozen", "Ghost", "Renorm", "Running", "Steady"),
-    "steadynorm.models.surgery": (
-        "convert",
-        "drop_redundant_bias",
-        "fold",
-        "freeze",
-        "parameter_groups",
-        "unfreeze",
-    ),
+    "steadynorm.models.bias": ("drop_redundant_bias",),
+    "steadynorm.models.calibrate": ("adapt", "calibrate"),
+    "steadynorm.models.convert": ("convert",),
+    "steadynorm.models.fold": ("fold",),
+    "steadynorm.models.freeze": ("freeze", "unfreeze"),
+    "steadynorm.models.groups": ("parameter_groups",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -92,7 +88,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'steadynorm' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    with needed_by(f"steadynorm.{name}"):
+        value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
 

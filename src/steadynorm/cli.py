@@ -7,20 +7,36 @@ at the top and everything else inside the command, and is named here by one line
 from __future__ import annotations
 
 from importlib.metadata import version as installed_version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from steadynorm._extras import lacking
 from steadynorm.doctor._cli import doctor
 from steadynorm.evidence.bench._cli import bench, warmup
 from steadynorm.evidence.lab._cli import lab
 from steadynorm.evidence.tour._cli import tour
-from steadynorm.models.calibration._cli import calibrate
-from steadynorm.models.checkpoints._cli import convert_weights
-from steadynorm.models.surgery._cli import convert, fold
+from steadynorm.models._cli import calibrate, convert, convert_weights, fold
+
+
+class Commands(TyperGroup):
+    """A command whose optional package is missing ends with one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            told = lacking(error)
+            if told is None:
+                raise
+            typer.echo(f"steadynorm {ctx.invoked_subcommand}: {told}", err=True)
+            raise typer.Exit(2) from None
+
 
 app = typer.Typer(
     name="steadynorm",
+    cls=Commands,
     help="Batch normalization that stays steady.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from steadynorm.cli import app
 from steadynorm.doctor.rules import all_rules
-from steadynorm.models.surgery.files import read_weights, write_weights
+from steadynorm.models.files import read_tensors, write
 
 SHOP = """
 import torch
@@ -53,7 +53,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "shop", raising=False)
-    write_weights(small().state_dict(), tmp_path / "small.safetensors")
+    write(small().state_dict(), tmp_path / "small.safetensors")
     return tmp_path
 
 
@@ -76,7 +76,7 @@ def test_what_is_asked_is_looked_at(shop: Path) -> None:
     assert codes("shop:untrained") == ["SN101"]
     assert codes("shop:untrained", *DATA)[0] == "SN101"
     assert "SN202" in codes("shop:network", "--optimizer", "shop:optimizer")
-    write_weights(small().state_dict(), shop / "other.pt")
+    write(small().state_dict(), shop / "other.pt")
     loaded = codes("tests.doctor.fixtures.small:small", "--weights", "other.pt", "--exporting")
     assert loaded == []
     against = codes("shop:network", *DATA, "--against", "shop:shifted", "--select", "SN306")
@@ -121,10 +121,8 @@ def test_information_fails_where_asked(shop: Path) -> None:
 
 
 COULD_NOT = {
-    ("shop:nothing",): "MODEL: shop has no 'nothing'.",
-    (
-        "nowhere:network",
-    ): "MODEL names a module that cannot be imported: No module named 'nowhere'.",
+    ("shop:nothing",): "MODEL 'shop:nothing' cannot be found: module",
+    ("nowhere:network",): "MODEL 'nowhere:network' cannot be found: No module named 'nowhere'.",
     ("shop:number",): "'int' object is not callable",
     ("shop:breaks",): "RuntimeError: no such data set",
     ("nothing.pt",): "no such file: nothing.pt",
@@ -190,7 +188,7 @@ def test_fix(shop: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "calibrated  0.1 " in result.stdout
     assert "wrote mended.safetensors" in result.stdout
-    mended = read_weights(shop / "mended.safetensors")
+    mended = read_tensors(shop / "mended.safetensors")
     sys.path.insert(0, str(shop))
     import shop as source
 

@@ -68,18 +68,16 @@ def test_a_redundant_bias_goes_and_answers_stay() -> None:
         assert relative([model(images())], [fixed.model(images())]) < 1e-6
 
 
-def test_frozen_layers_stand_still_and_others_do_not() -> None:
+def test_freezing_is_left_to_the_user() -> None:
+    """In a momentum encoder the parameters are held and the statistics are meant to move."""
     model = small()
     model[:2].requires_grad_(False)
     fixed = mended(model.train(), select=["SN203"])
-    assert "SN203" in codes(fixed)[0]
-    before = [norm.running_mean.clone() for norm in norms(fixed.model)]
+    assert [f.safe for f in fixed.before.findings if f.code == "SN203"] == [False]
+    assert (codes(fixed)[0], len(fixed.changes)) == ([], 0)
+    before = norms(fixed.model)[0].running_mean.clone()
     fixed.model.train()(images())
-    same = [
-        torch.equal(norm.running_mean, b)
-        for norm, b in zip(norms(fixed.model), before, strict=True)
-    ]
-    assert same == [True, False]
+    assert not torch.equal(norms(fixed.model)[0].running_mean, before)
 
 
 def test_half_precision_statistics_become_float32_and_stay_so() -> None:
@@ -192,5 +190,4 @@ def test_calibration_is_left_where_the_loss_would_rise() -> None:
     fixed = fix(network, replace(report, findings=tuple(safe)), batches(), loss=F.cross_entropy)
     (change,) = fixed.changes
     assert change.what == "left"
-    assert change.why.startswith("the loss would rise from ")
-    assert change.why.endswith("the weights were trained with these statistics")
+    assert change.why.startswith("the loss on batches held back rose from ")

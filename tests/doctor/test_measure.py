@@ -15,15 +15,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import steadynorm as sn
-from steadynorm.doctor.evidence import Evidence
-from steadynorm.doctor.observed import LayerData
+from steadynorm.doctor.evidence.records import Evidence, NormData
 
 
 def seen(model: nn.Module, batches: Any, **given: Any) -> Evidence:
     return sn.diagnose(model, batches, **given).evidence
 
 
-def data(evidence: Evidence, index: int = 0) -> LayerData:
+def data(evidence: Evidence, index: int = 0) -> NormData:
     found = evidence.layers[index].data
     assert found is not None
     return found

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import steadynorm as sn
 from steadynorm.doctor import monitoring
-from steadynorm.doctor.run import Look, trend
+from steadynorm.doctor.evidence.training import ChannelReading, trend
 
 EPS = 1e-5
 
@@ -89,7 +89,9 @@ def test_a_trend_is_what_is_left_when_scatter_cancels():
     running_mean, running_var = chance.normal(size=3), chance.uniform(1, 2, 3)
     dead = chance.random((40, 3)) < [0.0, 0.9, 1.0]
     looks = [
-        Look(step, 16, means[step], variances[step], running_mean, running_var, EPS, dead[step])
+        ChannelReading(
+            step, 16, means[step], variances[step], running_mean, running_var, EPS, dead[step]
+        )
         for step in range(40)
     ]
     found = trend(looks, steps=40)
@@ -246,7 +248,7 @@ def test_recomputation_is_not_another_reading(reentrant):
 
 def test_steps_by_hand_for_a_loop_that_never_calls_the_model():
     model, data = network(), batches(4)
-    watch = sn.doctor.Watch(model, every=2)
+    watch = sn.doctor.Monitor(model, every=2)
     for x in data:
         watch.begin_step()
         for part in model:
@@ -379,7 +381,7 @@ def test_what_is_no_model_and_no_place_for_readings_is_refused():
 
 def test_a_watch_watches_once_and_stops_twice():
     watch = sn.monitor(network()).start()
-    with pytest.raises(RuntimeError, match="is watching already"):
+    with pytest.raises(RuntimeError, match="is running already"):
         watch.start()
     watch.stop()
     watch.stop()

@@ -10,8 +10,8 @@ from tests.doctor.fixtures.small import small
 
 from steadynorm.doctor import Finding, Severity, diagnose
 from steadynorm.doctor.diagnosis import judge, ordered
-from steadynorm.doctor.evidence import Evidence, Layer, State
-from steadynorm.doctor.probe import probe_model
+from steadynorm.doctor.evidence.model import probe_model
+from steadynorm.doctor.evidence.records import Evidence, NormEvidence, NormState
 from steadynorm.doctor.rules import find_rule
 
 INFO, WARNING, ERROR = Severity
@@ -19,8 +19,8 @@ INFO, WARNING, ERROR = Severity
 
 def evidence(*names: str) -> Evidence:
     ones = np.ones(2)
-    state = State(2, "torch", 1e-5, 0.1, ones, ones, ones, 2 * ones)
-    return Evidence("test", tuple(Layer(name, "BatchNorm1d", state) for name in names))
+    state = NormState(2, "torch", 1e-5, 0.1, ones, ones, ones, 2 * ones)
+    return Evidence("test", tuple(NormEvidence(name, "BatchNorm1d", state) for name in names))
 
 
 def found(code: str, severity: Severity, layer: str = "") -> Finding:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import steadynorm as sn
 from steadynorm.doctor import diagnose
-from steadynorm.doctor.evidence import Layer, Neighbour
-from steadynorm.doctor.probe import probe_model
+from steadynorm.doctor.evidence.model import probe_model
+from steadynorm.doctor.evidence.records import Neighbour, NormEvidence
 
 
-def layer(model: nn.Module, name: str, **given: Any) -> Layer:
+def layer(model: nn.Module, name: str, **given: Any) -> NormEvidence:
     found = {layer.name: layer for layer in probe_model(model, **given).layers}
     return found[name]
 
@@ -174,7 +174,7 @@ def test_layers_of_every_make() -> None:
         "BatchNorm2d", "BatchNorm2d", "BatchNorm2d", "BatchNorm2d", "SyncBatchNorm",
         "LazyBatchNorm2d",
     ]  # fmt: skip
-    places = [item.place for item in layers]
+    places = [item.usage for item in layers]
     assert all(place is not None for place in places)
     assert [place.policy for place in places if place] == [
         "Batch", "Batch", "Steady", "Frozen", "Batch", "Batch",
@@ -217,21 +217,21 @@ class Tangled(nn.Module):
 def test_places(batches: Any) -> None:
     model = Tangled()
     first, second = layer(model, "first", batches=batches), layer(model, "second", batches=batches)
-    assert first.place is not None
-    assert second.place is not None
-    assert first.place.before == (Neighbour("conv", "Conv2d", trained=True),)
-    assert (first.place.calls, first.place.inputs) == (1, 1)
-    assert first.place.redundant_bias == "conv.bias"
+    assert first.usage is not None
+    assert second.usage is not None
+    assert first.usage.before == (Neighbour("conv", "Conv2d", trained=True),)
+    assert (first.usage.calls, first.usage.inputs) == (1, 1)
+    assert first.usage.redundant_bias == "conv.bias"
     peak = model.conv.weight.detach().double().flatten(1).abs().amax(1)
-    np.testing.assert_array_equal(first.place.host_peak, peak.numpy())
-    assert (second.place.calls, second.place.inputs) == (2, 2)
-    assert second.place.before is not None
+    np.testing.assert_array_equal(first.usage.host_peak, peak.numpy())
+    assert (second.usage.calls, second.usage.inputs) == (2, 2)
+    assert second.usage.before is not None
     drop = Neighbour("drop", "Dropout", None, 0.25)
-    assert drop in second.place.before
-    assert second.place.redundant_bias is None
-    assert first.place.trained == {"weight": True, "bias": True}
+    assert drop in second.usage.before
+    assert second.usage.redundant_bias is None
+    assert first.usage.trained == {"weight": True, "bias": True}
     ran = (None, None) if batches is None else (False, 4)
-    assert (first.place.recomputed, first.place.samples) == ran
+    assert (first.usage.recomputed, first.usage.samples) == ran
 
 
 def test_a_model_that_cannot_be_traced_is_judged_by_the_rest() -> None:
@@ -248,10 +248,10 @@ def test_a_model_that_cannot_be_traced_is_judged_by_the_rest() -> None:
         "The graph of calls is not known: torch.fx cannot follow Branching; give batches to run it "
         "on.",
     )
-    assert [item.place.calls for item in evidence.layers if item.place] == [None, None]
+    assert [item.usage.calls for item in evidence.layers if item.usage] == [None, None]
     evidence = probe_model(Branching(), [images()])
     assert evidence.remarks == ()
-    assert [item.place.calls for item in evidence.layers if item.place] == [1, 1]
+    assert [item.usage.calls for item in evidence.layers if item.usage] == [1, 1]
 
 
 def test_a_batch_that_training_refuses_leaves_the_graph_of_inference() -> None:
@@ -261,7 +261,7 @@ def test_a_batch_that_training_refuses_leaves_the_graph_of_inference() -> None:
         "The model cannot run in training on the first batch: Expected more than 1 value per "
         "channel when training, got input size torch.Size([1, 4])",
     )
-    place = evidence.layers[0].place
+    place = evidence.layers[0].usage
     assert place is not None
     assert place.before == (Neighbour("0", "Linear", trained=True),)
 
@@ -281,7 +281,7 @@ def test_checkpointing_is_told_from_saved_tensor_hooks_and_no_grad(reentrant: bo
                 return self.three(x)
 
     layers = probe_model(Mixed(), [images()]).layers
-    assert [item.place.recomputed for item in layers if item.place] == [True, False, False]
+    assert [item.usage.recomputed for item in layers if item.usage] == [True, False, False]
 
 
 def test_wrappers_are_seen_through() -> None:
@@ -310,8 +310,8 @@ def test_real_networks(name: str) -> None:
     assert evidence.remarks == ()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert [item.name for item in evidence.layers] == names
-    assert all(item.place.calls == 1 for item in evidence.layers if item.place)
-    assert all(item.place.before and item.place.after for item in evidence.layers if item.place)
+    assert all(item.usage.calls == 1 for item in evidence.layers if item.usage)
+    assert all(item.usage.before and item.usage.after for item in evidence.layers if item.usage)
 
 
 # --- arguments
@@ -324,7 +324,7 @@ def test_arguments() -> None:
         diagnose(small(), [])
     with pytest.raises(TypeError, match="diagnose: `batches` must be an iterable of batches"):
         diagnose(small(), images())
-    with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer; got str"):
+    with pytest.raises(TypeError, match=r"a torch\.optim\.Optimizer or several of them; got str"):
         diagnose(small(), optimizer="sgd")
     with pytest.raises(ValueError, match="`loss` needs a model to go with it; got a checkpoint"):
         diagnose(small().state_dict(), loss=copy.copy)

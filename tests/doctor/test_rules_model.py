@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import steadynorm as sn
 from steadynorm.doctor import Finding, diagnose
 from steadynorm.doctor.diagnosis import judge
-from steadynorm.doctor.probe import probe_model
+from steadynorm.doctor.evidence.model import probe_model
 
 
 def found(model: nn.Module, code: str, **given: Any) -> list[Finding]:

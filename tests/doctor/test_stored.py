@@ -23,10 +23,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from steadynorm.cli import app
-from steadynorm.doctor import diagnose, stored
-from steadynorm.doctor.stored import probe_state
-from steadynorm.models.checkpoints import convert_weights, entries, write
-from steadynorm.models.checkpoints.formats import Entry
+from steadynorm.doctor import diagnose
+from steadynorm.doctor.evidence import checkpoint as stored
+from steadynorm.doctor.evidence.checkpoint import probe_state
+from steadynorm.models.checkpoints import convert_weights
+from steadynorm.models.files import entries, write
+from steadynorm.models.formats import Entry
 
 FEW = settings(
     max_examples=150, deadline=None, derandomize=True,
@@ -109,7 +111,7 @@ def test_layers_are_found_in_every_format(saved: Path) -> None:
         assert layer.state.weight == pytest.approx([0.7, 0.9, 1.1, 1.3])
         assert layer.state.bias == pytest.approx([0.1, -0.1, 0.2, -0.2])
         assert set(layer.state.dtypes.values()) == {"float32"}
-        assert layer.place is layer.data is None
+        assert layer.usage is layer.data is None
     assert evidence.model is None
     assert evidence.target == str(saved)
     frameworks = {"a.npz": "flax", "a.weights.h5": "keras", "a.keras": "keras"}

@@ -143,6 +143,21 @@ def test_policies_that_count_batches_add_one_variable(statistics: str) -> None:
     assert int(layer.num_batches_tracked[...]) == 3
 
 
+@pytest.mark.parametrize(("statistics", "weight"), [("steady", 4 / 644), ("running", 0.01)])
+def test_statistics_of_flaxes_checkpoint_survive_the_first_batch(
+    statistics: str, weight: float
+) -> None:
+    """The first batch weighs what it weighs after many, instead of replacing them."""
+    layer = BatchNorm(3, statistics=statistics, rngs=nnx.Rngs(0))
+    theirs, _ = pair()
+    theirs.mean[...], theirs.var[...] = jnp.full(3, 10.0), jnp.full(3, 4.0)
+    nnx.update(layer, nnx.state(theirs))
+    x = draw(4, 3)
+    nnx.jit(lambda layer, x: layer(x))(layer, x)
+    np.testing.assert_allclose(layer.mean[...], 10 + weight * (x.mean(0) - 10), rtol=1e-6)
+    assert int(layer.num_batches_tracked[...]) > sn.statistics.MANY_BATCHES
+
+
 def test_frozen_never_moves_and_residual_and_activation_run_inside() -> None:
     layer = BatchNorm(3, statistics=sn.Frozen(), activation="relu", rngs=nnx.Rngs(0))
     x = draw(4, 3)

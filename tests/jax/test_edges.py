@@ -67,8 +67,8 @@ def test_changing_the_mask_under_it_changes_nothing_at_valid_positions() -> None
     ("arguments", "kind", "words"),
     [
         ({"axis": 3}, ValueError, "`axis` must be an axis of `x`, from -3 to 2; got 3"),
-        ({"activation": "mish"}, ValueError, "`activation` must be None or one of relu, relu6"),
-        ({"activation": jnp.tanh}, TypeError, "`activation` must be None or a name; got"),
+        ({"activation": "swish"}, ValueError, "`activation` must be None or one of relu, relu6"),
+        ({"activation": jnp.tanh}, TypeError, "`activation` must be None or one of relu, relu6"),
         ({"nonfinite": "drop"}, ValueError, "must be 'propagate' or 'skip'; got 'drop'."),
         ({"momentum": 1.5}, ValueError, "must lie in [0, 1], the weight of the old average"),
         ({"statistics": "group"}, ValueError, "statistics must be one of 'batch', 'steady'"),

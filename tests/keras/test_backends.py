@@ -1,4 +1,4 @@
-"""Keras reads its backend once, so `layer_checks.py` runs in one process for each backend."""
+"""Keras reads its backend once, so its checks run in one process for each backend."""
 
 import os
 import subprocess
@@ -17,12 +17,28 @@ def environment(backend: str) -> dict[str, str]:
     return {**os.environ, **quiet, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
 
 
+# Keras's tests have a marker of their own, and warn of what is not ours.
+AS_KERAS_RUNS_THEM = (
+    *("-o", "markers=requires_trainable_backend: trains"),
+    *("-o", "filterwarnings=default"),
+)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layer(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("layer_checks.py", ()),
+        ("model_checks.py", ()),
+        ("kerass_own_checks.py", AS_KERAS_RUNS_THEM),
+    ],
+    ids=["layer", "models", "kerass own"],
+)
+def test_layer(file: str, options: tuple[str, ...], backend: str) -> None:
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    checks = Path(__file__).with_name("layer_checks.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    checks = str(Path(__file__).with_name(file))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, checks]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -38,11 +54,16 @@ def test_layer(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_import_loads_the_backend_alone(backend: str) -> None:
+def test_a_call_loads_the_backend_alone(backend: str) -> None:
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    others = [name for name in ("torch", "tensorflow", "flax") if name != backend]
-    ask = f"import sys, steadynorm.keras; print(*(f for f in {others} if f in sys.modules))"
+    others = [name for name in ("torch", "tensorflow", "flax", "numba") if name != backend]
+    ask = (
+        "import sys, numpy, steadynorm.keras\n"
+        "layer = steadynorm.keras.BatchNormalization(statistics='steady', activation='relu')\n"
+        "layer(numpy.ones((2, 3)), training=True)\n"
+        f"print(*(f for f in {others} if f in sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", ask],
         env=environment(backend),

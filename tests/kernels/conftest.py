@@ -1,4 +1,7 @@
-"""Fresh memory full of NaN, and both ways through the CPU kernels."""
+"""Fresh memory full of NaN, both ways through the CPU kernels, a folder that all users reach."""
+
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,3 +35,11 @@ def way(request, monkeypatch):
     torch.set_num_threads(threads)
     slabs.plan.cache_clear()
     prepared.prepared.cache_clear()
+
+
+@pytest.fixture
+def public():
+    """An empty folder that every user of the machine can reach, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)

@@ -3,9 +3,10 @@
 import ctypes
 import struct
 
+import pytest
 from numba import cfunc, types
 
-from steadynorm.kernels.cpu.arguments import PASSES, Arguments, at
+from steadynorm.kernels.cpu.arguments import FORWARD, PASSES, Arguments, at, writer
 
 LISTS = ("passes", "taken", "done")
 
@@ -46,3 +47,13 @@ def test_a_field_that_only_the_caller_knows_is_noticed():
     wrong = misread(longer)
     assert wrong[0] == "scale"
     assert "center" not in wrong
+
+
+def test_adjacent_fields_are_filled_in_at_once_under_their_names():
+    fill, offset = writer("eps", "momentum", *FORWARD)
+    filled = Arguments(count=2.0, grad=3)
+    fill(filled, offset, 0.5, 0.25, *range(1000, 1000 + len(FORWARD)))
+    assert [getattr(filled, name) for name in FORWARD] == list(range(1000, 1000 + len(FORWARD)))
+    assert (filled.count, filled.eps, filled.momentum, filled.grad) == (2.0, 0.5, 0.25, 3)
+    with pytest.raises(ValueError, match="must be adjacent"):
+        writer("momentum", "eps")

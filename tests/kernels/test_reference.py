@@ -8,7 +8,7 @@ import torch
 from tests import tolerances, truth
 from torch import Tensor
 
-from steadynorm.kernels import reference as eager
+from steadynorm.kernels.torch_arrays import reference
 
 SHAPES = {
     "nc": (9, 4),
@@ -59,7 +59,7 @@ def test_moments(
         groups = (shape[0],)
     x = (randn(*shape) * 3 + 100).to(dtype)
     mask = mask_for(shape) if masked else None
-    found = eager.moments(x, mask=mask, groups=groups)
+    found = reference.moments(x, mask=mask, groups=groups)
     wide = torch.promote_types(dtype, torch.float32)
     assert {found.mean.dtype, found.var.dtype, found.mean_low.dtype} == {wide}
     assert found.mean.shape == ((shape[1],) if groups is None else (len(groups), shape[1]))
@@ -98,10 +98,10 @@ def test_apply_and_its_gradient(
     mask = mask_for(x.shape)
     center, scale, shift, slope, constant = coefficients(4, groups, dtype=torch.float64)
     branch: Any = {"residual": residual, "activation": activation, "groups": groups}
-    y = eager.apply(x, center, scale, shift, **branch)
+    y = reference.apply(x, center, scale, shift, **branch)
     branch["y"] = None if rebuilt else y
-    sums = eager.reduce_grad(grad, x, center, scale, shift, **branch)
-    dx, dresidual = eager.apply_grad(
+    sums = reference.reduce_grad(grad, x, center, scale, shift, **branch)
+    dx, dresidual = reference.apply_grad(
         grad, x, center, scale, shift, slope, constant, mask=mask, want_residual=True, **branch
     )
     act, derivative = truth.ACTIVATIONS[activation]
@@ -132,12 +132,12 @@ def test_types(dtype: torch.dtype) -> None:
         truth.beside(array(t), 3) for t in (center, scale, shift, slope, constant)
     )
     away = array(x) - mid
-    y = eager.apply(x, center, scale, shift)
+    y = reference.apply(x, center, scale, shift)
     tolerances.close(y, away * gain + step, "forward")
-    sums = eager.reduce_grad(grad, x, center, scale, shift)
+    sums = reference.reduce_grad(grad, x, center, scale, shift)
     assert sums[0].dtype is sums[1].dtype is like
     tolerances.close(sums[1], (array(grad) * away).sum((0, 2)), "backward")
-    dx, nothing = eager.apply_grad(grad, x, center, scale, shift, slope, constant)
+    dx, nothing = reference.apply_grad(grad, x, center, scale, shift, slope, constant)
     assert nothing is None
     tolerances.close(dx, gain * array(grad) + tilt * away + level, "backward")
 
@@ -145,23 +145,23 @@ def test_types(dtype: torch.dtype) -> None:
 def test_memory_format_is_kept() -> None:
     x = randn(6, 4, 3, 5).contiguous(memory_format=torch.channels_last)
     center, scale, shift, slope, constant = coefficients(4, None, dtype=torch.float64)
-    y = eager.apply(x, center, scale, shift)
-    dx, _ = eager.apply_grad(x, x, center, scale, shift, slope, constant)
+    y = reference.apply(x, center, scale, shift)
+    dx, _ = reference.apply_grad(x, x, center, scale, shift, slope, constant)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 4, 5), (3, 4, 0)])
 def test_an_empty_batch_has_no_moments(shape: tuple[int, ...]) -> None:
-    found = eager.moments(torch.empty(shape))
+    found = reference.moments(torch.empty(shape))
     assert found.count == 0
     for part in found[1:]:
         assert part.tolist() == [0.0] * 4
-    assert eager.apply(torch.empty(shape), *torch.ones(3, 4)).shape == shape
+    assert reference.apply(torch.empty(shape), *torch.ones(3, 4)).shape == shape
 
 
 def test_no_valid_position_has_no_moments() -> None:
-    found = eager.moments(randn(3, 4, 5), mask=torch.zeros(3, 5, dtype=torch.bool))
+    found = reference.moments(randn(3, 4, 5), mask=torch.zeros(3, 5, dtype=torch.bool))
     assert float(found.count) == 0
     assert found.var.tolist() == found.mean.tolist() == [0.0] * 4
 
@@ -170,7 +170,7 @@ def test_inputs_stay_as_they_are() -> None:
     x, residual = randn(6, 4, 5), randn(6, 4, 5, seed=1)
     copies = x.clone(), residual.clone()
     with torch.no_grad():  # where intermediates are overwritten
-        eager.moments(x)
-        eager.apply(x, *torch.ones(3, 4).double(), residual=residual, activation="relu")
+        reference.moments(x)
+        reference.apply(x, *torch.ones(3, 4).double(), residual=residual, activation="relu")
     assert torch.equal(x, copies[0])
     assert torch.equal(residual, copies[1])

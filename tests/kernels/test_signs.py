@@ -8,7 +8,7 @@ from tests.kernels.cpu_cases import BF16, EDGES, EPS, F32, F64, LAYOUTS, Case
 
 import steadynorm as sn
 from steadynorm.kernels.cpu import stages as cpu
-from steadynorm.kernels.spec import Keep, keep
+from steadynorm.kernels.spec import Keep
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
@@ -76,7 +76,7 @@ def test_nan_counts_as_open():
 
 def test_only_a_gate_behind_a_residual_has_signs():
     def kept(activation, residual):
-        return keep(activation, residual=residual, compiled=True)
+        return Keep.needed(activation, residual=residual, compiled=True)
 
     assert kept("relu", False) is Keep.REBUILT, "z is rebuilt from x"
     assert kept("tanh", True) is Keep.OUTPUT, "one bit says too little"

@@ -148,7 +148,7 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"statistics": sn.Steady},
         TypeError,
         "statistics must be a policy such as sn.Steady() or its lower-case name; got "
-        "<class 'steadynorm.statistics.policies.Steady'>. Write Steady().",
+        "<class 'steadynorm.statistics.policies.steady.Steady'>. Write Steady().",
     ),
     (
         {"statistics": 3},

@@ -222,3 +222,13 @@ def test_inference_is_the_same_under_every_policy(policy: Any) -> None:
     x = randn(4, 3, 2, seed=1)
     tolerances.close(layer.eval()(x), truth.infer(x.numpy(), before).y, "forward")
     assert seen(layer).batches == before.batches
+
+
+def test_the_cumulative_average_over_ghosts_is_float64_for_float64():
+    """As an integer array, the number of batches would make its weight float32."""
+    layer = sn.BatchNorm1d(3, momentum=None, statistics=sn.Ghost(4)).double()
+    batches = 100 + torch.randn(7, 12, 3, dtype=torch.float64)
+    for x in batches:
+        layer(x)
+    torch.testing.assert_close(layer.running_mean, batches.mean((0, 1)), rtol=1e-14, atol=0)
+    assert layer.num_batches_tracked == 21

@@ -136,6 +136,13 @@ def test_cells_as_they_are_shown():
     assert [table.numeric(column) for column in range(3)] == [False, True, True]
 
 
+def test_markdown():
+    table = Table("T", ("a|b", "c"), [("x", 1.25), (None, 2)], note="Note.", digits=2, emphasis=[1])
+    assert table.markdown().split("\n") == [
+        "| a\\|b | c |", "| --- | --- |", "| x | 1.25 |", "| **–** | **2** |", "", "Note.",
+    ]  # fmt: skip
+
+
 def test_terminal_shows_markup_as_text():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(to_rich(Table("T [red]", ("a [b]",), [("[bold]x[/bold]",)], note="[i]n")))

@@ -135,6 +135,40 @@ def test_fold() -> None:
         np.testing.assert_allclose(found, right, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("counted", ["number", "array"])
+def test_a_count_of_zero_beside_trained_statistics_reads_as_many(name: str, counted: str) -> None:
+    xp, make = library(name)
+
+    def seen(mean: list[float], var: list[float], batches: int) -> int:
+        count = batches if counted == "number" else make(batches)
+        running = RunningStatistics(make(mean), make(var), count)
+        return int(stats.batches_seen(running, xp=xp))
+
+    assert seen([0, 0], [1, 1], 0) == 0
+    assert seen([0, 3], [1, 1], 0) == seen([0, 0], [1, 2], 0) == stats.MANY_BATCHES
+    assert seen([0, 3], [1, 2], 5) == 5
+    assert stats.batches_seen(RunningStatistics(make([3.0]), make([2.0]), None), xp=xp) is None
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("policy", [stats.Steady(), stats.Running(), stats.Batch()], ids=repr)
+def test_pretrained_statistics_survive_the_first_batch(policy: Any, momentum: float | None) -> None:
+    """The first batch weighs what a later one weighs, instead of replacing the statistics."""
+    running = RunningStatistics(np.full(4, 10.0), np.full(4, 4.0), 0)
+    running = running._replace(batches=stats.batches_seen(running, xp=np))
+    context = Context(7, momentum, 1e-5, np)
+    found, after = stats.step(policy, measured(data()), running, context)
+    known = truth.Running(running.mean, running.var, 10**9)
+    setting, batch = truth.Setting(momentum=momentum), truth.moments(data())
+    kept = truth.updated(policy, batch, known, 7, setting)
+    np.testing.assert_allclose(after.mean, kept.mean, rtol=1e-6)
+    np.testing.assert_allclose(after.var, kept.var, rtol=1e-6)
+    right = truth.normal(policy, batch, known, 7, setting)
+    np.testing.assert_allclose(found.mean + found.mean_low, right.m, rtol=1e-6)
+    assert (np.abs(after.mean - 10) < 1).all()  # the batch's mean is 3
+
+
 # Conventions ------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """`monitor` in Lightning's and in Hugging Face's Trainer.
 
-Each function makes a callback; its `watch` is there once training has begun. With `page`, the
+Each function makes a callback; its `watch` is a `Monitor` once training has begun. With `page`, the
 report is written there when training ends, also when an exception ends it (Lightning).
 """
 
@@ -9,27 +9,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from steadynorm.doctor.monitoring import Watch
+from steadynorm.doctor.monitoring import Monitor
 
 
 class _Monitored:
     """What both callbacks do."""
 
-    watch: Watch | None = None
+    watch: Monitor | None = None
 
     def __init__(self, every: int, to: Any, page: str | Path | None) -> None:
         self._every, self._to, self._page = every, to, page
 
-    def _begin(self, model: Any, optimizer: Any) -> Watch:
-        self.watch = Watch(model, self._every, to=self._to, optimizer=optimizer)
-        return self.watch
+    def _begin(self, model: Any, optimizer: Any) -> None:
+        self.watch = Monitor(model, self._every, to=self._to, optimizer=optimizer)
 
-    def _end(self) -> None:
-        if self.watch is None:
-            return
-        self.watch.stop()
-        if self._page is not None:
-            self.watch.to_html(self._page)
+    def _end(self, *_: Any, **__: Any) -> None:
+        if self.watch is not None:
+            self.watch.stop()
+            if self._page is not None:
+                self.watch.to_html(self._page)
 
 
 def lightning_callback(
@@ -44,11 +42,11 @@ def lightning_callback(
     except ModuleNotFoundError:
         from pytorch_lightning import Callback  # type: ignore[import-not-found, unused-ignore]
 
-    class Monitor(_Monitored, Callback):  # type: ignore[misc, unused-ignore]
+    class LightningMonitor(_Monitored, Callback):  # type: ignore[misc, unused-ignore]
         """See `lightning_callback`."""
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self._begin(pl_module, next(iter(trainer.optimizers), None))
+            self._begin(pl_module, list(trainer.optimizers))
 
         # `training_step` need not call the module as a whole, so the batch is the step.
         def on_train_batch_start(self, *_: Any) -> None:
@@ -59,13 +57,9 @@ def lightning_callback(
             if self.watch is not None:
                 self.watch.end_step()
 
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            self._end()
+        on_train_end = on_exception = _Monitored._end
 
-        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-            self._end()
-
-    return Monitor(every, to, page)
+    return LightningMonitor(every, to, page)
 
 
 def trainer_callback(
@@ -78,13 +72,19 @@ def trainer_callback(
     """
     from transformers import TrainerCallback
 
-    class Monitor(_Monitored, TrainerCallback):
-        """See `trainer_callback`."""
+    class TrainerMonitor(_Monitored, TrainerCallback):
+        """See `trainer_callback`. The Trainer tells nobody of an exception, so hooks are there for
+        the forward that follows alone.
+        """
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            self._begin(given["model"], given.get("optimizer")).start()
+            self._begin(given["model"], given.get("optimizer"))
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            self._end()
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if self.watch is not None:
+                self.watch.next_forward()
 
-    return Monitor(every, to, page)
+        on_substep_end = on_step_begin  # of accumulated gradients: another forward follows
+        on_train_end = _Monitored._end
+
+    return TrainerMonitor(every, to, page)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steadynorm.doctor.evidence import Evidence
+from steadynorm.doctor.evidence.losses import loss_raised_by_calibration
+from steadynorm.doctor.evidence.records import Evidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.rules import all_rules, find_rule
 
@@ -38,7 +42,12 @@ class Report:
         return max((finding.severity for finding in self.findings), default=None)
 
     def to_html(self, path: str | PathLike[str]) -> Path:
-        """Writes the report as one page that needs nothing else, and returns its path."""
+        """Writes the report as one page that needs nothing else, and returns its path.
+
+        Raises ModuleNotFoundError where jinja2 is missing.
+        """
+        if find_spec("jinja2") is None:
+            raise ModuleNotFoundError("Report.to_html needs jinja2: pip install jinja2.")
         from steadynorm.doctor.report.html import page
 
         page(self).write(Path(path))
@@ -83,13 +92,25 @@ def judge(evidence: Evidence, *, select: Iterable[str] = (), ignore: Iterable[st
     gathered = ("model", "data", "run")
     held = {"state", *(part for part in gathered if getattr(evidence, part) is not None)}
     rules = [rule for rule in chosen if rule.needs in held]
-    found = [finding for rule in rules for finding in rule.check(evidence)]
+    found = [_proved(finding, evidence) for rule in rules for finding in rule.check(evidence)]
     return Report(
         ordered(found, evidence),
         evidence,
         tuple(rule.code for rule in rules),
         tuple(rule.code for rule in chosen if rule.needs not in held),
     )
+
+
+def _proved(finding: Finding, evidence: Evidence) -> Finding:
+    """Calibration is safe where it does not raise the loss on the batches, or where there is
+    nothing to lose. Without a loss the weights may have been trained with these statistics.
+    """
+    if not finding.safe or "sn.calibrate(" not in finding.line:
+        return finding
+    data = evidence.data
+    if data is not None and (data.loss is not None or not data.outputs_finite):
+        return replace(finding, safe=loss_raised_by_calibration(data) is None)
+    return replace(finding, safe=False)
 
 
 def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, ...]:
@@ -151,19 +172,22 @@ def diagnose(
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
     name: str = "",
+    progress: bool = True,
 ) -> Report:
     """Find what is wrong with a network's batch norms, and say what to do.
 
-    A checkpoint shows its layers' state: statistics never updated, not finite, of vanishing
-    variance. A model shows besides how its layers stand and are trained. Batches show whether the
-    statistics are those of the data, and what inference loses where they are not.
+    A checkpoint shows the state of its layers: statistics that were never updated, are not finite
+    or have a vanishing variance. A model also shows how its layers are connected and trained.
+    Batches show whether the statistics fit the data, and what inference loses where they do not.
 
-    Nothing changes: parameters, gradients, buffers, modes, hooks and random state are put back, on
-    exceptions too. The model is run on the batches in training and in inference.
+    Nothing changes: parameters, gradients, buffers, modes, hooks and random states are restored, on
+    exceptions too, and batches stay as they are. The model is run on the batches in training and in
+    inference.
 
     Args:
-        target: a model; a checkpoint file (`.pt`, `.pth`, `.bin` read weights-only, `.safetensors`,
-            `.npz`, `.weights.h5`, `.keras`); or a state dict, tensors or arrays by name.
+        target: a model; a checkpoint file (`.pt`, `.pth`, `.ckpt`, `.bin` read weights-only,
+            `.safetensors`, `.npz`, `.h5`, `.keras`); or a state dict, tensors or arrays by name.
+            Of a TorchScript or exported model the state alone is judged.
         batches: tensors; mappings of keyword arguments; tuples or lists, of which the first element
             is taken (inputs with labels); anything else with `forward`. A DataLoader, say. As they
             come in training: the size of a batch is part of what is judged.
@@ -173,16 +197,17 @@ def diagnose(
         forward: calls the model: `lambda model, batch: model(batch.image, mask=batch.mask)`.
         against: other batches, those that the model will meet: is their distribution the same?
         max_batches: stop after so many.
-        optimizer: the one that trains the model, for its weight decay.
+        optimizer: the one that trains the model, or several, for their weight decay.
         exporting: the model is about to be exported or shipped as it is.
         select: codes, beginnings of codes ("SN1") or names of rules: only those judge.
         ignore: likewise: those do not.
         name: what the report calls a model; its class by default.
+        progress: show how many forwards are done, on a terminal; needs rich.
 
     Raises:
         TypeError: arguments of the wrong kind.
         ValueError: a file that cannot be read, in one line; no batches; an unknown rule; batches
-            for a checkpoint, which cannot be run.
+            for a checkpoint or for a model on the meta device, which cannot be run.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
@@ -195,25 +220,24 @@ def diagnose(
     """
     from torch import nn
 
-    from steadynorm.doctor.probe import probe_model, probe_state
+    from steadynorm.doctor.evidence.checkpoint import probe_state
+    from steadynorm.doctor.evidence.model import probe_model
 
     if any(kind.__module__.startswith("keras.") for kind in type(target).__mro__):
         raise TypeError(
             "diagnose: `target` is a Keras model; save it, model.save('model.keras'), and diagnose "
             "the file."
         )
+    state = getattr(target, "state_dict", None)
+    if not isinstance(target, nn.Module) and isinstance(state, Mapping):  # torch.export's
+        target = state
     if isinstance(target, nn.Module):
-        evidence = probe_model(
-            target,
-            batches,
-            loss=loss,
-            forward=forward,
-            against=against,
-            max_batches=max_batches,
-            optimizer=optimizer,
-            exporting=exporting,
-            target=name,
-        )
+        with counted(progress and batches is not None) as advance:
+            evidence = probe_model(
+                target, batches, loss=loss, forward=forward, against=against,
+                max_batches=max_batches, optimizer=optimizer, exporting=exporting, target=name,
+                advance=advance,
+            )  # fmt: skip
     elif isinstance(target, str | PathLike | Mapping):
         given = {"batches": batches, "loss": loss, "against": against, "optimizer": optimizer}
         for argument, value in given.items():
@@ -229,3 +253,19 @@ def diagnose(
             f"got {type(target).__name__}."
         )
     return judge(evidence, select=select, ignore=ignore)
+
+
+@contextmanager
+def counted(shown: bool) -> Iterator[Callable[[], object]]:
+    """A count of forwards on the terminal while the block runs; yields what advances it."""
+    if not shown or not sys.stderr.isatty() or find_spec("rich") is None:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    # A console of its own, on stderr: the caller may have a bar on the usual one.
+    columns = (TextColumn("diagnose: {task.completed} forwards"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("diagnose", total=None)
+        yield lambda: bars.advance(task)

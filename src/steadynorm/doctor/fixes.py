@@ -1,7 +1,8 @@
-"""Apply the cures that are safe to a copy of a model, and look again."""
+"""Apply the cures that are safe to a copy of a model, prove each, and diagnose the copy."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -9,26 +10,30 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 
-from steadynorm.doctor.apart import ENOUGH, known
 from steadynorm.doctor.diagnosis import Report, diagnose
+from steadynorm.doctor.evidence.divergence import ENOUGH, independent_values
+from steadynorm.doctor.evidence.losses import loss_change
+from steadynorm.doctor.evidence.model import optimizers
+from steadynorm.doctor.evidence.passes import CALLS, feeding, loss_of, read
 from steadynorm.doctor.finding import Finding
-from steadynorm.doctor.gains import lost_by_calibration
-from steadynorm.models.calibration.functions import calibrate
-from steadynorm.models.calibration.layers import unwrapped
-from steadynorm.models.calibration.report import LayerReport
-from steadynorm.models.surgery import bias, freezing
-from steadynorm.models.surgery.changes import Change, Changes
-from steadynorm.models.surgery.conversion import HALF, convert
-from steadynorm.models.surgery.copying import copied
-from steadynorm.models.surgery.files import write_weights
-
-LAYERWISE = 4096  # calls of the model that measuring layer by layer may take
+from steadynorm.doctor.rules import find_rule
+from steadynorm.models import bias
+from steadynorm.models.calibrate import calibrate
+from steadynorm.models.changes import Change, Changes
+from steadynorm.models.convert import HALF, convert
+from steadynorm.models.equivalence import copied
+from steadynorm.models.files import write
+from steadynorm.models.layers import unwrapped
+from steadynorm.models.report import CalibrationReport, LayerReport
+from steadynorm.models.untouched import set_training, untouched
 
 
 class Fixed(NamedTuple):
-    """The mended copy, what was done to it, and what the doctor says of it before and after."""
+    """The cured copy, what was done to it, and what the doctor says of it before and after."""
 
     model: nn.Module
     changes: Changes
@@ -36,25 +41,30 @@ class Fixed(NamedTuple):
     after: Report
 
     def write(self, path: str | Path) -> None:
-        """Its state dict as .safetensors, or .pt: beside the file and then in its place."""
-        write_weights(self.model.state_dict(), Path(path))
+        """Its state dict as .safetensors, or .pt; an old file stays whole until the new one is."""
+        write(self.model.state_dict(), Path(path))
 
     def __str__(self) -> str:
         return f"{self.changes}\n\n{self.after}"
 
 
 class Repair(NamedTuple):
-    """A copy under repair, its findings and its data."""
+    """A report and the data that it was made with."""
 
-    model: nn.Module
-    findings: tuple[Finding, ...]
-    batches: Iterable[Any] | None
     report: Report
+    batches: Iterable[Any] | None
     given: Mapping[str, Any]
 
     def layers(self, act: str) -> list[str]:
-        """The layers whose findings ask for an act, each once."""
-        return list(dict.fromkeys(f.layer for f in self.findings if act in acts(f)))
+        """The layers whose findings ask for an act and may have it, each once."""
+        asked = (f for f in self.report.findings if act in acts(f))
+        wanted = (f for f in asked if f.safe or (find_rule(f.code).safe and not self.decided(f)))
+        return list(dict.fromkeys(finding.layer for finding in wanted))
+
+    def decided(self, finding: Finding) -> bool:
+        """Whether more than a missing loss speaks against a cure."""
+        data = self.report.evidence.data
+        return finding.safe is None or (data is not None and data.loss is not None)
 
 
 def fix(
@@ -63,12 +73,15 @@ def fix(
     """Apply the safe cures of a report to a copy of the model, and diagnose the copy.
 
     A cure is safe where it leaves what the network computes as it was, or brings it to what its
-    training meant. These are: `convert` (statistics in float32, in layers that keep them so),
-    `freeze` (statistics held still where the parameters are), `drop_redundant_bias`, and
-    `calibrate`, in this order. A finding asks for those that its line of code names; everything
-    else is left for you to decide. Nothing is calibrated where the loss would rise, as it does
-    where the weights were trained with the statistics that there are, or where `against` shows
-    other data than `batches`. The model given stays as it was.
+    training meant. These are `convert` (statistics in float32, in layers that keep them so),
+    `drop_redundant_bias` and `calibrate`, in this order. A finding asks for those that its line of
+    code names; everything else is left for you to decide.
+
+    Each is proved: where the mean loss of inference rises by more than two standard errors, it is
+    taken back. Calibration is proved on batches held back: on one half after measuring the other.
+    Nothing is calibrated without a loss, unless inference gives NaN or infinity as it is: a network
+    that was trained with frozen batch norms would be harmed. Nothing is calibrated either where
+    `against` shows other data than `batches`. The model given stays as it was.
 
     Args:
         model: the one that was diagnosed.
@@ -85,7 +98,8 @@ def fix(
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8))
     >>> _ = torch.nn.init.uniform_(model[1].bias)  # trained, but for the statistics
     >>> data = [5 + 2 * torch.randn(64, 4) for _ in range(9)]
-    >>> fixed = fix(model, diagnose(model, data), data)
+    >>> loss = lambda output, batch: (output.std() - 1) ** 2
+    >>> fixed = fix(model, diagnose(model, data, loss=loss), data, loss=loss)
     >>> fixed.before.findings[0].code, len(fixed.after.findings)
     ('SN101', 0)
     """
@@ -94,15 +108,23 @@ def fix(
             f"fix: `batches` must be readable repeatedly, to measure and to look again; got "
             f"{type(batches).__name__}. Pass a list or a DataLoader."
         )
-    mended = copied(unwrapped(model), "diagnose")
-    safe = tuple(finding for finding in report.findings if finding.safe)
-    repair = Repair(mended, safe, batches, report, given)
+    cured = copied(unwrapped(model), "diagnose")
+    repair = Repair(report, batches, given)
+    held = [] if batches is None else read(feeding(batches, cured), "batches")
     changes = Changes()
     for act, apply in ACTS.items():
-        if repair.layers(act):
-            changes.extend(apply(repair))
-    again = {name: value for name, value in given.items() if name != "optimizer"}
-    return Fixed(mended, changes, report, diagnose(mended, batches, **again))
+        layers = repair.layers(act)
+        if layers:
+            trial = copied(cured, "diagnose")
+            made = Changes(apply(trial, repair, layers))
+            reason = _worse(*(_losses(m, held, repair) for m in (cured, trial)), "of inference")
+            if reason is None:
+                cured = trial
+            else:
+                made = Changes([_left(act, layers, f"taken back: {reason}")])
+            changes.extend(made)
+    again = {**given, "optimizer": _of_copy(given.get("optimizer"), unwrapped(model), cured)}
+    return Fixed(cured, changes, report, diagnose(cured, batches, **again))
 
 
 def acts(finding: Finding) -> list[str]:
@@ -115,50 +137,95 @@ def acts(finding: Finding) -> list[str]:
     return re.findall(r"\bsn\.(\w+)\(", finding.line)
 
 
-def _widen(repair: Repair) -> Iterator[Change]:
+def _left(act: str, layers: list[str], reason: str) -> Change:
+    what = {"calibrate": "running statistics", "drop_redundant_bias": "redundant biases"}
+    held = what.get(act, "layers")
+    return Change("left", layers[0] or "(model)", held, held, reason)
+
+
+def _worse(before: np.ndarray, after: np.ndarray, where: str) -> str | None:
+    """Why a cure is to be taken back, by the loss on each batch; None where it is not."""
+    change = loss_change(after, before)
+    if change is not None and change.clear(2):
+        return f"the loss {where} rose from {change.after:.3g} to {change.before:.3g}"
+    return None
+
+
+def _losses(model: nn.Module, batches: list[Any], repair: Repair) -> np.ndarray:
+    """The loss of inference on each batch; none where there is no loss."""
+    feed = feeding(batches, model, repair.given.get("forward"))
+    found = []
+    with untouched(model), torch.no_grad():
+        for batch in batches:
+            set_training(model, False)
+            loss = loss_of(repair.given.get("loss"), feed.forward(model, batch), batch)
+            found += [] if loss is None else [float(loss)]
+    return np.array(found)
+
+
+def _of_copy(given: Any, model: nn.Module, cured: nn.Module) -> Any:
+    """The optimizers as if they trained the copy, whose parameters go by the same names."""
+    theirs = dict(cured.named_parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    made = []
+    for optimizer in optimizers(given):
+        same = copy.copy(optimizer)
+        same.param_groups = [
+            {**group, "params": [theirs[n] for p in group["params"]
+                                 if (n := names.get(id(p), "")) in theirs]}
+            for group in optimizer.param_groups
+        ]  # fmt: skip
+        made.append(same)
+    return made or None
+
+
+def _widen(model: nn.Module, _: Repair, layers: list[str]) -> Iterator[Change]:
     """Statistics in float32, in our layers, which keep them so when the model is cast again."""
-    for name in repair.layers("convert"):
-        module: Any = repair.model.get_submodule(name)
-        if module.running_mean is not None and module.running_mean.dtype not in HALF:
-            continue
-        _, changes = convert(module, fuse=False, inplace=True)
-        yield from _at(name, changes)
+    for name in layers:
+        module: Any = model.get_submodule(name)
+        if module.running_mean is None or module.running_mean.dtype in HALF:
+            for change in convert(module, fuse=False, inplace=True)[1]:
+                yield replace(change, where=name or change.where)
 
 
-def _at(name: str, changes: Changes) -> Iterator[Change]:
-    """Changes of a layer that was given alone, by its name in the model."""
-    yield from (replace(change, where=name or change.where) for change in changes)
-
-
-def _freeze(repair: Repair) -> Iterator[Change]:
-    for name in repair.layers("freeze"):
-        _, changes = freezing.freeze(repair.model.get_submodule(name))
-        yield from _at(name, changes)
-
-
-def _drop_bias(repair: Repair) -> Iterator[Change]:
+def _drop_bias(model: nn.Module, _: Repair, layers: list[str]) -> Iterator[Change]:
     try:
-        yield from bias.drop_redundant_bias(repair.model, inplace=True)[1]
+        yield from bias.drop_redundant_bias(model, inplace=True)[1]
     except ValueError as error:
-        yield Change("left", "(model)", "redundant biases", "redundant biases", str(error))
+        yield _left("drop_redundant_bias", ["(model)"], str(error))
 
 
-def _calibrate(repair: Repair) -> Iterator[Change]:
-    where = repair.layers("calibrate")[0] or "(model)"
+def _calibrate(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[Change]:
+    """Measured on all batches, once it has proved itself on those held back."""
     reason = _why_not_calibrate(repair)
-    passes: Any = "layerwise" if _wants_layerwise(repair) else "one"
-    if reason is None and repair.batches is not None:
+    if reason is None:
         try:
-            done = calibrate(
-                repair.model, repair.batches, forward=repair.given.get("forward"),
-                passes=passes, synchronize=False, progress=False,
-            )  # fmt: skip
+            reason = _rises_on_held_back(model, repair)
+            if reason is None:
+                yield from map(_calibrated, _measure(model, repair.batches, repair).moved)
         except ValueError as error:  # batches that are not finite
             reason = str(error)
-        else:
-            yield from map(_calibrated, done.moved)
     if reason is not None:
-        yield Change("left", where, "running statistics", "running statistics", reason)
+        yield _left("calibrate", layers, reason)
+
+
+def _rises_on_held_back(model: nn.Module, repair: Repair) -> str | None:
+    batches = read(feeding(repair.batches, model), "batches")
+    before, after = [], []
+    for measured, proof in ((batches[::2], batches[1::2]), (batches[1::2], batches[::2])):
+        trial = copied(model, "diagnose")
+        _measure(trial, measured or batches, repair)
+        for network, losses in ((model, before), (trial, after)):
+            losses.append(_losses(network, proof, repair))
+    return _worse(np.concatenate(before), np.concatenate(after), "on batches held back")
+
+
+def _measure(model: nn.Module, batches: Any, repair: Repair) -> CalibrationReport:
+    feed = feeding(batches, model, repair.given.get("forward"))
+    passes: Any = "layerwise" if _wants_layerwise(repair) else "one"
+    return calibrate(
+        model, batches, forward=feed.forward, passes=passes, synchronize=False, progress=False
+    )
 
 
 def _calibrated(layer: LayerReport) -> Change:
@@ -168,37 +235,29 @@ def _calibrated(layer: LayerReport) -> Change:
 
 
 def _why_not_calibrate(repair: Repair) -> str | None:
-    """Why measuring the statistics anew is not safe after all, None where it is."""
-    if repair.batches is None:
+    """Why measuring the statistics is not safe after all, None where it is."""
+    data = repair.report.evidence.data
+    if repair.batches is None or data is None:
         return "no batches given"
     if any(finding.code == "SN306" for finding in repair.report.findings):
-        return "the two sets of data differ: on which to measure is a decision (sn.adapt)"
-    worse = lost_by_calibration(repair.report.evidence.data)
-    if worse is not None:
-        return (
-            f"the loss would rise from {worse.after:.3g} to {worse.before:.3g}: the weights were "
-            f"trained with these statistics"
-        )
+        return "the two sets of data differ: on which to measure is a decision"
+    if data.loss is None and data.outputs_finite:
+        return "no loss given: the weights may have been trained with these statistics"
     return None
 
 
 def _wants_layerwise(repair: Repair) -> bool:
-    """Where batches know too little: as `calibrate` says, one pass is then exact in the first
-    layer only.
-    """
+    """Where batches hold so few independent values that one pass is exact in one layer only."""
     evidence = repair.report.evidence
-    layers = evidence.layers
-    small = any(known(layer, evidence) < ENOUGH for layer in layers)
+    few = any(independent_values(layer, evidence) < ENOUGH for layer in evidence.layers)
     try:
-        calls = len(layers) * len(repair.batches)  # type: ignore[arg-type]
+        return few and len(evidence.layers) * len(repair.batches) <= CALLS  # type: ignore[arg-type]
     except TypeError:
         return False
-    return small and calls <= LAYERWISE
 
 
-ACTS: dict[str, Callable[[Repair], Iterator[Change]]] = {
+ACTS: dict[str, Callable[[nn.Module, Repair, list[str]], Iterator[Change]]] = {
     "convert": _widen,
-    "freeze": _freeze,
     "drop_redundant_bias": _drop_bias,
     "calibrate": _calibrate,
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from steadynorm.doctor.calls import Call, met
-from steadynorm.doctor.run import WINDOW, Look, Reading, Run, trend
-from steadynorm.doctor.sinks import FIGURES, Sink, sinks_from
-from steadynorm.models.calibration.layers import unwrapped
-from steadynorm.models.surgery.layers import named, recognize
+from steadynorm.doctor.calls import NormCall
+from steadynorm.doctor.evidence.training import (
+    WINDOW,
+    ChannelReading,
+    Reading,
+    TrainingRun,
+    trend,
+)
+from steadynorm.doctor.writers import FIGURES, writers
+from steadynorm.models.graph import tensors
+from steadynorm.models.layers import named, recognize, unwrapped
 from steadynorm.nn.recomputation import is_recomputation
 
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
 
+ENOUGH = 8  # readings to judge a trend by
 KEPT = 500  # steps in memory; beyond that every second one is dropped, again and again
 
 
@@ -30,13 +38,13 @@ def monitor(
     every: int = 50,
     *,
     to: Any = (),
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Watch:
-    """Watch every batch norm of `model` while it trains.
+    optimizer: Any = None,
+) -> Monitor:
+    """Monitor every batch norm of `model` while it trains.
 
     A step is a forward of the whole model in training mode with gradients on. At the first and each
     `every`-th after it, the input of each batch norm is compared with the running statistics as
-    they were before that step; see `steadynorm.doctor.run.Reading` for what is written down.
+    they were before that step. `steadynorm.doctor.evidence.training.Reading` says what is recorded.
     Nothing of the model changes: hooks on the layers are there during such a forward alone, and the
     one on the model until the end.
 
@@ -46,10 +54,10 @@ def monitor(
         every: steps from one reading to the next.
         to: where readings go as they are made: TensorBoard's `SummaryWriter` (or anything with
             `add_scalar`), the path of a CSV file, a function that takes a dict, or several of them.
-        optimizer: lets the report look at weight decay too.
+        optimizer: lets the report judge weight decay too; one or several.
 
     Returns:
-        A `Watch`, to be used in a `with` statement.
+        A `Monitor`, to be used in a `with` statement.
 
     Raises:
         TypeError, ValueError: for arguments that make no sense, and for a model that was compiled
@@ -64,11 +72,11 @@ def monitor(
     >>> watch.steps, [reading.step for reading in watch.readings]
     (20, [0, 5, 10, 15])
     """
-    return Watch(model, every, to=to, optimizer=optimizer)
+    return Monitor(model, every, to=to, optimizer=optimizer)
 
 
-class Watch:
-    """A run that is being watched; see `monitor`. `steps`: training forwards so far."""
+class Monitor:
+    """Records a training run; see `monitor`. `steps`: training forwards so far."""
 
     def __init__(
         self,
@@ -76,7 +84,7 @@ class Watch:
         every: int = 50,
         *,
         to: Any = (),
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"monitor: `model` must be a torch.nn.Module; got {type(model)}.")
@@ -91,11 +99,13 @@ class Watch:
         self.every = every
         self.steps = 0
         self._optimizer = optimizer
-        self._sinks: list[Sink] = sinks_from(to)
+        self._writers = writers(to)
         self._readings: list[Reading] = []
-        self._looks: dict[str, deque[Look]] = {}
+        self._by_channel: dict[str, deque[ChannelReading]] = {}
         self._stride = every  # between the steps that are kept
-        self._pending: list[Call] = []
+        self._pending: list[NormCall] = []
+        self._counts_before = self._counts()
+        self._in_inference = 0
         self._on_model: list[Any] = []
         self._on_layers: list[Any] = []
         self._stance: Any = None
@@ -106,48 +116,62 @@ class Watch:
         self._settle()
         return tuple(self._readings)
 
-    def start(self) -> Watch:
+    def start(self) -> Monitor:
         """Begin; `with` does it."""
         if self._on_model:
-            raise RuntimeError("monitor: this Watch is watching already.")
+            raise RuntimeError("monitor: this Monitor is running already.")
         self._on_model = [self.model.register_forward_pre_hook(self._before)]
         return self
 
+    def next_forward(self) -> None:
+        """Watch the next forward of the model alone, whatever becomes of it; instead of `start`."""
+        self._disarm()
+        self._on_layers = [self.model.register_forward_pre_hook(self._only)]
+
+    def _only(self, model: nn.Module, args: Any) -> None:
+        self._disarm()
+        self._before(model, args)
+
     def stop(self) -> None:
-        """End: every hook is gone, what was read is settled, files are closed. Twice is no harm."""
+        """End: removes every hook and writes what was read. Calling it twice is no harm."""
         self._disarm()
         for handle in self._on_model:
             handle.remove()
         self._on_model = []
         self._settle()
-        for sink in self._sinks:
-            sink.close()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Monitor:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def run(self) -> Run:
+    def run(self) -> TrainingRun:
         """All that was seen, as evidence for the rules."""
-        readings = self.readings
-        looks = self._looks.items()
-        trends = {name: found for name, seen in looks if (found := trend(seen, self.steps))}
-        return Run(self.steps, self.every, tuple(self._looks), readings, trends)
+        readings, seen = self.readings, self._by_channel
+        trends = {n: found for n, last in seen.items() if (found := trend(last, self.steps))}
+        before = self._counts_before
+        updates = {n: count - before[n] for n, count in self._counts().items() if n in before}
+        return TrainingRun(
+            self.steps, self.every, tuple(seen), readings, trends, updates, self._in_inference
+        )
 
     def report(self, *, select: Iterable[str] = (), ignore: Iterable[str] = ()) -> Report:
         """What the doctor says of the model as it is now, and of the run so far."""
-        from dataclasses import replace
-
         from steadynorm.doctor.diagnosis import judge
-        from steadynorm.doctor.probe import probe_model
+        from steadynorm.doctor.evidence.model import probe_model
 
-        evidence = probe_model(unwrapped(self.model), optimizer=self._optimizer)
-        remarks = evidence.remarks
+        evidence, run = probe_model(unwrapped(self.model), optimizer=self._optimizer), self.run()
+        remarks, late = evidence.remarks, max((t.readings for t in run.trends.values()), default=0)
         if not self.steps:
             remarks = (*remarks, "No training forward of the model was seen, so none was read.")
-        evidence = replace(evidence, run=self.run(), remarks=remarks)
+        elif late < ENOUGH:
+            remarks = (
+                *remarks,
+                f"The second half of the run has {late} of the {ENOUGH} readings that most rules "
+                f"need: monitor more steps, or with a smaller `every`.",
+            )
+        evidence = replace(evidence, run=run, remarks=remarks)
         return judge(evidence, select=select, ignore=ignore)
 
     def to_html(self, path: str | Path) -> Path:
@@ -177,16 +201,28 @@ class Watch:
         set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
         if "torch._dynamo" in sys.modules and set_stance is not None:
             self._stance = set_stance("force_eager")  # compiled parts would call no hooks
-        for name, part in named(unwrapped(self.model)):
-            if recognize(part) is not None:
-                self._arm("" if name == "(model)" else name, part, step)
+        for name, part in self._norms():
+            self._arm(name, part, step)
 
     def end_step(self) -> None:
         """The forward of a step is over."""
         self._disarm()
 
+    def _norms(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, part in named(unwrapped(self.model)):
+            if recognize(part) is not None:
+                yield "" if name == "(model)" else name, part
+
+    def _counts(self) -> dict[str, int]:
+        """How many batches each layer has counted."""
+        counts = ((n, getattr(part, "num_batches_tracked", None)) for n, part in self._norms())
+        return {name: int(count) for name, count in counts if count is not None}
+
     def _before(self, model: nn.Module, _: Any) -> None:
-        if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if not model.training:
+            self._on_layers.append(model.register_forward_hook(self._after_inference))
             return
         self.begin_step()
         # A hook costs time at every call, so this one is there only when it has work.
@@ -196,20 +232,32 @@ class Watch:
     def _after(self, *_: Any) -> None:
         self.end_step()
 
+    def _after_inference(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Counts the forward if a gradient is computed through it: it was meant to train."""
+        self._disarm()
+        differentiable = next((t for t in tensors(output) if t.requires_grad), None)
+        if differentiable is None:
+            return
+
+        def count(_: Tensor) -> None:
+            self._in_inference += 1
+
+        differentiable.register_hook(count)
+
     def _arm(self, name: str, layer: nn.Module, step: int) -> None:
-        calls: list[Call] = []
+        calls: list[NormCall] = []
 
         def before(part: nn.Module, args: Any, kwargs: Any) -> None:
             norm = recognize(part)
             if norm is None or is_recomputation():
                 return
-            if pending := met(norm, part, args, kwargs, name, step):
+            if pending := NormCall.begin(norm, part, args, kwargs, name, step):
                 calls.append(pending)
                 self._pending.append(pending)
 
         def after(part: nn.Module, _: Any, output: Any) -> None:
             if calls and isinstance(output, Tensor):
-                calls.pop().leave(output, getattr(part, "activation", None))
+                calls.pop().end(output, getattr(part, "activation", None))
 
         self._on_layers += [
             layer.register_forward_pre_hook(before, with_kwargs=True),
@@ -227,12 +275,12 @@ class Watch:
     def _settle(self) -> None:
         """Numbers out of tensors, now that the step is over."""
         pending, self._pending = self._pending, []
-        for part in pending:
-            look = part.look()
-            reading = look.reading(part.layer, part.saturated(), part.gradient())
-            self._looks.setdefault(part.layer, deque(maxlen=WINDOW)).append(look)
-            for sink in self._sinks:
-                sink.write(reading)
+        for call in pending:
+            by_channel = call.by_channel()
+            reading = by_channel.reading(call.layer, call.saturated(), call.gradient())
+            self._by_channel.setdefault(call.layer, deque(maxlen=WINDOW)).append(by_channel)
+            for write in self._writers:
+                write(reading)
             if reading.step % self._stride == 0:
                 self._readings.append(reading)
         if len({reading.step for reading in self._readings}) > KEPT:

@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 
 from steadynorm.jax import checks
 from steadynorm.jax.functional import batch_norm
-from steadynorm.statistics import Policy, RunningStatistics, policy_from
+from steadynorm.kernels.checks import activation_name, nonfinite_name
+from steadynorm.statistics import Policy, RunningStatistics, one_way, policy_from
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -100,7 +101,8 @@ class BatchNorm(nnx.BatchNorm):
         activation: str | None = None,
         nonfinite: str = "propagate",
     ) -> None:
-        checks.names(activation, nonfinite, "BatchNorm")
+        activation_name(activation, "BatchNorm")
+        nonfinite_name(nonfinite, "BatchNorm")
         checks.momentum_range(momentum, "BatchNorm")
         super().__init__(
             num_features,
@@ -122,7 +124,7 @@ class BatchNorm(nnx.BatchNorm):
             bias_metadata=bias_metadata,
             scale_metadata=scale_metadata,
         )
-        self.statistics = policy_from(statistics)
+        self.statistics = one_way(policy_from(statistics), type(self).__name__)
         self.activation = activation
         self.nonfinite = nonfinite
         if self.statistics.counts_batches:

@@ -1,4 +1,4 @@
-"""Arguments that cannot work are refused: which, what was required, what came, what to do."""
+"""Refuses arguments that cannot work: which, what was required, what came, what to do."""
 
 from __future__ import annotations
 
@@ -7,24 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from steadynorm.jax.activations import ACTIVATIONS
 from steadynorm.statistics import Ghost, Policy, RunningStatistics
-
-
-def names(activation: object, nonfinite: object, owner: str) -> None:
-    """`activation` is None or runs inside the layer; `nonfinite` is "propagate" or "skip"."""
-    if not (activation is None or isinstance(activation, str)):
-        raise TypeError(
-            f"{owner}: `activation` must be None or a name; got {activation!r}. Call any other "
-            f"activation after the layer."
-        )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{owner}: `activation` must be None or one of {', '.join(ACTIVATIONS)}; "
-            f"got {activation!r}. Call any other activation after the layer."
-        )
-    if nonfinite not in ("propagate", "skip"):
-        raise ValueError(f"{owner}: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}.")
 
 
 def momentum_range(momentum: float, owner: str) -> None:
@@ -83,14 +66,6 @@ def running_known(
         raise ValueError(
             f"{owner}: {what} needs running statistics; got state=None. Start with "
             f"steadynorm.jax.initial_state(num_features)."
-        )
-
-
-def residual_shape(residual: Array, x: Array, owner: str) -> None:
-    """`residual` has x's shape."""
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"{owner}: `residual` must have the shape of `x`, {x.shape}; got {residual.shape}."
         )
 
 

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from steadynorm.jax import checks, stages
-from steadynorm.jax.activations import ACTIVATIONS
-from steadynorm.jax.replicas import Replicas, varying_like
+from steadynorm.jax import checks
+from steadynorm.jax.arrays import reference
+from steadynorm.jax.named_axis import NamedAxis, varying_like
+from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.checks import activation_name, nonfinite_name, residual_shape
+from steadynorm.kernels.reference import Groups
 from steadynorm.statistics import (
     Coefficients,
     Context,
@@ -23,11 +26,13 @@ from steadynorm.statistics import (
     Normalizer,
     Policy,
     RunningStatistics,
+    batches_seen,
     coefficients,
     gradient_coefficients,
     gradient_factors,
     of_running,
     parameter_gradients,
+    one_way,
     policy_from,
     step,
 )
@@ -43,29 +48,36 @@ class _Settings(NamedTuple):
     epsilon: float
     activation: str | None
     skip_nonfinite: bool
-    replicas: Replicas | None
-    groups: stages.Groups
-    dtype: DTypeLike | None
+    replicas: NamedAxis | None
+    groups: Groups
+    dtype: DTypeLike
 
     @property
-    def pooled(self) -> Replicas | None:
+    def pooled(self) -> NamedAxis | None:
         """The replicas whose moments are joined: none where groups stand on their own."""
         return self.replicas if self.groups is None else None
 
 
-class _Saved(NamedTuple):
-    """What a forward leaves for its backward: x, and y or the residual where needed for g."""
+class _Inputs(NamedTuple):
+    """The arrays of a call."""
 
     x: Array
     weight: Array | None
     bias: Array | None
     residual: Array | None
-    residual_like: Array | None
     mask: Array | None
+    state: RunningStatistics | None
+
+
+class _Saved(NamedTuple):
+    """What a forward leaves for its backward: x, and y or the residual where needed for g."""
+
+    inputs: _Inputs
+    residual_like: Array | None
     y: Array | None
     batch: Moments | None
     normalizer: Normalizer
-    known: Coefficients
+    affine: Coefficients
 
 
 def initial_state(num_features: int, *, dtype: DTypeLike = jnp.float32) -> RunningStatistics:
@@ -120,7 +132,7 @@ def batch_norm(
         epsilon: added to the variance.
         statistics: a policy or its lower-case name.
         activation: None, or one of relu, relu6, leaky_relu (slope 0.01), silu, gelu (exact),
-            hardswish, elu, sigmoid, tanh.
+            hardswish, elu, sigmoid, tanh, mish.
         residual: of x's shape; added before the activation.
         mask: boolean, True where valid; broadcasts, axis by axis, against x without its channel
             axis, or against x with length 1 there. Moments come from valid positions; every
@@ -160,8 +172,9 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the policies name theirs.
     """
-    policy = policy_from(statistics)
-    checks.names(activation, nonfinite, owner)
+    policy = one_way(policy_from(statistics), owner)
+    activation_name(activation, owner)
+    nonfinite_name(nonfinite, owner)
     checks.momentum_range(momentum, owner)
     x = jnp.asarray(x)
     axis = checks.input_and_axis(x, axis, policy, owner)
@@ -170,14 +183,14 @@ def batch_norm(
     checks.per_channel(x, axis, state, weight, bias, owner)
     checks.running_known(policy, state, use_running_average, owner)
     if residual is not None:
-        checks.residual_shape(residual, x, owner)
+        residual_shape(residual.shape, x.shape, "x", owner)
     if mask is not None:
         mask = checks.expanded_mask(mask, x, axis, owner)
     inference = use_running_average or isinstance(policy, Frozen)
     replicas = None
     if axis_name is not None and not inference:
-        split = tuple(tuple(group) for group in axis_index_groups or ())
-        replicas = Replicas(axis_name, split or None)
+        index_groups = tuple(tuple(group) for group in axis_index_groups or ())
+        replicas = NamedAxis(axis_name, index_groups or None)
     groups = None
     if isinstance(policy, Ghost) and not inference and x.size:
         groups = policy.lengths(x.shape[0])
@@ -191,38 +204,31 @@ def batch_norm(
         nonfinite == "skip",
         replicas,
         groups,
-        None if dtype is None else jnp.dtype(dtype),
+        jnp.dtype(x.dtype if dtype is None else dtype),
     )
     weight, bias, residual = varying_like(x, (weight, bias, residual))
-    y, after = _compiled(settings, x, weight, bias, residual, mask, state)
+    y, after = _compiled(settings, _Inputs(x, weight, bias, residual, mask, state))
     return y, state if inference else after
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalize(
-    settings: _Settings,
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    mask: Array | None,
-    state: RunningStatistics | None,
-) -> tuple[Array, RunningStatistics | None]:
-    return _forward(settings, x, weight, bias, residual, mask, state)[0]
+def _normalize(settings: _Settings, inputs: _Inputs) -> tuple[Array, RunningStatistics | None]:
+    return _forward(settings, inputs)[0]
 
 
-def _settle(
-    settings: _Settings, x: Array, mask: Array | None, state: RunningStatistics | None
+def _policy_step(
+    settings: _Settings, inputs: _Inputs
 ) -> tuple[Moments | None, Normalizer, RunningStatistics | None]:
     """Pooled moments, what normalizes, and the running statistics after this batch."""
-    dtype = stages.statistics_dtype(x)
+    x, state = inputs.x, inputs.state
+    dtype = reference.statistics_dtype(x)
     running = state and RunningStatistics(
-        state.mean.astype(dtype), state.var.astype(dtype), state.batches
+        state.mean.astype(dtype), state.var.astype(dtype), batches_seen(state, xp=jnp)
     )
     if settings.inference:
         assert running is not None  # checks.running_known
         return None, of_running(running), state
-    batch = stages.moments(x, axis=settings.axis, mask=mask, groups=settings.groups)
+    batch = reference.moments(x, axis=settings.axis, mask=inputs.mask, groups=settings.groups)
     samples: Any = x.shape[0] if x.ndim > 1 else 1
     if settings.pooled is not None:
         batch, samples = settings.pooled.pool(batch, samples)
@@ -238,76 +244,67 @@ def _settle(
 
 
 def _forward(
-    settings: _Settings,
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    mask: Array | None,
-    state: RunningStatistics | None,
+    settings: _Settings, inputs: _Inputs
 ) -> tuple[tuple[Array, RunningStatistics | None], _Saved]:
-    batch, normalizer, after = _settle(settings, x, mask, state)
-    dtype = stages.statistics_dtype(x)
-    gamma, beta = (None if p is None else p.astype(dtype) for p in (weight, bias))
-    known = coefficients(normalizer, gamma, beta, settings.epsilon)
-    y = stages.apply(
+    batch, normalizer, after = _policy_step(settings, inputs)
+    x, residual = inputs.x, inputs.residual
+    dtype = reference.statistics_dtype(x)
+    gamma, beta = (None if p is None else p.astype(dtype) for p in (inputs.weight, inputs.bias))
+    affine = coefficients(normalizer, gamma, beta, settings.epsilon)
+    y = reference.apply(
         x,
-        known.center,
-        known.scale,
-        known.shift,
+        *affine[:3],
         axis=settings.axis,
         residual=residual,
         activation=settings.activation,
         groups=settings.groups,
         dtype=settings.dtype,
     )
-    kind = ACTIVATIONS.get(settings.activation or "")
+    source = ACTIVATIONS[settings.activation].source if settings.activation else None
+    rebuilds, from_output = source == "input", source in ("output", "either")
     saved = _Saved(
-        x,
-        weight,
-        bias,
-        residual if kind is not None and not kind.from_output else None,
+        inputs._replace(residual=residual if rebuilds else None, state=None),
         None if residual is None else jnp.zeros((), residual.dtype),
-        mask,
-        y if kind is not None and kind.from_output else None,
+        y if from_output else None,
         batch and batch._replace(count=jnp.asarray(batch.count, dtype)),
         normalizer,
-        known,
+        affine,
     )
     return (y, after), saved
 
 
-def _backward(
-    settings: _Settings, saved: _Saved, gradients: tuple[Array, Any]
-) -> tuple[Array | None, ...]:
+def _backward(settings: _Settings, saved: _Saved, gradients: tuple[Array, Any]) -> tuple[_Inputs]:
     grad, _ = gradients
-    x, batch, normalizer, known = saved.x, saved.batch, saved.normalizer, saved.known
+    inputs, batch, normalizer, affine = saved.inputs, saved.batch, saved.normalizer, saved.affine
+    arrays = (grad, inputs.x, *affine[:3])
     branch: dict[str, Any] = {
         "axis": settings.axis,
         "y": saved.y,
-        "residual": saved.residual,
+        "residual": inputs.residual,
         "activation": settings.activation,
         "groups": settings.groups,
     }
-    place = (known.center, known.scale, known.shift)
-    sums = stages.reduce_grad(grad, x, *place, **branch)
-    dweight, dbias = parameter_gradients(normalizer, known.rho, *sums)
-    through = jnp.zeros_like(known.scale), jnp.zeros_like(known.scale)
+    sums = reference.reduce_grad(*arrays, **branch)
+    dweight, dbias = parameter_gradients(normalizer, affine.rho, *sums)
+    through = jnp.zeros_like(affine.scale), jnp.zeros_like(affine.scale)
     if batch is not None:
         if settings.pooled is not None:
             sums = settings.pooled.sum(sums)
-        factors = gradient_factors(normalizer, batch, known.scale, known.rho)
+        factors = gradient_factors(normalizer, batch, affine.scale, affine.rho)
         through = gradient_coefficients(factors, *sums)
-    dx, g = stages.apply_grad(grad, x, *place, *through, mask=saved.mask, **branch)
+    like = saved.residual_like
+    dx, g = reference.apply_grad(
+        *arrays, *through, mask=inputs.mask, want_residual=like is not None, **branch
+    )
 
     def fitted(gradient: Array, parameter: Array | None) -> Array | None:
         if parameter is None:
             return None
-        return gradient.reshape(-1, x.shape[settings.axis]).sum(0).astype(parameter.dtype)
+        return gradient.reshape(-1, parameter.shape[0]).sum(0).astype(parameter.dtype)
 
-    like = saved.residual_like
-    dresidual = None if like is None else g.astype(like.dtype)
-    return dx, fitted(dweight, saved.weight), fitted(dbias, saved.bias), dresidual, None, None
+    dresidual = None if g is None or like is None else g.astype(like.dtype)
+    dparameters = fitted(dweight, inputs.weight), fitted(dbias, inputs.bias)
+    return (_Inputs(dx, *dparameters, dresidual, None, None),)
 
 
 _normalize.defvjp(_forward, _backward)

@@ -1,5 +1,9 @@
 """Batch normalization for Keras 3, on its TensorFlow, JAX and torch backends."""
 
-from steadynorm.keras.batchnorm import BatchNormalization
+from steadynorm._extras import needed_by
 
-__all__ = ["BatchNormalization"]
+with needed_by("steadynorm.keras"):
+    from steadynorm.keras.batchnorm import BatchNormalization
+    from steadynorm.keras.conversion import convert
+
+__all__ = ["BatchNormalization", "convert"]

@@ -9,9 +9,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from steadynorm.keras import stages
-from steadynorm.keras.replicas import replicas
+from steadynorm.keras.arrays import reference, xp
+from steadynorm.keras.replica_context import replica_context
+from steadynorm.kernels.checks import nonfinite_name, residual_shape
+from steadynorm.kernels.reference import Groups
 from steadynorm.statistics import (
+    Batch,
     Context,
     Frozen,
     Ghost,
@@ -20,14 +23,17 @@ from steadynorm.statistics import (
     Policy,
     RunningStatistics,
     attach,
+    batches_seen,
     coefficients,
+    of_batch,
     of_running,
+    one_way,
     policy_from,
     step,
+    usable,
 )
 
 Tensor = Any
-MANY = np.int32(1 << 30)  # batches seen, where a checkpoint does not say how many
 
 
 @keras.saving.register_keras_serializable(package="steadynorm")
@@ -48,12 +54,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         epsilon: added to the variance.
         center: learn beta.
         scale: learn gamma.
-        renorm: not taken: write `statistics=sn.Renorm()`, which keeps `moving_variance` only.
+        renorm: Keras's batch renormalization, with its three further weights and its two further
+            arguments. `statistics=sn.Renorm()` needs none of them, and keeps a loaded
+            `moving_variance`, which Keras's forgets in one step.
         synchronized: pool moments over replicas, by count: those of `tf.distribute`, or of torch's
             default process group. With JAX the batch is that of all devices in any case.
         statistics: `sn.Batch()`, `sn.Steady()`, `sn.Running()`, `sn.Renorm()`, `sn.Ghost()`,
             `sn.Frozen()`, or a lower-case name. A policy that asks how many batches were seen adds
-            one weight, `num_batches_tracked`; the default adds none.
+            one variable, `num_batches_tracked`, which is saved but is none of `weights`.
         activation: one that runs inside the layer: whatever `keras.activations.get` takes, with
             Keras's meaning ("leaky_relu" has slope 0.2 there), or None.
         nonfinite: "skip" keeps batches with NaN or infinity out of the moving statistics.
@@ -64,7 +72,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         inputs: of any rank.
         training: whether the policy decides and the moving statistics move.
         mask: true where valid; of inputs' shape without the channel axis, wherever that is, or with
-            length 1 in places. Moments come from valid positions; every position is normalized.
+            length 1 in places. Moments come from valid positions; every position is normalized. A
+            mask that only fits without the last axis, as Keras's layers make them, is taken too.
         residual: of inputs' shape; added before the activation.
 
     Raises:
@@ -93,52 +102,24 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
-        beta_initializer: Any = "zeros",
-        gamma_initializer: Any = "ones",
-        moving_mean_initializer: Any = "zeros",
-        moving_variance_initializer: Any = "ones",
-        beta_regularizer: Any = None,
-        gamma_regularizer: Any = None,
-        beta_constraint: Any = None,
-        gamma_constraint: Any = None,
-        renorm: bool = False,
-        renorm_clipping: Any = None,
-        renorm_momentum: float = 0.99,
+        *others: Any,
         synchronized: bool = False,
-        *,
         statistics: Policy | str | Mapping[str, Any] = "batch",
         activation: str | Callable[[Tensor], Tensor] | None = None,
         nonfinite: str = "propagate",
-        **kwargs: Any,
+        **keras_arguments: Any,
     ) -> None:
-        if renorm or renorm_clipping:
-            raise ValueError(
-                "BatchNormalization: `renorm` must be False; got renorm="
-                f"{renorm!r}, renorm_clipping={renorm_clipping!r}. Write statistics=sn.Renorm("
-                "r_max=..., d_max=...), which needs no weights beyond the moving statistics."
-            )
-        if nonfinite not in ("propagate", "skip"):
-            raise ValueError(
-                f"BatchNormalization: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}."
-            )
-        super().__init__(
-            axis=axis,
-            momentum=momentum,
-            epsilon=epsilon,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            moving_mean_initializer=moving_mean_initializer,
-            moving_variance_initializer=moving_variance_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            **kwargs,
-        )
-        self.synchronized = synchronized
+        nonfinite_name(nonfinite, "BatchNormalization")
+        super().__init__(axis, momentum, epsilon, center, scale, *others, **keras_arguments)
         self.statistics = _policy(statistics)
+        self.renorm = getattr(self, "renorm", False)  # older releases of Keras have none
+        if self.renorm and self.statistics != Batch():
+            raise ValueError(
+                f"BatchNormalization: renorm=True goes with statistics='batch' alone; got "
+                f"{statistics!r}. Write statistics=sn.Renorm(r_max=..., d_max=...), which needs no "
+                f"weights beyond the moving statistics, or leave `statistics` out."
+            )
+        self.synchronized = synchronized
         self.activation = None if activation is None else keras.activations.get(activation)
         self.nonfinite = nonfinite
         self.num_batches_tracked: Any = None
@@ -156,6 +137,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 autocast=False,
             )
 
+    @property
+    def weights(self) -> list[Any]:
+        """The weights that Keras's layer has; `variables` holds the count of batches too."""
+        return [w for w in super().weights if w is not self.num_batches_tracked]
+
     def call(
         self,
         inputs: Tensor,
@@ -168,10 +154,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if mask is None:
             mask = inputs_mask  # where Keras puts a mask that arrives by itself, beside a residual
         axis = self.axis % len(inputs.shape)
-        dtype = keras.backend.result_type(inputs.dtype, "float32")
+        dtype = xp.statistics_dtype(inputs)
         x = ops.cast(inputs, dtype)
         if residual is not None:
-            residual = ops.cast(_same_shape(residual, inputs), dtype)
+            shapes = tuple(residual.shape), tuple(inputs.shape)
+            residual_shape(*shapes, "inputs", "BatchNormalization")
+            residual = ops.cast(residual, dtype)
         if training and self.trainable and not isinstance(self.statistics, Frozen):
             if mask is not None:
                 mask = _expanded(mask, inputs, axis)
@@ -179,58 +167,56 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         else:
             normalizer, groups = of_running(self._running(dtype)), None
         gamma, beta = (None if w is None else ops.cast(w, dtype) for w in (self.gamma, self.beta))
-        known = coefficients(normalizer, gamma, beta, self.epsilon)
-        y = stages.apply(
-            x,
-            known.center,
-            known.scale,
-            known.shift,
-            axis=axis,
-            residual=residual,
-            activation=self.activation,
-            groups=groups,
-        )
-        return ops.cast(y, self.compute_dtype)
+        affine = coefficients(normalizer, gamma, beta, self.epsilon)
+        y = reference.apply(x, *affine[:3], axis=axis, residual=residual, groups=groups)
+        return ops.cast(y if self.activation is None else self.activation(y), self.compute_dtype)
 
     def _running(self, dtype: str) -> RunningStatistics:
         batches = self.num_batches_tracked
-        return RunningStatistics(
+        running = RunningStatistics(
             ops.cast(self.moving_mean, dtype),
             ops.cast(self.moving_variance, dtype),
             None if batches is None else ops.cast(batches, dtype),
         )
+        return running._replace(batches=batches_seen(running, xp=xp))
 
-    def _train(self, x: Tensor, axis: int, mask: Tensor | None) -> tuple[Normalizer, stages.Groups]:
+    def _train(self, x: Tensor, axis: int, mask: Tensor | None) -> tuple[Normalizer, Groups]:
         """What normalizes a batch, with gradient, and in which groups; moves the statistics."""
         groups = self._groups(x, axis)
-        live = stages.moments(x, axis=axis, mask=mask, groups=groups)
-        samples = stages.number(x, [0]) if len(x.shape) > 1 else 1
-        others = replicas() if self.synchronized and groups is None else None
-        if others is not None:
-            live, samples = others.pool(live, samples)
+        live = reference.moments(x, axis=axis, mask=mask, groups=groups)
+        samples = xp.size(x, (0,)) if len(x.shape) > 1 else 1
+        replicas = replica_context() if self.synchronized and groups is None else None
+        if replicas is not None:
+            live, samples = replicas.pool(live, samples)
         batch = Moments(
             live.count, live.mean, ops.stop_gradient(live.var), ops.stop_gradient(live.mean_low)
         )
-        dtype = keras.backend.standardize_dtype(x.dtype)
-        running = self._running(dtype)
-        context = Context(
-            samples if isinstance(samples, int) else ops.cast(samples, dtype),
-            1 - self.momentum,
-            self.epsilon,
-            _Namespace(dtype),
-            unbiased=False,
-        )
-        normalizer, after = step(
-            self.statistics, batch, running, context, skip_nonfinite=self.nonfinite == "skip"
-        )
-        if after is not None and after is not running:
+        running = self._running(keras.backend.standardize_dtype(x.dtype))
+        context = Context(samples, 1 - self.momentum, self.epsilon, xp, unbiased=False)
+        skip_nonfinite = self.nonfinite == "skip"
+        policy = _KerasRenorm(self) if self.renorm else self.statistics
+        normalizer, after = step(policy, batch, running, context, skip_nonfinite=skip_nonfinite)
+        if self.renorm:
+            self._move(usable(batch, skip_nonfinite=skip_nonfinite, xp=xp), batch)
+        elif after is not None and after is not running:
             self.moving_mean.assign(ops.cast(after.mean, self.moving_mean.dtype))
             self.moving_variance.assign(ops.cast(after.var, self.moving_variance.dtype))
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.assign(ops.cast(after.batches, "int32"))
         return attach(normalizer, batch, live), groups
 
-    def _groups(self, x: Tensor, axis: int) -> stages.Groups:
+    def _move(self, usable: Tensor, batch: Moments) -> None:
+        """Move the five moving statistics of `renorm=True`, by Keras's own rule."""
+        if usable is False:
+            return
+        state = [w for w in self.weights if w is not self.gamma and w is not self.beta]
+        before = [ops.copy(w.value) for w in state]
+        self._update_renorm_statistics(batch.mean, batch.var)
+        if usable is not True:
+            for weight, old in zip(state, before, strict=True):
+                weight.assign(ops.where(usable, weight.value, old))
+
+    def _groups(self, x: Tensor, axis: int) -> Groups:
         if not isinstance(self.statistics, Ghost):
             return None
         samples = ops.shape(x)[0]
@@ -257,64 +243,70 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def load_own_variables(self, store: Any) -> None:
         """Read weights of this layer or of Keras's own, which does not count batches."""
-        missing = str(len(self.weights) - 1)
-        if self.num_batches_tracked is not None and missing not in store:
-            store = {**{key: store[key] for key in store}, missing: MANY}
-        super().load_own_variables(store)
+        values = {key: store[key] for key in store.keys()}  # noqa: SIM118  an HDF5 store
+        if self.num_batches_tracked is not None and len(values) == len(self.weights):
+            values[str(len(values))] = np.int32(0)  # beside trained statistics it reads as many
+        super().load_own_variables(values)
 
     def set_weights(self, weights: list[Any]) -> None:
-        """Set weights of this layer or of Keras's own, which does not count batches."""
-        if self.num_batches_tracked is not None and len(weights) == len(self.weights) - 1:
-            weights = [*weights, MANY]
+        """Set the weights that Keras's layer has, and the count of batches where it is given."""
+        count = self.num_batches_tracked
+        if count is not None:
+            given = len(weights) == len(self.weights) + 1
+            count.assign(weights[-1] if given else np.int32(0))
+            weights = weights[:-1] if given else weights
         super().set_weights(weights)
 
 
-class _Namespace:
-    """`keras.ops`, with plain numbers in the statistics' type, which TensorFlow insists on."""
+class _KerasRenorm(Policy):
+    """Keras's `renorm=True`: corrections by three weights of the layer, which it moves itself."""
 
-    def __init__(self, dtype: str) -> None:
-        self._dtype = dtype
+    counts_batches = False
 
-    def where(self, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        a, b = (
-            ops.convert_to_tensor(t, dtype=self._dtype) if isinstance(t, int | float) else t
-            for t in (a, b)
-        )
-        return ops.where(condition, a, b)
+    def __init__(self, layer: BatchNormalization) -> None:
+        self.layer = layer
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(ops, name)
+    def normalizer(
+        self, batch: Moments, running: RunningStatistics | None, context: Context
+    ) -> Normalizer:
+        gain, offset, *_ = self.layer._renorm_correction_and_moments(batch.mean, batch.var)
+        return of_batch(batch)._replace(gain=gain, offset=offset)
+
+    def update(
+        self, batch: Moments, running: RunningStatistics, context: Context
+    ) -> RunningStatistics:
+        return running
 
 
 def _policy(statistics: Policy | str | Mapping[str, Any]) -> Policy:
     """A policy from itself, its name, or a configuration."""
     if not isinstance(statistics, Mapping):
-        return policy_from(statistics)
+        return one_way(policy_from(statistics), "BatchNormalization")
     settings = dict(statistics)
     return type(policy_from(settings.pop("policy", None)))(**settings)
 
 
-def _same_shape(residual: Tensor, inputs: Tensor) -> Tensor:
-    if tuple(residual.shape) != tuple(inputs.shape):
-        raise ValueError(
-            f"BatchNormalization: `residual` must have the shape of `inputs`, "
-            f"{tuple(inputs.shape)}; got {tuple(residual.shape)}."
-        )
-    return residual
-
-
 def _expanded(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
-    """`mask` as boolean, of inputs' shape without the channel axis."""
-    target = tuple(n for i, n in enumerate(ops.shape(inputs)) if i != axis)
-    static = [n for i, n in enumerate(inputs.shape) if i != axis]
-    came = tuple(mask.shape)
-    fits = len(came) == len(static) and all(
-        n in (1, None) or wanted in (n, None) for n, wanted in zip(came, static, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"BatchNormalization: `mask` must have one axis fewer than `inputs`: the shape "
-            f"{tuple(static)}, that of `inputs` without its channel axis {axis}, or 1 in places; "
-            f"got {came}."
+    """`mask` as boolean, of inputs' shape without the channel axis.
+
+    A mask of the inputs' shape without the *last* axis, as Keras's layers make them, where that is
+    another shape, becomes one of the inputs' whole shape.
+    """
+    shape, came = ops.shape(inputs), tuple(mask.shape)
+
+    def fits(without: int) -> bool:
+        static = [n for i, n in enumerate(inputs.shape) if i != without]
+        return len(came) == len(static) and all(
+            n in (1, None) or wanted in (n, None) for n, wanted in zip(came, static, strict=True)
         )
-    return ops.broadcast_to(ops.cast(mask, "bool"), target)
+
+    mask, last = ops.cast(mask, "bool"), len(inputs.shape) - 1
+    if fits(axis):
+        return ops.broadcast_to(mask, tuple(n for i, n in enumerate(shape) if i != axis))
+    if fits(last):
+        return ops.broadcast_to(ops.expand_dims(mask, -1), shape)
+    static = tuple(n for i, n in enumerate(inputs.shape) if i != axis)
+    raise ValueError(
+        f"BatchNormalization: `mask` must have one axis fewer than `inputs`: the shape {static}, "
+        f"that of `inputs` without its channel axis {axis}, or 1 in places; got {came}."
+    )

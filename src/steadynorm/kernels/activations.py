@@ -143,6 +143,22 @@ def _tanh(m: Any) -> Functions:
     return forward, gradient
 
 
+def _mish(m: Any) -> Functions:
+    # z·tanh(softplus(z)); tanh(ln(1 + e)) = n/(n + 2) with n = e·(e + 2), 1 to all digits past 20.
+    def forward(z: Array) -> Array:
+        e = m.exp(m.where(z > m.const(20.0, z), m.const(20.0, z), z))
+        n = e * (e + m.const(2.0, z))
+        return z * (n / (n + m.const(2.0, z)))
+
+    def gradient(g: Array, z: Array) -> Array:
+        e = m.exp(m.where(z > m.const(20.0, z), m.const(20.0, z), z))
+        n = e * (e + m.const(2.0, z))
+        t = n / (n + m.const(2.0, z))
+        return g * (t + z * m.sigmoid(z) * (m.const(1.0, z) - t * t))
+
+    return forward, gradient
+
+
 class Activation(NamedTuple):
     """One row of the table.
 
@@ -168,6 +184,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "elu": Activation(_elu, "output", "ELU"),
     "sigmoid": Activation(_sigmoid, "output", "Sigmoid"),
     "tanh": Activation(_tanh, "output", "Tanh"),
+    "mish": Activation(_mish, "input", "Mish"),
 }
 
 

@@ -7,18 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import aten, compat, reference
+from steadynorm.kernels import aten, compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.cpu.backend import CPU
-from steadynorm.kernels.spec import (
-    Backend,
-    Call,
-    Gradients,
-    Saved,
-    Tensors,
-    coefficients_of,
-)
+from steadynorm.kernels.spec import Backend, Call, Gradients, Packed, Saved, coefficients_of
+from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory
 
 
@@ -44,7 +38,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = (ctx.saved_tensors, ctx.rest), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _second_order(ctx.backend.expand(saved), grad, needs)
+            gradients = _second_order(ctx.backend.unpack(saved), grad, needs)
         else:
             gradients = ctx.backend.backward(saved, grad, needs)
         return *gradients, None, None
@@ -65,10 +59,13 @@ def _differentiable(saved: Saved, live: Moments | None) -> Tensor:
     if live is not None:
         normalizer = attach(normalizer, _constant(live), live)
     known = coefficients_of(normalizer, x, weight, bias, saved.eps)
-    return reference.apply(
-        x, known.center, known.scale, known.shift, residual=saved.residual,
-        activation=saved.activation, groups=saved.groups,
-    )  # fmt: skip
+    branch: dict[str, Any] = {
+        "residual": saved.residual,
+        "activation": saved.activation,
+        "groups": saved.groups,
+    }
+    y: Tensor = reference.apply(x, *known[:3], **branch)
+    return y
 
 
 def _constant(live: Moments) -> Moments:
@@ -83,7 +80,7 @@ def _second_order(saved: Saved, grad: Tensor, needs: Any) -> Gradients:
     z = _differentiable(saved._replace(activation=None), live)
     g, y = grad, saved.y
     if saved.activation is not None:
-        forward, gradient = functions(saved.activation, reference.TORCH)
+        forward, gradient = functions(saved.activation, reference.xp)
         if saved.signs is not None:
             y = CPU.stages.outputs_for(saved.signs, saved.x, saved.groups)
         elif y is None:
@@ -107,13 +104,13 @@ def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
     with torch.no_grad():
         sums = reference.reduce_grad(grad.detach(), x, *known[:3])
         if saved.replicas is not None:
-            sums = tuple(saved.replicas.sum(torch.stack(sums)).unbind())
-        memory = saved.memory.follow(normalizer, saved.batch, known.rho, sums)
+            sums = saved.replicas.sum(torch.stack(sums)).unbind()
+        memory = saved.memory.follow(normalizer, saved.batch, known.rho, tuple(sums))
     normalizer = attach(normalizer, _constant(live), live)
     known = coefficients_of(normalizer, x, saved.weight, None, saved.eps)
     nothing = GradientCoefficients(0.0, 0.0)
     slope, constant = with_memory(nothing, memory, normalizer, known.scale, known.rho)
-    part = reference.apply(x, known.center, slope, constant)
+    part: Tensor = reference.apply(x, known.center, slope, constant)
     return part if saved.mask is None else torch.where(saved.mask.unsqueeze(1), part, 0)
 
 
@@ -126,7 +123,7 @@ class Traced(Backend):
         """Only where PyTorch looks on."""
         return None if compat.is_traced() else "PyTorch neither compiles nor transforms this call"
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y, by operators that keep the kernels whole where compiled code may call these."""
         x, measured = call.x, not call.by_running
         if call.by_running and _is_exported():

@@ -10,17 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import reference
-from steadynorm.kernels.spec import (
-    Backend,
-    Call,
-    Gradients,
-    Keep,
-    Saved,
-    Tensors,
-    coefficients_of,
-    keep,
-)
+from steadynorm.kernels.spec import Backend, Call, Gradients, Keep, Packed, Saved, coefficients_of
+from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import (
     GradientCoefficients,
     gradient_coefficients,
@@ -42,19 +33,10 @@ class ClosedForm(Backend):
     def __init__(self, name: str, stages: Any, *, compiled: bool) -> None:
         self.name, self.stages, self.compiled = name, stages, compiled
 
-    def supports(self, call: Call) -> str | None:
-        """The reference takes every call."""
-        return None
-
-    def expand(self, saved: tuple[Tensors, Any]) -> Saved:
-        """What `forward` left."""
-        tensors, rest = saved
-        return Saved(*tensors, *rest)
-
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """Measure, let the call decide, and map."""
         stages, x, residual, mask = self.stages, call.x, call.residual, call.mask
-        kept = keep(call.activation, residual=residual is not None, compiled=self.compiled)
+        kept = Keep.needed(call.activation, residual=residual is not None, compiled=self.compiled)
         options = {"residual": residual, "activation": call.activation, "groups": call.groups}
         signs = y = local = None
         if kept is Keep.SIGNS and call.gradient:
@@ -77,9 +59,9 @@ class ClosedForm(Backend):
         settings = (call.eps, call.activation, call.groups, call.replicas, dtype, call.memory)
         return y, (tensors, (batch, normalizer, known, *settings))
 
-    def backward(self, saved: tuple[Tensors, Any], grad: Tensor, needs: Any) -> Gradients:
+    def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         """The gradients in closed form."""
-        return self.gradients(self.expand(saved), grad, needs)
+        return self.gradients(self.unpack(saved), grad, needs)
 
     def gradients(self, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
         """The gradients in closed form, from what was saved, in full."""

@@ -1,7 +1,4 @@
-"""Interfaces of PyTorch that are not public: each with why, and what serves where it is missing.
-
-Tried with torch 2.5 to 2.13.
-"""
+"""Interfaces of PyTorch that are not public: each with why, and what serves in its place."""
 
 from __future__ import annotations
 
@@ -11,26 +8,24 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-
-def _never() -> bool:
-    return False
-
-
 # Export from compilation: public since 2.7.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _never)
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 # `torch.jit.trace` and the ONNX exporter built on it; the public `torch.jit.is_tracing`
 # costs three times as much.
-is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", _never)
+is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 
 # Inside `vmap`, `grad`, `jvp` and the like; there is no public way to know.
-is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _never)
+is_transforming: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
 
 # The backward pass that this thread runs, -1 for none: how a recomputation is told apart.
-_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 # The hooks on saved tensors, under which activation checkpointing runs its first forward.
-_saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+# torch 2.7 cannot be asked: perhaps.
+_saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 def is_traced() -> bool:
@@ -41,11 +36,6 @@ def is_traced() -> bool:
         or is_transforming()
         or getattr(forward_ad, "_current_level", -1) >= 0
     )
-
-
-def in_backward() -> bool:
-    """Whether this runs within a backward pass."""
-    return _graph_task() != -1
 
 
 def has_saved_tensor_hooks() -> bool:

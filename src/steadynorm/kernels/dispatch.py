@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import autograd, reference
+from steadynorm.kernels import autograd
 from steadynorm.kernels.aten import ATEN
 from steadynorm.kernels.autograd import TRACED
 from steadynorm.kernels.closed_form import REFERENCE
 from steadynorm.kernels.cpu.backend import CPU
 from steadynorm.kernels.spec import Backend, Call
+from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import Frozen, Policy, Steady, policy_from
 
 BACKENDS: tuple[Backend, ...] = (TRACED, ATEN, CPU, REFERENCE)

@@ -1,281 +1,318 @@
-"""The four stages in plain PyTorch: any device, any float type, any memory format.
+"""The four stages in plain operations over an array namespace: the truth for every framework.
 
-The truth that the other kernels are held to. `moments` and `apply` are also differentiable by
-PyTorch itself, which compilation, function transforms and second derivatives rely on.
+The compiled kernels are held to it, and it serves where they do not: any device, any float type,
+any memory format, JAX and Keras. `moments` and `apply` are written so that a framework's own
+derivatives of them are those of the closed form.
 
-Per-channel arguments are (C,), or (G, C) with groups, in float32 (float64 for float64 input).
-`groups` is None or the group lengths along N. `mask` is None or boolean, of x's shape without the
-channel axis.
+x has its channels on `axis`, counted from the front. Per-channel arrays are (C,), or (G, C) with
+groups, in `statistics_dtype(x)`. `groups` is None or the lengths of the groups along axis 0, which
+then is not the channel axis. `mask` is None or boolean, of x's shape without the channel axis, or
+of x's whole shape where every channel has its own valid positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
-
-from steadynorm.kernels.activations import ACTIVATIONS, Elementwise, functions
-from steadynorm.statistics.moments import Moments
+from steadynorm.kernels.activations import ACTIVATIONS, functions
+from steadynorm.statistics.moments import Array, Moments, at_least_one
 
 Groups = tuple[int, ...] | None
 
-TORCH = Elementwise(torch, own=torch.nn.functional)
-"""Elementwise mathematics in PyTorch's operators."""
+
+class ArrayNamespace(Protocol):
+    """What the stages ask of an array library, beside operators, indexing and `.dtype`.
+
+    What has no documentation here is NumPy's. The namespace is one of elementwise mathematics for
+    `activations`, too.
+    """
+
+    int32: Any
+    where: Any
+    square: Any
+    isfinite: Any
+    reshape: Any
+    expand_dims: Any
+    concatenate: Any
+    promote_types: Any
+
+    def statistics_dtype(self, x: Array) -> Any:
+        """The type that statistics of x are computed and kept in: float32 or wider."""
+
+    def cast(self, x: Array, dtype: Any) -> Array:
+        """`x` in another type."""
+
+    def constant(self, numbers: Sequence[int], like: Array) -> Array:
+        """An array of numbers, of the type and on the device of `like`."""
+
+    def shape(self, x: Array) -> tuple[Any, ...]:
+        """The shape; a length that is not known when tracing is a scalar array."""
+
+    def size(self, x: Array, axes: tuple[int, ...]) -> Any:
+        """How many values the axes span: a number, or a scalar array of x's type."""
+
+    def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """The sum over `axes`, which stay with length 1."""
+
+    def mean(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """The mean over `axes`, which stay with length 1; 0 where there is no value."""
+
+    def stop_gradient(self, x: Array) -> Array:
+        """`x` as a constant."""
+
+    def add(self, a: Array, b: Array, *, out: Array) -> Array:
+        """`a + b`; `out` is an intermediate whose memory the result may take."""
+
+    def addcmul(self, a: Array, b: Array, c: Array, *, out: Array) -> Array:
+        """`a + b·c`; `out` is an intermediate whose memory the result may take."""
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The type that statistics of x are computed and kept in: float32 or wider."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+class _Run(NamedTuple):
+    """A run of groups of equal length, or the whole batch."""
+
+    groups: tuple[int, int] | None  # how many, and how many samples in each
+    samples: slice
+    rows: slice
+    axes: tuple[int, ...]  # to reduce, in the view of x as (groups, samples, ...)
+    beside: tuple[int, ...]  # the shape of a per-channel array that broadcasts against that view
+    per_channel: tuple[int, ...]  # its shape outside
 
 
-class _Frame(NamedTuple):
-    """One run of equal groups: how to view x, what to reduce, how to broadcast a channel array."""
-
-    split: tuple[int, int] | None
-    axes: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def view(self, x: Tensor) -> Tensor:
-        return x if self.split is None else x.unflatten(0, self.split)
-
-    def spread(self, channel: Tensor) -> Tensor:
-        return channel.reshape(self.shape)
-
-
-def _frame(x: Tensor, split: tuple[int, int] | None) -> _Frame:
-    ones = (1,) * (x.ndim - 2)
-    if split is None:
-        return _Frame(None, (0, *range(2, x.ndim)), (1, x.shape[1], *ones))
-    return _Frame(split, (1, *range(3, x.ndim + 1)), (split[0], 1, x.shape[1], *ones))
-
-
-def _over_groups(
-    stage: Callable[..., tuple[Tensor | None, ...]],
-    x_sized: Sequence[Tensor | None],
-    per_channel: Sequence[Tensor],
-    groups: Groups,
-) -> tuple[Tensor | None, ...]:
-    """Call `stage(frame, *x_sized, *per_channel)` on every run of equal groups, and join."""
-    x = x_sized[0]
-    assert x is not None
+def _runs(rank: int, channels: int, axis: int, groups: Groups) -> list[_Run]:
+    others = tuple(i for i in range(rank) if i != axis)
+    beside = tuple(channels if i == axis else 1 for i in range(rank))
     if groups is None:
-        return stage(_frame(x, None), *x_sized, *per_channel)
-    results, sample, row = [], 0, 0
+        return [_Run(None, slice(None), slice(None), others, beside, (channels,))]
+    runs, sample, row = [], 0, 0
     for size, run in groupby(groups):
         count = len(list(run))
-        frame = _frame(x, (count, size))
-        parts = [t if t is None else t.narrow(0, sample, count * size) for t in x_sized]
-        rows = [t.narrow(0, row, count) for t in per_channel]
-        results.append(stage(frame, *(t if t is None else frame.view(t) for t in parts), *rows))
-        sample, row = sample + count * size, row + count
-    joined = zip(*results, strict=True)
-    return tuple(None if parts[0] is None else torch.cat(parts) for parts in joined)
+        samples, rows = slice(sample, sample + count * size), slice(row, row + count)
+        axes = tuple(i + 1 for i in others)
+        runs.append(_Run((count, size), samples, rows, axes, (count, *beside), (count, channels)))
+        sample, row = samples.stop, rows.stop
+    return runs
 
 
-def _may_overwrite() -> bool:
-    """Whether a fresh intermediate may be reused: nobody differentiates or transforms this call."""
-    return not (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch.compiler.is_compiling()
-    )
+class Reference:
+    """The stages over one array namespace."""
 
+    def __init__(self, xp: ArrayNamespace) -> None:
+        self.xp: Any = xp
 
-def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> Moments:
-    """Count, mean and biased variance per channel, over valid positions where a mask is given.
+    def statistics_dtype(self, x: Array) -> Any:
+        """The type that statistics of x are computed and kept in: float32 or wider."""
+        return self.xp.statistics_dtype(x)
 
-    Two passes: a mean `high`, then mean `low` and variance of `x - high`; the mean is high + low.
-    """
-    wide = x.to(statistics_dtype(x))
-    if x.numel() == 0:
-        zero = wide.sum((0, *range(2, x.ndim)))  # a sum, so that replicas meet in the backward
-        zero = zero.expand(len(groups), -1) if groups else zero
-        return Moments(0, zero, zero, zero)
-    valid = None if mask is None else mask.unsqueeze(1)
-    counts, high, var, low = _over_groups(_moments_of_run, [wide, valid], [], groups)
-    count: int | Tensor | None = counts
-    if counts is None:
-        per_sample = x.numel() // (x.shape[0] * x.shape[1])
-        count = (
-            x.shape[0] * per_sample
-            if groups is None
-            else torch.tensor(groups, dtype=wide.dtype, device=x.device)[:, None] * per_sample
-        )
-    return Moments(count, high, var, low)
+    def moments(
+        self, x: Array, *, axis: int = 1, mask: Array | None = None, groups: Groups = None
+    ) -> Moments:
+        """Count, mean and biased variance per channel, over valid positions where a mask is given.
 
+        Two passes: a mean `high`, then mean `low` and variance of `x - high`; the mean is the sum
+        of both.
+        """
+        xp = self.xp
+        wide = xp.cast(x, xp.statistics_dtype(x))
+        valid = self._beside(mask, x, axis)
+        parts = [
+            self._moments_of_run(run, *arrays)
+            for run, arrays, _ in self._split([wide, valid], [], axis, groups)
+        ]
+        counts, high, var, low = zip(*parts, strict=True)
+        count = self._join(counts) if mask is not None else self._count(wide, axis, groups)
+        return Moments(count, self._join(high), self._join(var), self._join(low))
 
-def _moments_of_run(
-    frame: _Frame, values: Tensor, valid: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Valid counts (None without a mask), rounded mean, variance and what the rounding lost."""
-    count = None
-    if valid is not None:
-        count = valid.sum(frame.axes, keepdim=True).to(values.dtype)
-
-    def mean(t: Tensor) -> Tensor:
-        if valid is None or count is None:
-            return t.mean(frame.axes, keepdim=True)
-        return torch.where(valid, t, 0).sum(frame.axes, keepdim=True) / count.clamp(min=1)
-
-    high = mean(values).detach()  # a pivot; the gradient of the mean flows through `low`
-    centered = values - high
-    low = mean(centered)
-    var = mean((centered - low).square())
-    low = torch.where(high.isfinite(), low, 0)  # the mean of an infinity is it, as in torch
-    rows = (frame.split[0], -1) if frame.split else (-1,)
-    if count is not None:
-        count = count.reshape(rows)
-    return count, high.reshape(rows), var.reshape(rows), low.reshape(rows)
-
-
-def apply(
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    groups: Groups = None,
-) -> Tensor:
-    """`activation((x - center)·scale + shift + residual)`, in x's type (promoted by residual's)."""
-
-    def stage(
-        frame: _Frame, t: Tensor, extra: Tensor | None, mid: Tensor, slope: Tensor, step: Tensor
-    ) -> tuple[Tensor]:
-        z = _affine(frame, t, extra, mid, slope, step)
-        y = z if activation is None else functions(activation, TORCH)[0](z)
-        return (y.flatten(0, 1) if frame.split else y,)
-
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    (y,) = _over_groups(stage, [x, residual], [center, scale, shift], groups)
-    assert y is not None
-    return y.to(dtype)
-
-
-def _affine(
-    frame: _Frame, x: Tensor, residual: Tensor | None, center: Tensor, scale: Tensor, shift: Tensor
-) -> Tensor:
-    centered = x.to(center.dtype) - frame.spread(center)
-    scale, shift = frame.spread(scale), frame.spread(shift)
-    if not _may_overwrite():
-        z = torch.addcmul(shift, centered, scale)
-        return z if residual is None else z + residual
-    z = torch.addcmul(shift, centered, scale, out=centered)
-    return z if residual is None else z.add_(residual)
-
-
-class _Branch(NamedTuple):
-    """What the derivative of the activation is taken from: the output, or what rebuilds z."""
-
-    activation: str | None
-    frame: _Frame
-    scale: Tensor
-    shift: Tensor
-
-    def gradient(
-        self, grad: Tensor, x: Tensor, center: Tensor, y: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
-        grad = grad.to(center.dtype)
-        if self.activation is None:
-            return grad
-        forward, gradient = functions(self.activation, TORCH)
-        from_input = ACTIVATIONS[self.activation].source == "input"
-        if y is not None and not from_input:
-            t = y.to(center.dtype)
-        else:
-            z = _affine(self.frame, x, residual, center, self.scale, self.shift)
-            t = z if from_input else forward(z)
-        result: Tensor = gradient(grad, t)
-        return result
-
-
-def reduce_grad(
-    grad: Tensor,
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    y: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    groups: Groups = None,
-) -> tuple[Tensor, Tensor]:
-    """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
-
-    def stage(
-        frame: _Frame,
-        d: Tensor,
-        t: Tensor,
-        out: Tensor | None,
-        extra: Tensor | None,
-        mid: Tensor,
-        slope: Tensor,
-        step: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        g = _Branch(activation, frame, slope, step).gradient(d, t, mid, out, extra)
-        rows = mid.shape
-        total = g.sum(frame.axes).reshape(rows)
-        moved = t.to(mid.dtype) - frame.spread(mid)
-        return total, (g * moved).sum(frame.axes).reshape(rows)
-
-    total, moved = _over_groups(stage, [grad, x, y, residual], [center, scale, shift], groups)
-    assert total is not None
-    assert moved is not None
-    return total, moved
-
-
-def apply_grad(
-    grad: Tensor,
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    slope: Tensor,
-    constant: Tensor,
-    *,
-    y: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    mask: Tensor | None = None,
-    groups: Groups = None,
-    want_residual: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted."""
-
-    def stage(
-        frame: _Frame,
-        d: Tensor,
-        t: Tensor,
-        out: Tensor | None,
-        extra: Tensor | None,
-        valid: Tensor | None,
-        mid: Tensor,
-        gain: Tensor,
-        step: Tensor,
-        tilt: Tensor,
-        level: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        g = _Branch(activation, frame, gain, step).gradient(d, t, mid, out, extra)
-        through = torch.addcmul(
-            frame.spread(level), t.to(mid.dtype) - frame.spread(mid), frame.spread(tilt)
-        )
+    def _moments_of_run(
+        self, run: _Run, values: Array, valid: Array | None
+    ) -> tuple[Array | None, Array, Array, Array]:
+        """Valid positions (None without a mask), rounded mean, variance, what the rounding lost."""
+        xp = self.xp
+        count = None
         if valid is not None:
-            through = torch.where(valid, through, 0)
-        dx = torch.addcmul(through, g, frame.spread(gain)).to(x.dtype)
-        extra_grad = g.to(grad.dtype) if want_residual else None
-        if frame.split:
-            dx = dx.flatten(0, 1)
-            extra_grad = None if extra_grad is None else extra_grad.flatten(0, 1)
-        return dx, extra_grad
+            count = xp.cast(xp.sum(xp.cast(valid, xp.int32), run.axes), values.dtype)
 
-    valid = None if mask is None else mask.unsqueeze(1)
-    dx, dresidual = _over_groups(
-        stage, [grad, x, y, residual, valid], [center, scale, shift, slope, constant], groups
-    )
-    assert dx is not None
-    return dx, dresidual
+        def mean(t: Array) -> Array:
+            if valid is None or count is None:
+                return xp.mean(t, run.axes)
+            return xp.sum(xp.where(valid, t, 0), run.axes) / at_least_one(count)
+
+        high = xp.stop_gradient(mean(values))  # a pivot: the mean's gradient flows through `low`
+        centered = values - high
+        low = mean(centered)
+        var = mean(xp.square(centered - low))
+        low = xp.where(xp.isfinite(high), low, 0)  # else NaN, where the mean is infinite
+        if count is not None:
+            count = xp.reshape(count, (*run.per_channel[:-1], -1))  # 1 or C values
+        return count, *(xp.reshape(t, run.per_channel) for t in (high, var, low))
+
+    def _count(self, x: Array, axis: int, groups: Groups) -> Any:
+        if groups is None:
+            return self.xp.size(x, tuple(i for i in range(len(x.shape)) if i != axis))
+        per_sample = self.xp.size(x, tuple(i for i in range(1, len(x.shape)) if i != axis))
+        return self.xp.constant(groups, x)[:, None] * per_sample
+
+    def apply(
+        self,
+        x: Array,
+        center: Array,
+        scale: Array,
+        shift: Array,
+        *,
+        axis: int = 1,
+        residual: Array | None = None,
+        activation: str | None = None,
+        groups: Groups = None,
+        dtype: Any = None,
+    ) -> Array:
+        """`activation((x - center)·scale + shift + residual)`.
+
+        The result has type `dtype`; None is x's, promoted by residual's.
+        """
+        xp = self.xp
+        if dtype is None:
+            dtype = x.dtype if residual is None else xp.promote_types(x.dtype, residual.dtype)
+        parts = []
+        for run, arrays, per_channel in self._split(
+            [x, residual], [center, scale, shift], axis, groups
+        ):
+            z = self._affine(*arrays, *per_channel)
+            parts.append(
+                self._merge(run, z if activation is None else functions(activation, xp)[0](z))
+            )
+        return xp.cast(self._join(parts), dtype)
+
+    def reduce_grad(
+        self,
+        grad: Array,
+        x: Array,
+        center: Array,
+        scale: Array,
+        shift: Array,
+        *,
+        axis: int = 1,
+        y: Array | None = None,
+        residual: Array | None = None,
+        activation: str | None = None,
+        groups: Groups = None,
+    ) -> tuple[Array, Array]:
+        """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation.
+
+        The activation's derivative is taken from `y` where it is given and suffices, else from z
+        computed again.
+        """
+        sums, products = [], []
+        for run, (d, t, *others), per_channel in self._split(
+            [grad, x, y, residual], [center, scale, shift], axis, groups
+        ):
+            g = self._before_activation(activation, d, t, *others, *per_channel)
+            centered = self.xp.cast(t, center.dtype) - per_channel[0]
+            sums.append(self.xp.reshape(self.xp.sum(g, run.axes), run.per_channel))
+            products.append(self.xp.reshape(self.xp.sum(g * centered, run.axes), run.per_channel))
+        return self._join(sums), self._join(products)
+
+    def apply_grad(
+        self,
+        grad: Array,
+        x: Array,
+        center: Array,
+        scale: Array,
+        shift: Array,
+        slope: Array,
+        constant: Array,
+        *,
+        axis: int = 1,
+        y: Array | None = None,
+        residual: Array | None = None,
+        activation: str | None = None,
+        mask: Array | None = None,
+        groups: Groups = None,
+        want_residual: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted."""
+        xp = self.xp
+        valid = self._beside(mask, x, axis)
+        dx, dresidual = [], []
+        for run, (d, t, out, extra, ok), (middle, gain, step, tilt, level) in self._split(
+            [grad, x, y, residual, valid], [center, scale, shift, slope, constant], axis, groups
+        ):
+            g = self._before_activation(activation, d, t, out, extra, middle, gain, step)
+            centered = xp.cast(t, center.dtype) - middle
+            through = xp.addcmul(level, centered, tilt, out=centered)
+            if ok is not None:
+                through = xp.where(ok, through, 0)
+            dx.append(self._merge(run, xp.addcmul(through, g, gain, out=through)))
+            if want_residual:
+                dresidual.append(self._merge(run, g))
+        wanted = xp.cast(self._join(dresidual), grad.dtype) if want_residual else None
+        return xp.cast(self._join(dx), x.dtype), wanted
+
+    def _affine(
+        self, x: Array, residual: Array | None, center: Array, scale: Array, shift: Array
+    ) -> Array:
+        centered = self.xp.cast(x, center.dtype) - center
+        z = self.xp.addcmul(shift, centered, scale, out=centered)
+        return z if residual is None else self.xp.add(z, residual, out=z)
+
+    def _before_activation(
+        self,
+        activation: str | None,
+        grad: Array,
+        x: Array,
+        y: Array | None,
+        residual: Array | None,
+        center: Array,
+        scale: Array,
+        shift: Array,
+    ) -> Array:
+        """The gradient at z, from that at the output."""
+        g = self.xp.cast(grad, center.dtype)
+        if activation is None:
+            return g
+        forward, gradient = functions(activation, self.xp)
+        from_input = ACTIVATIONS[activation].source == "input"
+        if y is not None and not from_input:
+            return gradient(g, self.xp.cast(y, center.dtype))
+        z = self._affine(x, residual, center, scale, shift)
+        return gradient(g, z if from_input else forward(z))
+
+    def _split(
+        self,
+        x_sized: Sequence[Array | None],
+        per_channel: Sequence[Array],
+        axis: int,
+        groups: Groups,
+    ) -> list[tuple[_Run, list[Array | None], list[Array]]]:
+        """For every run of groups the arrays of x's size, and those per channel beside them."""
+        shape = x_sized[0].shape  # type: ignore[union-attr]
+        return [
+            (
+                run,
+                [None if t is None else self._view(run, t) for t in x_sized],
+                [self._spread(run, t) for t in per_channel],
+            )
+            for run in _runs(len(shape), shape[axis], axis, groups)
+        ]
+
+    def _beside(self, mask: Array | None, x: Array, axis: int) -> Array | None:
+        whole = mask is None or len(mask.shape) == len(x.shape)
+        return mask if whole else self.xp.expand_dims(mask, axis)
+
+    def _view(self, run: _Run, x: Array) -> Array:
+        if run.groups is None:
+            return x
+        return self.xp.reshape(x[run.samples], (*run.groups, *self.xp.shape(x)[1:]))
+
+    def _spread(self, run: _Run, channels: Array) -> Array:
+        rows = channels if run.groups is None else channels[run.rows]
+        return self.xp.reshape(rows, run.beside)
+
+    def _merge(self, run: _Run, x: Array) -> Array:
+        """The inverse of `_view`."""
+        if run.groups is None:
+            return x
+        return self.xp.reshape(x, (run.groups[0] * run.groups[1], *self.xp.shape(x)[2:]))
+
+    def _join(self, parts: Sequence[Array]) -> Array:
+        return parts[0] if len(parts) == 1 else self.xp.concatenate(parts)

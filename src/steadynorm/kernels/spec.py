@@ -35,21 +35,23 @@ class Keep(Enum):
     REBUILT = "z, rebuilt from x, and from the residual where there is one"
     SIGNS = "one bit for each output"
 
+    @classmethod
+    def needed(
+        cls, activation: str | None, *, residual: bool, compiled: bool, signs: bool = True
+    ) -> Keep:
+        """What the backward needs besides x and per-channel statistics.
 
-def keep(activation: str | None, *, residual: bool, compiled: bool, signs: bool = True) -> Keep:
-    """What the backward needs besides x and per-channel statistics.
-
-    `compiled`: by kernels that rebuild z on the way, for which a comparison costs nothing and
-    reading the output 2 of 7 tensors' traffic. `signs`: whether these may leave sign bits.
-    """
-    if activation is None:
-        return Keep.NOTHING
-    row = ACTIVATIONS[activation]
-    if row.source == "input":
-        return Keep.REBUILT
-    if compiled and residual and signs and row.gate is not None:
-        return Keep.SIGNS
-    return Keep.REBUILT if compiled and not residual and row.source == "either" else Keep.OUTPUT
+        `compiled`: by kernels that rebuild z on the way, for which a comparison costs nothing and
+        reading the output 2 of 7 tensors' traffic. `signs`: whether these may leave sign bits.
+        """
+        if activation is None:
+            return cls.NOTHING
+        row = ACTIVATIONS[activation]
+        if row.source == "input":
+            return cls.REBUILT
+        if compiled and residual and signs and row.gate is not None:
+            return cls.SIGNS
+        return cls.REBUILT if compiled and not residual and row.source == "either" else cls.OUTPUT
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -127,10 +129,11 @@ class Call:
     replicas: Exchange | None = None
     skip_nonfinite: bool = False
     memory: Memory | None = None
-    gradient: bool = False  # whether a backward may follow; the dispatcher says so
-    plan: Any = None  # what the backend that supports the call has prepared for it
+
+    gradient = False  # whether a backward may follow; the dispatcher says so
 
     def __post_init__(self) -> None:
+        self.plan: Any = None  # what the backend that supports the call has prepared for it
         self.by_running = self.policy is None  # the running statistics normalize
         batch = self.policy.__class__ is Batch and self.momentum is not None
         alone = self.mask is None and self.replicas is None and not self.skip_nonfinite
@@ -152,7 +155,7 @@ class Call:
 class Saved(NamedTuple):
     """What a forward leaves for its backward: first seven tensors, which autograd saves.
 
-    Of y, residual and signs there is only what `keep` says. `batch` is None if no gradient reaches
+    Of y, residual and signs there is only what `Keep` says. `batch` is None if no gradient reaches
     x through it. All that follows is per channel, or a setting.
     """
 
@@ -174,7 +177,7 @@ class Saved(NamedTuple):
     memory: Memory | None = None
 
 
-Tensors = tuple[Any, ...]  # what autograd saves between a forward and its backward
+Packed = tuple[tuple[Any, ...], Any]  # tensors for autograd to save, and the rest
 Gradients = tuple[Tensor | None, ...]  # of x, weight, bias, residual; None where none is needed
 
 
@@ -186,16 +189,16 @@ class Backend:
 
     def supports(self, call: Call) -> str | None:
         """None for yes, else why not."""
+        return None
+
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
+        """y, and what the backward needs."""
         raise NotImplementedError
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
-        """y, and what the backward needs: tensors for autograd to save, and the rest."""
-        raise NotImplementedError
-
-    def backward(self, saved: tuple[Tensors, Any], grad: Tensor, needs: Any) -> Gradients:
+    def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         """The gradients of x, weight, bias and residual that are needed."""
         raise NotImplementedError
 
-    def expand(self, saved: tuple[Tensors, Any]) -> Saved:
+    def unpack(self, saved: Packed) -> Saved:
         """What `forward` left, in full, for derivatives of the backward itself."""
-        raise NotImplementedError
+        return Saved(*saved[0], *saved[1])

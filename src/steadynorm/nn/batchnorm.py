@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import is_lazy
 
@@ -96,10 +96,18 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._forget_gradient()
 
     def forward(
-        self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor:
-        """Normalize `input`; see the class."""
+        """Normalize `input`; see the class. `activation`: for this call, if the layer has none."""
         if input.ndim not in self._axes:
+            if _is_traced(input):
+                node: Tensor = _as_one_node(self, input, residual, mask, activation)
+                return node
             self._check_input_dim(input)
         training = self.training
         tracked = self.track_running_stats or not training
@@ -122,13 +130,19 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.eps,
             num_batches_tracked=batches if tracked else None,
             statistics=self.statistics,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             residual=residual,
             mask=mask,
             synchronize=self.synchronize,
             nonfinite=self.nonfinite,
             gradient_memory=buffers.get("gradient_memory") if training else None,
             owner=type(self).__name__,
+        )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile this layer. Fold the model "
+            f"first (sn.fold), turn it back (sn.convert(model, to='torch')), or use torch.export."
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -176,6 +190,18 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         return ", ".join(parts)
 
 
+def _is_traced(input: Any) -> bool:
+    return isinstance(input, fx.Proxy)
+
+
+def _as_one_node(layer: SteadyNorm, input: Any, *optional: Any) -> Any:
+    """One call of the layer in a graph that torch.fx traces, as of torch's own layers."""
+    names = ("residual", "mask", "activation")
+    given = {n: value for n, value in zip(names, optional, strict=True) if value is not None}
+    path = input.tracer.path_of_module(layer)
+    return input.tracer.create_proxy("call_module", path, (input,), given)
+
+
 class BatchNorm1d(SteadyNorm, torch.nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L); see `BatchNorm2d`.
 
@@ -209,8 +235,8 @@ class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
         bias: False learns a weight without a bias.
         statistics: `sn.Batch()`, `sn.Steady()`, `sn.Running()`, `sn.Renorm()`, `sn.Ghost()`,
             `sn.Frozen()`, or a lower-case name.
-        activation: one that runs inside the layer (relu, relu6, leaky_relu, silu, gelu, hardswish,
-            elu, sigmoid, tanh), or None.
+        activation: None, or the name in `torch.nn.functional` of one that runs inside the layer:
+            relu, silu, gelu and the others of `steadynorm.kernels.activations.ACTIVATIONS`.
         synchronize: True (the default process group) or a group: pool moments over replicas, on any
             backend of torch.distributed.
         nonfinite: "skip" keeps batches with NaN or infinity out of the running statistics.

@@ -1,13 +1,20 @@
-"""Batch normalization as a function over PyTorch tensors."""
+"""Batch normalization as a function over PyTorch tensors.
+
+All other names are those of `torch.nn.functional`.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor
 
 from steadynorm.kernels import compat, dispatch
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.checks import activation_name, nonfinite_name
 from steadynorm.kernels.spec import Call, Memory
-from steadynorm.nn import checks
+from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
 from steadynorm.nn.training import TrainingStep
 from steadynorm.statistics import Batch, Frozen, Ghost, Policy, policy_from
@@ -56,8 +63,8 @@ def batch_norm(
         eps: added to the variance.
         num_batches_tracked: how many batches the running statistics have seen; integer scalar.
         statistics: a policy or its lower-case name.
-        activation: None, or one of relu, relu6, leaky_relu, silu, gelu, hardswish, elu, sigmoid,
-            tanh.
+        activation: None, or the name in `torch.nn.functional` of one that runs inside the layer:
+            relu, silu, gelu and the others of `steadynorm.kernels.activations.ACTIVATIONS`.
         residual: of input's shape; added before the activation.
         mask: boolean, True where valid; broadcasts against input without its channel axis. Moments
             come from valid positions; every position is normalized.
@@ -92,7 +99,7 @@ def batch_norm(
     """
     policy = statistics if statistics.__class__ is Batch else policy_from(statistics)
     if activation is not None and activation not in ACTIVATIONS:
-        checks.activation_name(activation, owner)
+        activation_name(activation, owner)
     if input.ndim < 2 and input.numel() == 0:
         return input.clone()  # as torch does, though it has no channel axis
     checks.tensors(input, running_mean, running_var, weight, bias, owner)
@@ -101,7 +108,7 @@ def batch_norm(
     if mask is not None:
         mask = checks.expanded_mask(mask, input, owner)
     if nonfinite != "propagate":
-        checks.nonfinite_name(nonfinite, owner)
+        nonfinite_name(nonfinite, owner)
     learning = training and policy.__class__ is not Frozen
     if eps <= 0:
         checks.epsilon(eps, owner, positive=training or running_mean is None)
@@ -110,35 +117,58 @@ def batch_norm(
             f"{owner}: statistics={policy!r} needs running statistics; got none "
             f"(track_running_stats=False). Track them, or use sn.Batch() or sn.Ghost()."
         )
-    tensors = (input, weight, bias, residual, mask, running_mean, running_var)
     if not learning:
         if running_mean is not None:
-            return dispatch.normalize(Call(*tensors, policy=None, activation=activation, eps=eps))
+            return dispatch.normalize(
+                Call(input, weight, bias, residual, mask, running_mean, running_var, None, None,
+                     activation, None, eps)
+            )  # fmt: skip
         policy, synchronize = BATCH, False  # nothing tracked: the batch serves, as in torch
-    group = None if synchronize is False else process_group(synchronize, owner)
-    replicas = None if group is None else Replicas(group, owner)
-    groups = None
+    memory = None
+    if policy.gradient_rate(1) is not None:
+        memory = _memory(gradient_memory, input, policy, owner)
+    replicas = groups = None
+    if synchronize is not False:
+        group = process_group(synchronize, owner)
+        replicas = None if group is None else Replicas(group, owner)
     if policy.__class__ is Ghost:
         alone = policy.lengths(input.shape[0]) if input.numel() else None
         groups = alone if replicas is None else replicas.divide(policy, input)
-    if mask is None and replicas is None:
+    few = groups is not None or input.numel() <= input.size(1)
+    if few and mask is None and replicas is None:
         checks.values_per_channel(input, groups, policy, owner)
-    two_way = policy.gradient_rate(1) is not None
-    if two_way and gradient_memory is None:
+    step = TrainingStep(
+        input, weight, bias, residual, mask, running_mean, running_var,
+        None if running_mean is None else num_batches_tracked, policy, activation, momentum, eps,
+        groups, replicas, nonfinite == "skip", memory, owner=owner,
+    )  # fmt: skip
+    if policy.needs_running:  # asked here: inside the autograd function gradient is always off
+        step.may_repeat = recomputation.may_be_recomputed()
+    if running_mean is not None and recomputation.is_recomputation():
+        step.recompute()
+    return dispatch.normalize(step)
+
+
+def _memory(state: Tensor | None, input: Tensor, policy: Policy, owner: str) -> Memory:
+    if state is None:
         raise ValueError(
             f"{owner}: statistics={policy!r} needs `gradient_memory`, zeros of shape "
             f"(2, {input.shape[1]}) at first. Pass it, or use sn.Steady(window=None)."
         )
-    if two_way and compat.is_traced():
+    if compat.is_traced():
         raise NotImplementedError(
             f"{owner}: statistics={policy!r} keeps a memory that moves in the backward pass, which "
             f"torch.compile(fullgraph=True), torch.func, forward mode and export cannot follow. "
             f"Use sn.Steady(window=None) there, or compile with graph breaks."
         )
-    step = TrainingStep(
-        *tensors, num_batches_tracked, policy=policy, activation=activation, momentum=momentum,
-        eps=eps, groups=groups, replicas=replicas, skip_nonfinite=nonfinite == "skip",
-        memory=None if gradient_memory is None or not two_way else Memory(gradient_memory),
-        owner=owner,
-    )  # fmt: skip
-    return dispatch.normalize(step)
+    return Memory(state)
+
+
+if TYPE_CHECKING:  # last, since a type checker counts the first of two equal names
+    from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(torch.nn.functional, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,61 +11,34 @@ from torch import Tensor
 from steadynorm.kernels import compat
 from steadynorm.kernels.spec import Call, statistics_dtype
 from steadynorm.nn import checks, recomputation
-from steadynorm.nn.synchronize import Replicas
 from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
 
 
+@dataclass(eq=False)
 class TrainingStep(Call):
-    """One training forward: reads the layer's running statistics, and writes them in place.
+    """One training forward: reads the layer's running statistics, and writes them in place."""
 
-    In the recomputation of a checkpointed region copies take the buffers' place, so that these move
-    once, and `checkpointed_mean` is the buffer that the first run is remembered by.
-    """
+    owner: str = "batch_norm"
+    replicas: Any = None
 
-    policy: Policy
-    replicas: Replicas | None
-    checkpointed_mean: Tensor | None = None
+    may_repeat = False  # whether this may be the first run of a checkpointed region
+    repeats = None  # in its second run the layer's running mean, by which the first is remembered
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        *,
-        owner: str,
-        **settings: Any,
-    ) -> None:
-        if running_mean is None or running_var is None:
-            num_batches_tracked = None
-        elif recomputation.is_recomputation():
-            self.checkpointed_mean = running_mean
-            running_mean, running_var = running_mean.clone(), running_var.clone()
-            if num_batches_tracked is not None:
-                num_batches_tracked = num_batches_tracked.clone()
-        super().__init__(
-            x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
-            **settings,
-        )  # fmt: skip
-        self.owner = owner
-        # Asked here: inside the autograd function gradient is off in any case.
-        self.may_repeat = (
-            self.policy.needs_running
-            and self.checkpointed_mean is None
-            and recomputation.may_be_recomputed()
-        )
+    def recompute(self) -> None:
+        """Take copies of the buffers, which have moved already, in their place."""
+        self.repeats, self.may_repeat = self.running_mean, False
+        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+        copies = (t if t is None else t.clone() for t in buffers)
+        self.running_mean, self.running_var, self.num_batches_tracked = copies
 
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """Moments pooled over replicas and what normalizes; moves the running statistics."""
         assert batch is not None  # a training step always measures its batch
+        assert self.policy is not None
         samples = self._samples()
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)
-        self._refuse_one_value(batch)
+        self._refuse_one_value(batch, self.policy)
         running = self._running()
         context = Context(samples, self.momentum, self.eps, torch)
         if self.memory is not None:
@@ -72,8 +46,8 @@ class TrainingStep(Call):
         normalizer, after = step(
             self.policy, batch, running, context, skip_nonfinite=self.skip_nonfinite
         )
-        if self.checkpointed_mean is not None and self.policy.needs_running:
-            normalizer = recomputation.recall(self.checkpointed_mean, batch) or normalizer
+        if self.repeats is not None and self.policy.needs_running:
+            normalizer = recomputation.recall(self.repeats, batch) or normalizer
         elif self.may_repeat and self.running_mean is not None:
             recomputation.remember(self.running_mean, batch, normalizer)
         if after is not None and after is not running:
@@ -83,19 +57,19 @@ class TrainingStep(Call):
         return batch, normalizer
 
     def _samples(self) -> Any:
-        """How many samples have a valid position."""
+        """How many samples the batch has; where that decides, those with a valid position."""
         mask = self.mask
-        if mask is None:
+        if mask is None or self.memory is None:
             return self.x.shape[0]
         valid = mask if mask.ndim == 1 else mask.flatten(1).any(1)
         return valid.sum().to(statistics_dtype(self.x))
 
-    def _refuse_one_value(self, batch: Moments) -> None:
+    def _refuse_one_value(self, batch: Moments, policy: Policy) -> None:
         """Where only the data tell, if reading them is cheap."""
         if isinstance(batch.count, int) or compat.is_traced():
             return
         if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
-            checks.one_value(self.x, self.policy, self.owner)
+            checks.one_value(self.x, policy, self.owner)
 
     def _running(self) -> RunningStatistics | None:
         """The statistics now, in the type they are computed in; None where nothing is tracked."""

@@ -1,7 +1,7 @@
 """The few kinds of chart that reports use, as Vega-Lite specifications made with altair.
 
-Every chart is as wide as its place on the page, has tooltips, and a legend whose entries can be
-clicked to single out a series. Colours come from the page.
+Every chart is as wide as its place on the page and has tooltips; clicking an entry of the legend
+singles out a series. Colours come from the page.
 """
 
 from __future__ import annotations
@@ -37,62 +37,55 @@ def lines(
 ) -> Chart:
     """Lines of `y` over `x`, one colour for each `series`.
 
-    `order` lists the series, in the order of the legend; with the same list, a series has the same
-    colour in every chart, also where others are missing. Without it, the order of appearance.
-    `highlight` is a series to draw thicker.
-
-    With `replicate` (a seed, say) the line is the mean over it and a band shows the full range.
-    What lies above `y_max` is cut off.
+    `order` lists the series for the legend; with the same list a series has the same colour in all
+    charts, even where others are missing. The default is the order of appearance. `highlight` is a
+    series to draw thicker. With `replicate` (a seed, say) the line is the mean over it and a band
+    shows the full range. What lies above `y_max` is cut off.
     """
+    x_title, y_title = x_title or x, y_title or y
     present = list(dict.fromkeys(row[series] for row in rows))
-    domain = alt.Scale(domain=present if order is None else list(order))
-    legend = alt.Legend(values=present if order is None else [s for s in order if s in present])
-    picked = alt.selection_point(fields=[series], bind="legend")
+    known = present if order is None else list(order)
     scale = alt.Scale(type="log") if log_y else alt.Scale(zero=False)
     if y_max is not None and max(row[y] for row in rows) > y_max:
         scale.domainMax = y_max
     axis = alt.Axis(format=".0%") if percent else alt.Axis(tickCount=5 if log_y else 6)
-    color = alt.Color(f"{series}:N", scale=domain, legend=legend)
-    dash = alt.StrokeDash(f"{series}:N", scale=domain, legend=legend)
-    width = alt.condition(alt.datum[series] == highlight, alt.value(4.0), alt.value(2.25))
-    across = alt.X(f"{x}:Q", title=x_title or x)
+    across = alt.X(f"{x}:Q", title=x_title)
     if log_x:
         across = across.scale(type="log", nice=False).axis(tickCount=6, format="~g")
-    base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
-    up = "mean" if replicate else None
-    y_shown = alt.Y(f"{y}:Q", title=y_title or y, scale=scale, axis=axis)
-    line = base.mark_line(clip=True).encode(
-        x=across,
-        y=y_shown if up is None else y_shown.aggregate("mean"),
-        color=color,
-        strokeDash=dash,
-        strokeWidth=width,
-        opacity=alt.condition(picked, alt.value(1.0), alt.value(0.12)),
-    )
-    shown = ".1%" if percent else ".4g"
-    dots = base.mark_circle(size=90, clip=True).encode(
-        x=across,
-        y=y_shown if up is None else y_shown.aggregate("mean"),
-        color=color,
-        opacity=alt.condition(picked, alt.value(0.001), alt.value(0.0)),
+    upwards = alt.Y(f"{y}:Q", title=y_title, scale=scale, axis=axis)
+    style: dict[str, Any] = {
+        "scale": alt.Scale(domain=known),
+        "legend": alt.Legend(values=[name for name in known if name in present]),
+    }
+    picked = alt.selection_point(fields=[series], bind="legend")
+
+    def opacity(chosen: float, other: float) -> Any:
+        return alt.condition(picked, alt.value(chosen), alt.value(other))
+
+    base = base_of(rows).encode(x=across, color=alt.Color(f"{series}:N", **style))
+    middle = base.encode(y=upwards.aggregate("mean") if replicate else upwards)
+    line = middle.mark_line(clip=True).encode(
+        strokeDash=alt.StrokeDash(f"{series}:N", **style),
+        strokeWidth=alt.condition(
+            alt.datum[series] == highlight, alt.value(4.0), alt.value(2.25)
+        ),
+        opacity=opacity(1.0, 0.12),
+    )  # fmt: skip
+    dots = middle.mark_circle(size=90, clip=True).encode(
+        opacity=opacity(0.001, 0.0),
         tooltip=[
             alt.Tooltip(f"{series}:N"),
-            alt.Tooltip(f"{x}:Q", title=x_title or x, format=","),
-            alt.Tooltip(f"{'mean(' + y + ')' if up else y}:Q", title=y_title or y, format=shown),
+            alt.Tooltip(f"{x}:Q", title=x_title, format=","),
+            alt.Tooltip(f"mean({y}):Q" if replicate else f"{y}:Q", title=y_title,
+                        format=".1%" if percent else ".4g"),
         ],
-    )
-    layers: list[Any] = [line, dots]
+    )  # fmt: skip
+    layers = [line, dots]
     if replicate:
-        band = base.mark_area(opacity=1.0, clip=True).encode(
-            x=across,
-            y=alt.Y(f"min({y}):Q", title=y_title or y, scale=scale, axis=axis),
-            y2=alt.Y2(f"max({y}):Q"),
-            color=color,
-            opacity=alt.condition(picked, alt.value(0.15), alt.value(0.02)),
-        )
-        layers.insert(0, band)
-    chart = alt.layer(*layers).add_params(picked).properties(width="container", height=height)
-    return Chart(title, specification(chart, description), description)
+        low = alt.Y(f"min({y}):Q", title=y_title, scale=scale, axis=axis)
+        band = base.mark_area(opacity=1.0, clip=True)
+        layers.insert(0, band.encode(y=low, y2=f"max({y}):Q", opacity=opacity(0.15, 0.02)))
+    return finished(title, alt.layer(*layers).add_params(picked), description, height=height)
 
 
 def intervals(
@@ -115,59 +108,55 @@ def intervals(
     `series` and set side by side within a label. `reference` draws a line across.
     """
     labels = list(dict.fromkeys(row[label] for row in rows))
-    across = alt.Scale(type="log") if log else alt.Scale(zero=zero)
-    encode: dict[str, Any] = {
-        "y": alt.Y(f"{label}:N", sort=labels, title=None, axis=alt.Axis(grid=False, labelLimit=150))
-    }
-    params: list[Any] = []
-    count = 1
-    opacity: Any = alt.value(1.0)
+    scale = alt.Scale(type="log") if log else alt.Scale(zero=zero)
+    names = [label, series] if series else [label]
+    base = base_of(rows).encode(
+        y=alt.Y(f"{label}:N", sort=labels, title=None, axis=alt.Axis(grid=False, labelLimit=150)),
+        tooltip=[*(alt.Tooltip(f"{name}:N") for name in names), *numbers(low, value, high)],
+        opacity=alt.value(1.0),
+    )
+    count, params = 1, []
     if series is not None:
         order = list(dict.fromkeys(row[series] for row in rows))
         count = len(order)
-        picked = alt.selection_point(fields=[series], bind="legend")
-        params.append(picked)
-        domain = alt.Scale(domain=order)
-        encode["color"] = alt.Color(
-            f"{series}:N", sort=order, scale=domain, legend=alt.Legend(symbolType="circle")
+        params = [alt.selection_point(fields=[series], bind="legend")]
+        grouped: dict[str, Any] = {"sort": order, "scale": alt.Scale(domain=order)}
+        base = base.encode(
+            color=alt.Color(f"{series}:N", **grouped, legend=alt.Legend(symbolType="circle")),
+            yOffset=alt.YOffset(f"{series}:N", **grouped),
+            opacity=alt.condition(params[0], alt.value(1.0), alt.value(0.12)),
         )
-        encode["yOffset"] = alt.YOffset(f"{series}:N", sort=order, scale=domain)
-        opacity = alt.condition(picked, alt.value(1.0), alt.value(0.12))
-    base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
-    names = [label] + ([series] if series else [])
-    tooltip = [alt.Tooltip(f"{name}:N") for name in names] + [
-        alt.Tooltip(f"{name}:Q", format=".3g") for name in (low, value, high)
-    ]
     bar = base.mark_rule(strokeWidth=3, strokeCap="round").encode(
-        x=alt.X(f"{low}:Q", title=value_title or value, scale=across),
-        x2=f"{high}:Q",
-        tooltip=tooltip,
-        opacity=opacity,
-        **encode,
+        x=alt.X(f"{low}:Q", title=value_title or value, scale=scale), x2=f"{high}:Q"
     )
-    dot = base.mark_circle(size=70, opacity=1).encode(
-        x=alt.X(f"{value}:Q", scale=across), tooltip=tooltip, opacity=opacity, **encode
-    )
-    layers: list[Any] = [bar, dot]
-    if reference is not None:
-        layers.insert(
-            0,
-            alt.Chart(alt.InlineData(values=[{"reference": reference}]))
-            .mark_rule(strokeDash=[4, 4])
-            .encode(x="reference:Q"),
-        )
-    chart = alt.layer(*layers)
-    for param in params:
-        chart = chart.add_params(param)
+    dot = base.mark_circle(size=70, opacity=1).encode(x=alt.X(f"{value}:Q", scale=scale))
+    chart = alt.layer(*reference_line("x", reference), bar, dot).add_params(*params)
     height = max(len(labels) * (14 * count + 12), 90)
-    chart = chart.properties(width="container", height=height)
-    return Chart(title, specification(chart, description), description, wide)
+    return finished(title, chart, description, height=height, wide=wide)
 
 
-def specification(chart: Any, description: str) -> dict[str, Any]:
-    """What a `Chart` holds, from an altair chart."""
-    spec: dict[str, Any] = chart.to_dict()
+def base_of(rows: Sequence[Row]) -> Any:
+    """An altair chart of these rows."""
+    return alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
+
+
+def numbers(*names: str, form: str = ".3g") -> list[Any]:
+    """Tooltips of numeric columns."""
+    return [alt.Tooltip(f"{name}:Q", format=form) for name in names]
+
+
+def reference_line(axis: str, value: float | None) -> list[Any]:
+    """A dashed line at a value, if there is one."""
+    if value is None:
+        return []
+    line = base_of([{"reference": value}]).mark_rule(strokeDash=[4, 4])
+    return [line.encode(**{axis: "reference:Q"})]
+
+
+def finished(title: str, chart: Any, description: str, *, height: int, wide: bool = False) -> Chart:
+    """A `Chart` of the page from an altair chart."""
+    spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict()
     spec.pop("config", None)  # altair's default look; the page has its own
     spec["description"] = description
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
-    return spec
+    return Chart(title, spec, description, wide)

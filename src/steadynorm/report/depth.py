@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 
-from steadynorm.report.charts import Row, specification
+from steadynorm.report.charts import Row, base_of, finished, numbers, reference_line
 from steadynorm.report.page import Chart
 
 
@@ -26,61 +27,49 @@ def profile(
     reference: float | None = None,
 ) -> Chart:
     """For each `layer` a dot at `value` and a bar from `low` to `high`, coloured by `series`, whose
-    names are `order`, from sound to broken: four at most. Far values do not flatten the
-    near ones: beyond 10 the axis, where it is not `log`, goes in powers. `reference` draws a line
+    names are `order`, from sound to broken: four at most. Where a value exceeds 10, an axis that is
+    not `log` is "symlog", so that far values do not flatten the near ones. `reference` draws a line
     across, where all is well.
     """
-    largest = max((abs(row[end]) for row in rows for end in (low, high)), default=0.0)
+    ends = [row[end] for row in rows for end in (low, high)]
     scale = alt.Scale(zero=False)
-    if log:
-        ends = [row[end] for row in rows for end in (low, high)]
-        ends += [] if reference is None else [reference]
-    if log and max(ends, default=1) > 4 * min(ends, default=1):
+    around = ends if reference is None else [*ends, reference]
+    if log and max(around, default=1) > 4 * min(around, default=1):
         # Not out to the next powers of ten, which would flatten what lies near 1.
-        room = {"domainMin": min(ends) / 1.25, "domainMax": max(ends) * 1.25} if ends else {}
-        scale = alt.Scale(type="log", nice=False, **room)
-    elif largest > 10:
+        scale = alt.Scale(
+            type="log", nice=False, domainMin=min(around) / 1.25, domainMax=max(around) * 1.25
+        )
+    elif max(map(abs, ends), default=0.0) > 10:
         scale.type = "symlog"
     names = [row[layer] for row in rows]
-    across = alt.X(
-        f"{layer}:N",
-        sort=names,
-        title="layer, from input to output",
-        axis=alt.Axis(
-            labelAngle=-40 if max(map(len, names), default=0) > 4 else 0,
-            labelLimit=130,
-            labelOverlap="greedy",
-            grid=False,
-        ),
-    )
     present = [name for name in order if any(row[series] == name for row in rows)]
-    legend = alt.Legend(symbolType="circle", symbolStrokeWidth=0, values=present)
-    # "ordinal" is the page's own colours for such states.
-    scale_of_states = alt.Scale(domain=list(order), range="ordinal")
-    color = alt.Color(f"{series}:N", scale=scale_of_states, legend=legend)
-    tooltip = [alt.Tooltip(f"{layer}:N"), alt.Tooltip(f"{series}:N", title="state")] + [
-        alt.Tooltip(f"{name}:Q", format=".4g") for name in (low, value, high)
-    ]
-    base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
-    bar = base.mark_rule(strokeWidth=4, strokeCap="round", opacity=0.45).encode(
-        x=across,
-        y=alt.Y(f"{low}:Q", title=value_title, scale=scale),
-        y2=f"{high}:Q",
-        color=color,
-        tooltip=tooltip,
-    )
-    dot = base.mark_circle(size=60, opacity=1).encode(
-        x=across,
-        y=alt.Y(f"{value}:Q", title=value_title, scale=scale),
-        color=color,
-        tooltip=tooltip,
-    )
-    parts = [bar, dot]
-    if reference is not None:
-        line = alt.Chart(alt.InlineData(values=[{"reference": reference}]))
-        parts.insert(0, line.mark_rule(strokeDash=[4, 4]).encode(y="reference:Q"))
-    chart = alt.layer(*parts).properties(width="container", height=230)
-    return Chart(title, specification(chart, description), description, wide=True)
+    base = base_of(rows).encode(
+        x=alt.X(
+            f"{layer}:N", sort=names, title="layer, from input to output",
+            axis=alt.Axis(
+                labelAngle=-40 if max(map(len, names), default=0) > 4 else 0, labelLimit=130,
+                labelOverlap="greedy", grid=False,
+            ),
+        ),
+        color=alt.Color(
+            f"{series}:N",
+            scale=alt.Scale(domain=list(order), range="ordinal"),  # the page's colours of states
+            legend=alt.Legend(symbolType="circle", symbolStrokeWidth=0, values=present),
+        ),
+        tooltip=[
+            alt.Tooltip(f"{layer}:N"), alt.Tooltip(f"{series}:N", title="state"),
+            *numbers(low, value, high, form=".4g"),
+        ],
+    )  # fmt: skip
+
+    def upwards(name: str) -> Any:
+        return alt.Y(f"{name}:Q", title=value_title, scale=scale)
+
+    bar = base.mark_rule(strokeWidth=4, strokeCap="round", opacity=0.45)
+    dot = base.mark_circle(size=60, opacity=1)
+    parts = [bar.encode(y=upwards(low), y2=f"{high}:Q"), dot.encode(y=upwards(value))]
+    chart = alt.layer(*reference_line("y", reference), *parts)
+    return finished(title, chart, description, height=230, wide=True)
 
 
 def channels(
@@ -97,44 +86,31 @@ def channels(
 
     `rows` hold layer, channel, rank (which orders the channels), source, mean, low and high.
     """
-    choice = alt.param(
-        name="chosen_layer",
-        value=chosen,
-        bind=alt.binding_select(options=list(layers), name="Layer"),
-    )
+    select = alt.binding_select(options=list(layers), name="Layer")
+    choice = alt.param(name="chosen_layer", value=chosen, bind=select)
+    domain = alt.Scale(domain=list(order))
     # Two channels may not share a place, and a name must not be read as an expression.
-    base = (
-        alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
-        .transform_filter("datum.layer === chosen_layer")
-        .encode(
-            x=alt.X(
-                "channel:O",
-                sort=alt.SortField("rank"),
-                title="channel, the furthest off first",
-                axis=alt.Axis(labelAngle=0, labelOverlap="greedy", grid=False),
-            ),
-            xOffset=alt.XOffset("source:N", sort=list(order), scale=alt.Scale(domain=list(order))),
-            color=alt.Color(
-                "source:N",
-                scale=alt.Scale(domain=list(order)),
-                legend=alt.Legend(symbolType="circle", symbolStrokeWidth=0),
-            ),
-            tooltip=[
-                alt.Tooltip("channel:O"),
-                alt.Tooltip("source:N"),
-                *(alt.Tooltip(f"{n}:Q", format=".4g") for n in ("mean", "low", "high")),
-            ],
-        )
-    )
+    base = base_of(rows).transform_filter("datum.layer === chosen_layer").encode(
+        x=alt.X(
+            "channel:O", sort=alt.SortField("rank"), title="channel, the furthest off first",
+            axis=alt.Axis(labelAngle=0, labelOverlap="greedy", grid=False),
+        ),
+        xOffset=alt.XOffset("source:N", sort=list(order), scale=domain),
+        color=alt.Color(
+            "source:N", scale=domain, legend=alt.Legend(symbolType="circle", symbolStrokeWidth=0)
+        ),
+        tooltip=[
+            alt.Tooltip("channel:O"), alt.Tooltip("source:N"),
+            *numbers("mean", "low", "high", form=".4g"),
+        ],
+    )  # fmt: skip
+    scale = alt.Scale(zero=False)
     bar = base.mark_rule(strokeWidth=3, strokeCap="round", opacity=0.55).encode(
-        y=alt.Y("low:Q", title="mean ± one standard deviation", scale=alt.Scale(zero=False)),
-        y2="high:Q",
+        y=alt.Y("low:Q", title="mean ± one standard deviation", scale=scale), y2="high:Q"
     )
-    dot = base.mark_circle(size=48, opacity=1).encode(
-        y=alt.Y("mean:Q", scale=alt.Scale(zero=False))
-    )
-    chart = alt.layer(bar, dot).add_params(choice).properties(width="container", height=260)
-    return Chart(title, specification(chart, description), description, wide=True)
+    dot = base.mark_circle(size=48, opacity=1).encode(y=alt.Y("mean:Q", scale=scale))
+    chart = alt.layer(bar, dot).add_params(choice)
+    return finished(title, chart, description, height=260, wide=True)
 
 
 def heat(
@@ -152,40 +128,26 @@ def heat(
 ) -> Chart:
     """Colour for each of `layers` (downwards) at each `x`; brighter is more of `value`."""
     places = sorted({row[x] for row in rows})
-    chart = (
-        alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
-        .mark_rect()
-        .encode(
-            x=alt.X(
-                f"{x}:O",
-                title=x_title,
-                axis=alt.Axis(
-                    labelAngle=0,
-                    labelOverlap="greedy",
-                    grid=False,
-                    format=",d",
-                    values=places[:: max(1, len(places) // 8)],
-                ),
+    across = alt.Axis(
+        labelAngle=0, labelOverlap="greedy", grid=False, format=",d",
+        values=places[:: max(1, len(places) // 8)],
+    )  # fmt: skip
+    down = alt.Axis(labelLimit=150, labelOverlap="greedy", grid=False)
+    chart = base_of(rows).mark_rect().encode(
+        x=alt.X(f"{x}:O", title=x_title, axis=across),
+        y=alt.Y(f"{layer}:N", sort=list(layers), title=None, axis=down),
+        color=alt.Color(
+            f"{value}:Q",
+            scale=alt.Scale(type="log" if log else "linear", scheme="viridis"),
+            legend=alt.Legend(
+                title=value_title, gradientLength=180, gradientThickness=10, tickCount=4
             ),
-            y=alt.Y(
-                f"{layer}:N",
-                sort=list(layers),
-                title=None,
-                axis=alt.Axis(labelLimit=150, labelOverlap="greedy", grid=False),
-            ),
-            color=alt.Color(
-                f"{value}:Q",
-                scale=alt.Scale(type="log" if log else "linear", scheme="viridis"),
-                legend=alt.Legend(
-                    title=value_title, gradientLength=180, gradientThickness=10, tickCount=4
-                ),
-            ),
-            tooltip=[
-                alt.Tooltip(f"{layer}:N"),
-                alt.Tooltip(f"{x}:Q", title=x_title, format=","),
-                alt.Tooltip(f"{value}:Q", title=value_title, format=".4g"),
-            ],
-        )
-        .properties(width="container", height=max(110, min(16 * len(layers), 480)))
-    )
-    return Chart(title, specification(chart, description), description, wide=True)
+        ),
+        tooltip=[
+            alt.Tooltip(f"{layer}:N"),
+            alt.Tooltip(f"{x}:Q", title=x_title, format=","),
+            alt.Tooltip(f"{value}:Q", title=value_title, format=".4g"),
+        ],
+    )  # fmt: skip
+    height = max(110, min(16 * len(layers), 480))
+    return finished(title, chart, description, height=height, wide=True)

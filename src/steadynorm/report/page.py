@@ -10,17 +10,19 @@ True
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 
 Cell = str | int | float | None
 
@@ -54,6 +56,17 @@ class Table:
             return f"{cell:,.{self.digits}f}"
         return f"{cell:,}" if isinstance(cell, int) else cell
 
+    def markdown(self) -> str:
+        """The table in Markdown, without its title; the rows to emphasize are bold."""
+        rows = [[self.text(cell) for cell in row] for row in self.rows]
+        for index in self.emphasis:
+            rows[index] = [f"**{cell}**" for cell in rows[index]]
+        lines = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+            for line in [list(self.columns), ["---"] * len(self.columns), *rows]
+        ]
+        return "\n".join(lines) + (f"\n\n{self.note}" if self.note else "")
+
     def numeric(self, column: int) -> bool:
         """Whether a column starts with a number (`−2.1 ± 0.3` is one), and so is aligned right."""
         first = next((row[column] for row in self.rows if row[column] is not None), "")
@@ -75,15 +88,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Card:
-    """One thing that was found, in a frame of its own. Where a section has several cards, readers
-    can filter them by level, by code and by words.
+    """One finding, in a frame of its own. Readers can filter the cards of a section by level, by
+    code and by words.
 
     `level`: how bad, which sets colour and mark; `level_name` is what the reader sees. `code`: what
-    is common to cards of one kind. `places`: where it was found, shown as code after `place_name`.
-    `remark`: a line in
-    front of all else, such as what it follows from. `facts`: figures by name. `advice` and `line`:
-    what to do, and code that does it, to copy. `more`: (summary, paragraphs) to fold out. `table`:
-    more of the same, folded out.
+    cards of one kind have in common. `places`: where it was found, as code after `place_name`.
+    `remark`: a line before all else. `facts`: figures by name. `advice` and `line`: what to do, and
+    code that does it, to copy. `more`: (summary, paragraphs) to unfold. `table`: to unfold, too.
     """
 
     title: str
@@ -131,50 +142,44 @@ class Page:
     title: str
     sections: Sequence[Section]
     lead: str = ""
-    details: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    details: Sequence[tuple[str, str]] = ()
 
     def addressed(self) -> list[tuple[str, Section]]:
         """Every section with its address within the page, made from its title."""
         found: dict[str, Section] = {}
         for section in self.sections:
-            letters = (letter if letter.isalnum() else " " for letter in section.title.lower())
-            name = "-".join("".join(letters).split()) or "section"
-            number = 2
-            address = name
-            while address in found:
-                address, number = f"{name}-{number}", number + 1
-            found[address] = section
+            name = "-".join(re.findall(r"[^\W_]+", section.title.lower())) or "section"
+            numbered = (f"{name}-{number}" if number > 1 else name for number in count(1))
+            found[next(address for address in numbered if address not in found)] = section
         return list(found.items())
 
     def html(self) -> str:
         """The page as text. Raises ModuleNotFoundError when a chart needs vl-convert-python."""
-        charts = any(section.charts for section in self.sections)
-        cards = any(section.cards for section in self.sections)
-        environment = Environment(
-            loader=FunctionLoader(_resource),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
+        cards, charts = (
+            any(getattr(section, what) for section in self.sections) for what in ("cards", "charts")
         )
-        environment.filters["spec"] = _inside_script
-        styles = [
-            "page.css",
-            *(["cards.css"] if cards else []),
-            *(["charts.css"] if charts else []),
-        ]
-        return environment.get_template("template.html.j2").render(
+        styles = ["page.css", *["cards.css"] * cards, *["charts.css"] * charts]
+        scripts = [*[_resource("cards.js")] * cards, *([_vega(), _resource("charts.js")] * charts)]
+        return _template().render(
             page=self,
             style=Markup("".join(map(_resource, styles))),
             theme=Markup(_resource("theme.js")),
-            cards_script=Markup(_resource("cards.js")) if cards else "",
-            charts_script=Markup(_resource("charts.js")),
-            vega=Markup(_vega()) if charts else "",
+            scripts=map(Markup, scripts),
         )
 
     def write(self, path: str | Path) -> Path:
         """Write the page to `path`, whole or not at all; returns the path."""
         return replace_file(path, self.html())
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(
+        loader=FunctionLoader(_resource), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["spec"] = _inside_script
+    return environment.get_template("template.html.j2")
 
 
 def _inside_script(value: object) -> Markup:
@@ -189,16 +194,11 @@ def _resource(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _vega() -> str:
+    import altair as alt
     import vl_convert
 
-    version = _vega_lite_version()
+    version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
     # The snippet may be left out, whatever the type stub says; the default exports vegaEmbed.
     bundle: str = vl_convert.javascript_bundle(vl_version=version)  # type: ignore[call-arg]
     # In strings and regular expressions `<\/script` is the same, and does not end the element.
     return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def _vega_lite_version() -> str:
-    import altair as alt
-
-    return ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])

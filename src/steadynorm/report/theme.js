@@ -18,8 +18,8 @@ const theme = {
   },
 };
 try {
-  const kept = localStorage.getItem("steadynorm-theme");
-  if (["system", "light", "dark"].includes(kept)) theme.choice = kept;
+  const stored = localStorage.getItem("steadynorm-theme");
+  if (["system", "light", "dark"].includes(stored)) theme.choice = stored;
 } catch { /* a page opened from a file may have no storage */ }
 theme.apply();
 theme.system.addEventListener("change", () => theme.apply());

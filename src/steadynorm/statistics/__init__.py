@@ -16,6 +16,8 @@ from steadynorm.statistics.normalizer import (
     fold,
     gradient_coefficients,
     gradient_factors,
+    of_batch,
+    of_running,
     parameter_gradients,
 )
 from steadynorm.statistics.policies import (
@@ -27,23 +29,25 @@ from steadynorm.statistics.policies import (
     Renorm,
     Running,
     Steady,
-    of_running,
     one_way,
     policy_from,
-    step,
 )
 from steadynorm.statistics.running import (
     CONVENTIONS,
+    MANY_BATCHES,
     Convention,
     RunningStatistics,
+    batches_seen,
     convert_momentum,
     convert_variance,
     new_batch_weight,
     update_average,
 )
+from steadynorm.statistics.step import step, usable
 
 __all__ = [
     "CONVENTIONS",
+    "MANY_BATCHES",
     "Batch",
     "Coefficients",
     "Context",
@@ -61,6 +65,7 @@ __all__ = [
     "RunningStatistics",
     "Steady",
     "attach",
+    "batches_seen",
     "coefficients",
     "contribution",
     "convert_momentum",
@@ -70,6 +75,7 @@ __all__ = [
     "gradient_factors",
     "merge",
     "new_batch_weight",
+    "of_batch",
     "of_running",
     "one_way",
     "parameter_gradients",
@@ -78,5 +84,6 @@ __all__ = [
     "remember",
     "step",
     "update_average",
+    "usable",
     "with_memory",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from steadynorm.statistics.moments import Array, Moments, at_least_one
+from steadynorm.statistics.running import RunningStatistics
 
 
 class Normalizer(NamedTuple):
@@ -21,6 +22,16 @@ class Normalizer(NamedTuple):
     gain: Array
     offset: Array
     share: Array
+
+
+def of_batch(batch: Moments) -> Normalizer:
+    """The batch's own statistics normalize it."""
+    return Normalizer(batch.mean, batch.mean_low, batch.var, 1.0, 0.0, 1.0)
+
+
+def of_running(running: RunningStatistics) -> Normalizer:
+    """The running statistics normalize: what every policy does in inference."""
+    return Normalizer(running.mean, 0.0, running.var, 1.0, 0.0, 0.0)
 
 
 class Coefficients(NamedTuple):

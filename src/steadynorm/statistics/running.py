@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from steadynorm.statistics.moments import Array, Moments
+from steadynorm.statistics.moments import Array, Moments, difference, two_sum
 
 
 class RunningStatistics(NamedTuple):
@@ -135,3 +135,40 @@ def update_average(
         running.var + weight * (var - running.var),
         None if running.batches is None else running.batches + 1,
     )
+
+
+def blend(batch: Moments, running: RunningStatistics, weight: Array) -> tuple[Array, Array, Array]:
+    """Mean (rounded, and what the rounding lost) and variance of two parts of weight 1 - w and w.
+
+    running_mean + w·δ        (1 - w)·running_var + w·v + w(1 - w)·δ²        δ = μ - running_mean
+    """
+    delta, delta_low = difference(batch, running.mean)
+    mean, low = two_sum(running.mean, weight * delta)
+    spread = delta + delta_low
+    var = (1 - weight) * running.var + weight * (batch.var + (1 - weight) * spread * spread)
+    return mean, low + weight * delta_low, var
+
+
+MANY_BATCHES = 1 << 30
+"""A count of batches that stands for "unknown, many": no policy then lets one batch replace the
+running statistics. Fits int32 with as many batches to come."""
+
+
+def batches_seen(running: RunningStatistics, *, xp: Any) -> Array:
+    """How many batches the running statistics have seen, where a count of 0 may be missing data.
+
+    A checkpoint without `num_batches_tracked` leaves the count at 0. Beside running statistics that
+    are not the initial 0 and 1 that cannot be right: it reads as `MANY_BATCHES`, so that the first
+    batch does not replace statistics from pretraining.
+
+    >>> import numpy as np
+    >>> pretrained = RunningStatistics(np.array([2.0]), np.array([3.0]), 0)
+    >>> int(batches_seen(pretrained, xp=np)) == MANY_BATCHES
+    True
+    >>> int(batches_seen(pretrained._replace(mean=np.zeros(1), var=np.ones(1)), xp=np))
+    0
+    """
+    if running.batches is None:
+        return None
+    trained = xp.any((running.mean != 0) | (running.var != 1))
+    return xp.where((running.batches == 0) & trained, MANY_BATCHES, running.batches)

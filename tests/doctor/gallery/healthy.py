@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import steadynorm as sn
-from steadynorm.models.surgery.graph import tensors
-from steadynorm.models.surgery.layers import is_host
+from steadynorm.models.graph import tensors
+from steadynorm.models.layers import is_host
 
 SIZE, STEPS = 16, 20
 

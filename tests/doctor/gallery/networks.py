@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadynorm.evidence.lab import training
-from steadynorm.evidence.lab.data import load
-from steadynorm.evidence.lab.networks import (
+from steadynorm.evidence import digits as data
+from steadynorm.evidence import training
+from steadynorm.evidence.networks import (
     convolutional,
     fully_connected,
     initialize,
@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 @lru_cache(maxsize=1)
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images (N, 1, 8, 8) and labels to train on, then those to test on."""
-    return training.tensors(load())
+    return data.tensors(data.load())
 
 
 def batches(size: int = 64, *, count: int | None = None, seed: int = 1) -> list[Pair]:
@@ -40,7 +40,7 @@ def batches(size: int = 64, *, count: int | None = None, seed: int = 1) -> list[
 
 def endless(size: int) -> Iterator[Pair]:
     images, labels = digits()[:2]
-    for part in training.batches(len(labels), size, seed=0):
+    for part in data.batches(len(labels), size, seed=0):
         yield images[part], labels[part]
 
 

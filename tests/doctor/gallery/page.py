@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from steadynorm.evidence.tour.tour import processor
+from steadynorm.report.machine import processor
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "doctor_gallery.md"
 

@@ -5,31 +5,39 @@ from __future__ import annotations
 import numpy as np
 
 from steadynorm.doctor import Finding, Report, Severity
-from steadynorm.doctor.evidence import Evidence, Layer, Model, Place, State
-from steadynorm.doctor.observed import LayerData, ModelData, Modes
+from steadynorm.doctor.evidence.records import (
+    Evidence,
+    LossByMode,
+    ModelData,
+    ModelFacts,
+    NormData,
+    NormEvidence,
+    NormState,
+    NormUsage,
+)
+from steadynorm.doctor.evidence.training import Reading, TrainingRun
 from steadynorm.doctor.rules import find_rule
-from steadynorm.doctor.run import Reading, Run
 
 SCRIPT = "<script>alert(1)</script>"
 NAMES = ("stem.bn", SCRIPT, "body.0.bn", "body.1.bn", "head.bn")
 CHANNELS = 6
 
 
-def layer(index: int, name: str, *, data: bool = True) -> Layer:
+def layer(index: int, name: str, *, data: bool = True) -> NormEvidence:
     """Running statistics that lie further off with depth: by `index`/10, and half as wide."""
     chance = np.random.default_rng(index)
     mean, var = chance.normal(size=CHANNELS), chance.uniform(0.5, 2.0, CHANNELS)
-    shown = LayerData(
+    shown = NormData(
         order=index, trains=True, samples=8, positions=4, values=96, calls=3, mean=mean, var=var,
         var_of_means=var / 8, inference_mean=mean, inference_var=var, worth_of_mean=4.0,
         worth_of_var=4.0,
     )  # fmt: skip
-    state = State(
+    state = NormState(
         CHANNELS, "torch", 1e-5, 0.1, np.ones(CHANNELS), np.zeros(CHANNELS),
         mean + index / 10, var / 4, {"running_mean": "float32"}, 120,
     )  # fmt: skip
-    place = Place(training=True, policy="Batch", moves=True, trained={"weight": True})
-    return Layer(name, "BatchNorm2d", state, place, shown if data else None)
+    place = NormUsage(training=True, policy="Batch", moves=True, trained={"weight": True})
+    return NormEvidence(name, "BatchNorm2d", state, place, shown if data else None)
 
 
 def finding(code: str, severity: Severity, where: str, *, because: tuple[str, ...] = ()) -> Finding:
@@ -42,12 +50,12 @@ def finding(code: str, severity: Severity, where: str, *, because: tuple[str, ..
 
 def report() -> Report:
     """Two errors of one kind, one that follows from them, a remark: in this order."""
-    losses = Modes(np.full(3, 0.5), np.full(3, 2.0), np.full(3, 0.75))
+    losses = LossByMode(np.full(3, 0.5), np.full(3, 2.0), np.full(3, 0.75))
     data = ModelData(batches=3, samples=24, loss=losses, gap=1.5, mended=1.0)
     evidence = Evidence(
         "shop.models:resnet",
         tuple(layer(index, name) for index, name in enumerate(NAMES)),
-        Model("ResNet", True, 1000, 1000),
+        ModelFacts("ResNet", True, 1000, 1000),
         data,
         ("body.2.bn was not called",),
     )
@@ -93,6 +101,6 @@ def watched(layers: int = 3) -> Report:
     )
     evidence = Evidence(
         "ResNet", tuple(layer(index, name, data=False) for index, name in enumerate(names)),
-        Model("ResNet", True, 1000, 1000), run=Run(40, 4, names, readings),
+        ModelFacts("ResNet", True, 1000, 1000), run=TrainingRun(40, 4, names, readings),
     )  # fmt: skip
     return Report((finding("SN401", Severity.ERROR, names[-1]),), evidence, ("SN401",))

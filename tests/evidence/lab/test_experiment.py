@@ -11,11 +11,14 @@ import pytest
 
 pytest.importorskip("altair", reason="charts need the extra lab")
 
-from steadynorm.evidence.lab import estimates, show
-from steadynorm.evidence.lab.estimates import Estimate
-from steadynorm.evidence.lab.experiment import Run, Runs, canonical, expect, judge
+from steadynorm.evidence import estimates
+from steadynorm.evidence.estimates import Estimate
+from steadynorm.evidence.lab import figures
+from steadynorm.evidence.lab.experiment import canonical
 from steadynorm.evidence.lab.experiments import NAMES, every, get
+from steadynorm.evidence.lab.runs import FinishedRun, Runs, grid
 from steadynorm.evidence.lab.store import plain
+from steadynorm.evidence.lab.verdict import expect, judge
 
 
 @pytest.mark.parametrize("count", [2, 5, 40])
@@ -92,7 +95,7 @@ def test_the_verdict_follows_from_the_findings(holds, outcome):
 
 def test_runs_are_found_by_factor_and_paired_by_seed():
     runs = Runs(
-        Run({"batch": batch}, seed, {"error": batch + seed / 10})
+        FinishedRun({"batch": batch}, seed, {"error": batch + seed / 10})
         for seed in (2, 0, 1)
         for batch in (2, 8)
     )
@@ -106,6 +109,49 @@ def test_runs_are_found_by_factor_and_paired_by_seed():
         runs.values("error", batch=9)
 
 
+def test_settings_are_compared_seed_by_seed():
+    runs = Runs(
+        FinishedRun({"batch": batch, "rate": 1}, seed, {"error": float(batch * (seed + 1))})
+        for seed in (1, 0, 2)
+        for batch in (2, 8)
+    )
+    assert runs.mean("error", batch=2)[:1] == (4.0,)
+    assert runs.ratio("error", "batch", 8, 2, rate=1) == pytest.approx((4, 4, 4, 3))
+    found = runs.difference("error", "batch", 8, 2)
+    assert found == pytest.approx(estimates.mean([6.0, 12.0, 18.0]))
+    twice = runs.derived(twice=lambda run: 2 * run["error"])
+    assert twice.values("twice", batch=8) == [16.0, 32.0, 48.0]
+    assert twice.values("error", batch=8) == [8.0, 16.0, 24.0]
+
+
+def test_a_grid_varies_the_last_factor_fastest():
+    assert grid(a=(1, 2), fixed="x", b=range(2)) == [
+        {"a": a, "fixed": "x", "b": b} for a in (1, 2) for b in (0, 1)
+    ]
+
+
+def rows_of(chart):
+    (rows,) = chart.spec["datasets"].values()
+    return rows
+
+
+def test_a_chart_takes_numbers_and_lists():
+    runs = Runs(
+        FinishedRun({"kind": kind}, 0, {"rate": 3.0, "at": [1, 2, 3], "error": error})
+        for kind, error in (("a", [4.0, None, 0.0]), ("b", [5.0, 6.0, 7.0]))
+    )
+    options = {"x": "at", "y": "error", "series": "kind", "names": {"a": "A"}}
+    rows = rows_of(figures.chart("T", runs, **options))
+    assert [(row["kind"], row["at"], row["error"]) for row in rows] == [
+        ("A", 1, 4.0), ("A", 3, 0.0), ("b", 1, 5.0), ("b", 2, 6.0), ("b", 3, 7.0),
+    ]  # fmt: skip
+    assert len(rows_of(figures.chart("T", runs, **options, log_y=True))) == 4
+    single = figures.chart("T", runs, x="rate", y="rate", series=lambda run: run["kind"] * 2)
+    first, second = rows_of(single)
+    assert first == {"series": "aa", "seed": 0, "rate": 3.0}
+    assert second["series"] == "bb"
+
+
 def test_numbers_are_stored_short_and_strict():
     found = plain({"a": (1 / 3, -math.inf, 3e-45), "b": {"c": [True, None, "x", 12345678]}})
     assert found == {"a": [0.333333, None, 3e-45], "b": {"c": [True, None, "x", 12345678]}}
@@ -114,22 +160,22 @@ def test_numbers_are_stored_short_and_strict():
 
 
 def test_the_target_must_be_held_for_two_looks():
-    assert show.first_reaching([1, 2, 3], [0.2, 0.95, 0.95], 0.9) == 2
-    assert show.first_reaching([1, 2, 3], [0.95, 0.2, 0.3], 0.9) is None
-    assert show.first_reaching([1, 2, 3], [0.1, 0.2, 0.9], 0.9) == 3
-    assert show.first_reaching([], [], 0.9) is None
+    assert figures.first_reaching([1, 2, 3], [0.2, 0.95, 0.95], 0.9) == 2
+    assert figures.first_reaching([1, 2, 3], [0.95, 0.2, 0.3], 0.9) is None
+    assert figures.first_reaching([1, 2, 3], [0.1, 0.2, 0.9], 0.9) == 3
+    assert figures.first_reaching([], [], 0.9) is None
 
 
 def test_a_table_has_a_dash_where_a_run_has_no_figure():
     runs = Runs(
-        Run({"policy": policy, "batch": batch}, seed, {"error": error})
+        FinishedRun({"policy": policy, "batch": batch}, seed, {"error": error})
         for seed in (0, 1)
         for policy, batch, error in (
             ("a", 1, None if seed else 3.0), ("a", 2, 2.0), ("b", 2, 4.0 + seed),
         )
     )  # fmt: skip
-    found = show.table(
-        "T", runs, rows="policy", columns="batch", value=show.scaled("error", 10),
+    found = figures.table(
+        "T", runs, rows="policy", columns="batch", measure="error", times=10,
         names={"a": "A"}, corner="which",
     )  # fmt: skip
     assert list(found.columns) == ["which", "1", "2"]
@@ -149,11 +195,11 @@ def test_every_experiment_is_declared(name):
     assert experiment.source
     assert pickle.loads(pickle.dumps(experiment)) == experiment, "workers are sent it"
     for profile in ("quick", "full"):
-        cells = experiment.cells(profile)
-        assert len({cell.key(experiment, "data") for cell in cells}) == len(cells) > 0
-        assert all(cell.steps > 0 for cell in cells)
-        assert len({tuple(cell.setting) for cell in cells}) == 1, "every setting has all factors"
-        json.loads(canonical([cell.setting for cell in cells]))
+        planned = experiment.planned(profile)
+        assert len({run.key(experiment, "data") for run in planned}) == len(planned) > 0
+        assert all(run.steps > 0 for run in planned)
+        assert len({tuple(run.setting) for run in planned}) == 1, "every setting has all factors"
+        json.loads(canonical([run.setting for run in planned]))
     assert experiment.seeds["full"] >= 5
     assert experiment.seeds["quick"] >= 2, "one seed decides nothing"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,11 @@ from torch.nn import functional as F
 
 pytest.importorskip("altair", reason="charts need the extra lab")
 
+from tests.evidence.lab.checks import runs_from_end_to_end
+
 import steadynorm as sn
-from steadynorm.evidence.lab.data import load
-from steadynorm.evidence.lab.experiment import Run, Runs
+from steadynorm.evidence.digits import Digits, load
+from steadynorm.evidence.lab import ladder
 from steadynorm.evidence.lab.experiments import (
     covariate_shift,
     depth_and_saturation,
@@ -24,10 +24,8 @@ from steadynorm.evidence.lab.experiments import (
     smoothness,
     steady_parts,
 )
-from steadynorm.evidence.lab.networks import fully_connected, initialize, normalization_1d
-from steadynorm.evidence.lab.report import findings
-from steadynorm.evidence.lab.store import Store, plain
-from steadynorm.report.page import Page, Section
+from steadynorm.evidence.lab.runs import FinishedRun, Runs
+from steadynorm.evidence.networks import fully_connected, initialize, normalization_1d
 
 NAMES = (
     "convergence",
@@ -57,45 +55,21 @@ def short(setting):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_runs_from_end_to_end(name, digits, tmp_path):
     experiment = get(name)
-    runs = []
-    wanted = [short(setting) for setting in experiment.settings("quick")]
+    wanted = [short(setting) for setting in experiment.settings["quick"]]
     if name == "depth_and_saturation":
         wanted = [setting for setting in wanted if setting["depth"] <= 10]
-    for setting in wanted:
-        for seed in (0, 1):
-            told = []
-            result = experiment.run(setting, seed, digits, told.append)
-            assert sum(told) <= experiment.steps(setting)
-            runs.append(Run(setting, seed, plain(result)))
-    again = experiment.run(wanted[-1], 1, digits, lambda steps: None)
-    assert plain(again) == runs[-1].result, "the same setting and seed give the same run"
-    small = replace(experiment, settings=lambda profile: wanted, seeds={"quick": 2, "full": 2})
-    store = Store(tmp_path, "digits")
-    cells = small.cells("quick")
-    for cell, run in zip(cells, runs, strict=True):
-        store.put(small, cell, run.result)
-    path = store.finish(small, "quick", cells)
-    from steadynorm.evidence.lab.report import Saved
-    from steadynorm.evidence.lab.store import read
-
-    head, back = read(path)
-    shown = experiment.show(back)
-    assert [run.result for run in back] == [run.result for run in runs]
-    tables = [findings(Saved(head, back, experiment)), *shown.tables]
-    page = Page("T", [Section("S", shown.text, tables, shown.charts)]).html()
-    assert head["verdict"]["sentence"].replace("'", "&#39;")[:20]
-    assert page.count("<figure") + page.count("<caption") >= 2
+    runs_from_end_to_end(experiment, wanted, digits, tmp_path)
 
 
 def test_the_band_of_rates_by_hand():
     accuracies = {"none": (0.95, 0.5, 0.1), "batch": (0.95, 0.91, 0.9)}
     runs = Runs(
-        Run({"depth": 3, "normalization": kind, "rate": rate}, 0, {"accuracy": accuracy})
+        FinishedRun({"depth": 3, "normalization": kind, "rate": rate}, 0, {"accuracy": accuracy})
         for kind, row in accuracies.items()
         for rate, accuracy in zip((0.01, 0.1, 1.0), row, strict=True)
     )
-    assert learning_rate_range.widths(runs, 3, "none") == pytest.approx([1.0])
-    assert learning_rate_range.widths(runs, 3, "batch") == pytest.approx([3.0])
+    assert ladder.widths(runs, "rate", 3, "none") == pytest.approx([1.0])
+    assert ladder.widths(runs, "rate", 3, "batch") == pytest.approx([3.0])
     assert learning_rate_range.largest(runs, 3, "none") == [0.01]
     assert learning_rate_range.largest(runs, 3, "batch") == [1.0]
 
@@ -120,7 +94,7 @@ def test_the_gradient_of_every_layer(digits):
 
 
 def test_the_injected_shift_is_the_one_described():
-    shift = covariate_shift.Shift(3, seed=0)
+    shift = covariate_shift.InjectedShift(3, seed=0)
     x = torch.zeros(4000, 3)
     moved, again = shift(x), shift(x)
     means = torch.stack([shift(x).mean(0) for _ in range(300)])
@@ -148,8 +122,9 @@ def test_movement_by_hand():
 def test_percentiles_are_those_of_the_place_and_leave_no_trace():
     torch.manual_seed(0)
     setting = {"network": "sigmoid, small weights", "normalization": "batch, shifted"}
-    network = covariate_shift.build(setting, 6, seed=3)
-    shifts = [m for m in network.modules() if isinstance(m, covariate_shift.Shift)]
+    empty = (np.zeros((1, 2, 3), np.float32), np.zeros(1, np.int64))
+    network = covariate_shift.build(setting, Digits("six pixels", *empty, *empty), seed=3)
+    shifts = [m for m in network.modules() if isinstance(m, covariate_shift.InjectedShift)]
     images = torch.randn(50, 6)
     before = [value.clone() for value in network.state_dict().values()]
     states = [shift.generator.get_state() for shift in shifts]
@@ -190,15 +165,15 @@ def test_along_the_gradient_of_a_quadratic():
     )  # fmt: skip
 
 
-def test_in_company_the_statistics_are_the_populations(digits):
+def test_with_the_population_the_statistics_are_the_populations(digits):
     network = fully_connected(4, normalization_1d("batch"), widths=(5,), activation=nn.Identity)
     initialize(network, 0)
     torch.manual_seed(0)
-    company, batch = torch.randn(200, 4), torch.randn(2, 4)
-    together = regularization_by_noise.InCompany(network, company)
+    population, batch = torch.randn(200, 4), torch.randn(2, 4)
+    together = regularization_by_noise.WithPopulation(network, population)
     together.train()
     found = together(batch).detach()
-    z = (torch.cat([batch, company]) @ network[1].weight.T).detach().double()
+    z = (torch.cat([batch, population]) @ network[1].weight.T).detach().double()
     normalized = (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()
     expected = normalized[:2] @ network[-1].weight.double().T + network[-1].bias.double()
     np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
@@ -212,7 +187,7 @@ def test_steady_without_a_part(part):
     torch.manual_seed(0)
     x = torch.randn(6, 3) * 2 + 1
     mean, var = torch.randn(3), torch.rand(3) + 0.5
-    layer = sn.BatchNorm1d(3, statistics=steady_parts.KINDS[part](prior, horizon))
+    layer = sn.BatchNorm1d(3, statistics=steady_parts.POLICIES[part](prior, horizon))
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(var)
     layer.num_batches_tracked.fill_(1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from torch import nn
 
 pytest.importorskip("altair", reason="charts need the extra lab")
 
+from tests.evidence.lab.checks import runs_from_end_to_end
+
 import steadynorm as sn
-from steadynorm.evidence.lab.data import Digits, load
-from steadynorm.evidence.lab.experiment import Run, Runs
+from steadynorm.evidence.digits import Digits, load
 from steadynorm.evidence.lab.experiments import (
     batch_of_one,
     before_or_after,
@@ -22,11 +24,12 @@ from steadynorm.evidence.lab.experiments import (
     get,
     recurrent,
     shifted_data,
+    small_batches,
     training_against_inference,
 )
-from steadynorm.evidence.lab.remembered import Remembered
-from steadynorm.evidence.lab.store import plain
-from steadynorm.report.page import Page, Section
+from steadynorm.evidence.lab.gradient_memory import GradientMemoryNorm
+from steadynorm.evidence.lab.runs import FinishedRun, Runs
+from steadynorm.evidence.networks import normalization_1d, normalization_2d
 
 SHORT: dict[str, dict[str, Any]] = {
     "batch_of_one": {"samples": 6},
@@ -47,35 +50,25 @@ def digits() -> Digits:
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_each_runs_from_end_to_end(name: str, digits: Digits) -> None:
+def test_each_runs_from_end_to_end(name: str, digits: Digits, tmp_path: Path) -> None:
     experiment = get(name)
-    assert len(experiment.settings("quick")) <= len(experiment.settings("full"))
-    wanted = [{**setting, **SHORT[name]} for setting in experiment.settings("quick")]
-    runs = []
-    for setting in wanted:
-        for seed in (0, 1):
-            told: list[int] = []
-            result = experiment.run(setting, seed, digits, told.append)
-            assert sum(told) <= experiment.steps(setting)
-            runs.append(Run(setting, seed, plain(result)))
-    if not experiment.timed:
-        again = experiment.run(wanted[-1], 1, digits, lambda steps: None)
-        assert plain(again) == runs[-1].result, "the same setting and seed give the same run"
-    found = experiment.verdict(Runs(runs))
-    shown = experiment.show(Runs(runs))
-    assert found.seeds == 2
-    assert shown.tables
-    Page("T", [Section("S", shown.text, shown.tables, shown.charts)]).html()
+    assert len(experiment.settings["quick"]) <= len(experiment.settings["full"])
+    wanted = [{**setting, **SHORT[name]} for setting in experiment.settings["quick"]]
+    runs_from_end_to_end(experiment, wanted, digits, tmp_path)
 
 
-def test_every_setting_of_the_full_profile_can_be_built(digits: Digits) -> None:
-    for setting in batch_of_one.settings("full"):
-        made = batch_of_one.normalization(setting)
-        assert (made is None) is (setting["kind"] == "none")
-        if made is not None:
-            x = torch.randn(1, 8, 2, 2) if setting["network"] == "convolutional" else None
-            layer = made(8).eval()
-            assert layer(torch.randn(3, 8) if x is None else x).isfinite().all()
+def test_every_setting_of_the_full_profile_can_be_built() -> None:
+    for experiment in (batch_of_one, small_batches):
+        for setting in experiment.SETTINGS["full"]:
+            plane = setting["network"] == "convolutional"
+            normalization = normalization_2d if plane else normalization_1d
+            made = normalization(experiment.statistics(setting))
+            assert (made is None) is ("none" in setting.values())
+            if made is not None:
+                x = torch.randn(3, 8, 2, 2) if plane else torch.randn(3, 8)
+                y = made(8).eval()(x)
+                assert y.shape == x.shape
+                assert y.isfinite().all()
 
 
 # A batch of one -------------------------------------------------------------------------------
@@ -111,7 +104,7 @@ def remembered_truth(
 @pytest.mark.parametrize("samples", [1, 3])
 def test_the_remembered_gradient(samples: int, power: float, remember: bool) -> None:
     random = np.random.default_rng(4)
-    layer = Remembered(5, power=power, remember=remember)
+    layer = GradientMemoryNorm(5, power=power, remember=remember)
     with torch.no_grad():
         for tensor in (layer.weight, layer.bias, layer.running_mean, layer.gradient):
             tensor.copy_(torch.from_numpy(random.normal(size=5)))
@@ -131,7 +124,7 @@ def test_the_remembered_gradient(samples: int, power: float, remember: bool) -> 
 
 def test_counting_positions_and_remembering_nothing_is_steady() -> None:
     torch.manual_seed(0)
-    layer = Remembered(3, power=1.0, remember=False)
+    layer = GradientMemoryNorm(3, power=1.0, remember=False)
     steady = sn.BatchNorm2d(3, statistics="steady")
     for _ in range(4):
         x = torch.randn(2, 3, 4, 4)
@@ -147,13 +140,13 @@ def test_counting_positions_and_remembering_nothing_is_steady() -> None:
     torch.testing.assert_close(layer.eval()(x), steady.eval()(x))
 
 
-def test_a_frozen_tail_freezes_once(digits: Digits) -> None:
-    setting = {"network": "convolutional", "batch": 2, "kind": "frozen tail", "samples": 80}
-    watch = batch_of_one.frozen_tail(setting)
+def test_a_frozen_tail_freezes_once() -> None:
+    setting = {"network": "convolutional", "batch": 2, "policy": "frozen tail", "samples": 80}
+    freeze = small_batches.frozen_tail(setting)
     network = nn.Sequential(sn.BatchNorm2d(3), nn.ReLU())
     policies = []
     for step in range(29, 32):
-        watch(step, network)
+        freeze(step, network)
         policies.append(network[0].statistics)
     assert policies == [sn.Batch(), sn.Frozen(), sn.Frozen()]
 
@@ -170,7 +163,7 @@ def test_networks_with_and_without_a_bias_differ_in_it_alone(digits: Digits) -> 
         assert len(extra) == 3
         assert all(float(other[name].abs().min()) > 0 for name in extra)
         torch.testing.assert_close(own, {name: other[name] for name in own}, rtol=0, atol=0)
-        moved = bias.nudged(bias.build(setting, digits, 3, bias=False)).state_dict()
+        moved = bias.perturbed(bias.build(setting, digits, 3, bias=False)).state_dict()
         changed = [name for name in own if not torch.equal(own[name], moved[name])]
         assert changed == [next(iter(dict(without.named_parameters())))]
         torch.testing.assert_close(moved[changed[0]], own[changed[0]], rtol=3e-16, atol=0)
@@ -210,7 +203,8 @@ def test_the_share_of_a_gap_that_is_closed() -> None:
     ends = [(10.0, 6.0, 5.0), (8.0, 8.0, 6.0), (4.0, 5.0, 5.0)]  # the last has no gap
     names = ("running at the end", "calibrated at the end", "population at the end")
     runs = Runs(
-        Run({"batch": 2}, seed, dict(zip(names, row, strict=True))) for seed, row in enumerate(ends)
+        FinishedRun({"batch": 2}, seed, dict(zip(names, row, strict=True)))
+        for seed, row in enumerate(ends)
     )
     assert training_against_inference.closed(runs, 2) == pytest.approx([0.8, 0.0, 0.0])
 
@@ -249,7 +243,7 @@ def test_calibration_leaves_the_network_in_training_alone() -> None:
 
 
 def test_what_is_timed_computes_the_same() -> None:
-    for setting in cost.settings("quick"):
+    for setting in cost.SETTINGS["quick"]:
         small = {**setting, "batch": 4, "width": 8, "size": 8}
         x = torch.randn(4, 1, 8, 8)
         answers = {kind: cost.build(small, kind).train()(x) for kind in cost.KINDS}

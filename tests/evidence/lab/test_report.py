@@ -28,13 +28,13 @@ cli = CliRunner()
 def invented(experiment, folder):
     """Results of runs that never took place: error falls with the batch, Batch is worst."""
     store = Store(folder, "invented digits")
-    cells = experiment.cells("quick")
-    for cell in cells:
-        bad = 20.0 if cell.setting["policy"] == "batch" and cell.setting["batch"] < 8 else 0.5
-        error = None if bad > 1 and cell.setting["batch"] == 1 else 1 + bad + cell.seed / 100
+    planned = experiment.planned("quick")
+    for run in planned:
+        bad = 20.0 if run.setting["policy"] == "batch" and run.setting["batch"] < 8 else 0.5
+        error = None if bad > 1 and run.setting["batch"] == 1 else 1 + bad + run.seed / 100
         stopped = None if error else "one value per channel </script><script>"
-        store.put(experiment, cell, {"error": error, "stopped": stopped})
-    return store.finish(experiment, "quick", cells)
+        store.put(experiment, run, {"error": error, "stopped": stopped})
+    return store.finish(experiment, "quick", planned)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def folder(tmp_path_factory):
     invented(get("small-batches"), out)
     unknown = replace(TINY, name="gone", claim="a | b")
     store = Store(out, "invented digits")
-    for cell in unknown.cells("quick"):
-        store.put(unknown, cell, {"accuracy": 0.5})
-    store.finish(unknown, "quick", unknown.cells("quick"))
+    for run in unknown.planned("quick"):
+        store.put(unknown, run, {"accuracy": 0.5})
+    store.finish(unknown, "quick", unknown.planned("quick"))
     shutil.rmtree(out / "runs")
     report.write(out)
     return out
@@ -55,10 +55,10 @@ def test_verdict_and_tables_come_from_the_file(folder):
     first, second = report.saved(folder / "results")
     assert (first.name, second.name) == ("small-batches", "gone"), "the lab's order"
     assert first.head["verdict"]["outcome"] == "supported"
-    flat = first.shown().tables[0]
+    flat = first.figures().tables[0]
     batch = next(row for row in flat.rows if row[0] == "Batch")
     assert list(batch[1:]) == ["1.5 ± 0.0", "1.5 ± 0.0", "21.0 ± 0.0", "cannot train"]
-    assert second.shown().text == [
+    assert second.figures().text == [
         "Saved by another version of the lab: its figures are in the file."
     ]
 
@@ -76,7 +76,7 @@ def test_markdown_has_a_row_for_each(folder):
 def test_a_changed_experiment_shows_no_charts_of_old_results(folder, monkeypatch):
     newer = replace(get("small-batches"), revision=2)
     monkeypatch.setattr(report, "get", lambda name: newer)
-    assert report.saved(folder / "results")[0].shown().charts == ()
+    assert report.saved(folder / "results")[0].figures().charts == ()
 
 
 def test_without_results(tmp_path):
@@ -172,10 +172,9 @@ def test_help_loads_no_framework():
 
 
 def test_says_in_one_line_what_to_install(monkeypatch):
-    monkeypatch.setattr("steadynorm.evidence.lab._cli.find_spec", lambda name: None)
+    monkeypatch.setattr("steadynorm._extras.find_spec", lambda name: None)
     result = cli.invoke(app, ["lab", "run", "--all"])
     assert result.exit_code == 2
     assert result.output == (
-        "steadynorm lab: needs altair, vl-convert-python, scikit-learn: "
-        'pip install "steadynorm[lab]"\n'
+        'steadynorm lab: needs torch, which is not installed: pip install "steadynorm[torch]"\n'
     )

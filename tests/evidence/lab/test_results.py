@@ -26,7 +26,7 @@ def test_a_saved_verdict_follows_from_the_saved_runs(path):
     assert {name: head[name] for name in declaration(experiment)} == declaration(experiment)
     assert plain(experiment.verdict(runs).record()) == head["verdict"]
     assert head["verdict"]["seeds"] >= 5
-    wanted = [(dict(cell.setting), cell.seed) for cell in experiment.cells("full")]
+    wanted = [(dict(planned.setting), planned.seed) for planned in experiment.planned("full")]
     assert [(run.setting, run.seed) for run in runs] == wanted
     page = (DOCS / "lab.md").read_text("utf-8")
     assert head["verdict"]["sentence"] in page, "python benchmarks/lab_page.py"

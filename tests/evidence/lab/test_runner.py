@@ -91,7 +91,7 @@ def test_a_finished_lab_runs_nothing(tmp_path, whole, monkeypatch):
     out = whole.parents[1]
     before = whole.read_bytes()
     paths = runner.run(
-        [again], out=out, begin=lambda e, total, done: steps.update({e.name: (total, done)})
+        [again], out=out, begin=lambda name, total, done: steps.update({name: (total, done)})
     )
     assert paths == [whole]
     assert steps == {"tiny": (24, 24)}
@@ -103,34 +103,34 @@ def test_the_profile_and_the_seeds_say_what_is_run(whole):
     assert head["profile"] == "quick"
     assert head["verdict"]["seeds"] == 6
     assert [(r["policy"], r["batch"], r.seed) for r in runs] == [
-        (s["policy"], s["batch"], seed) for s in tiny.settings("quick") for seed in range(6)
+        (s["policy"], s["batch"], seed) for s in tiny.SETTINGS for seed in range(6)
     ]
-    assert len(TINY.cells("full")) == 28
-    assert len(TINY.cells("full", 2)) == 8
+    assert len(TINY.planned("full")) == 28
+    assert len(TINY.planned("full", 2)) == 8
 
 
 def test_what_changes_a_run_changes_its_key():
-    cell = TINY.cells("quick")[0]
+    planned = TINY.planned("quick")[0]
     keys = {
-        cell.key(TINY, "digits"),
-        cell.key(TINY, "other digits"),
-        cell.key(replace(TINY, revision=2), "digits"),
-        cell.key(replace(TINY, name="other"), "digits"),
-        replace(cell, seed=9).key(TINY, "digits"),
-        replace(cell, setting={**cell.setting, "batch": 8}).key(TINY, "digits"),
+        planned.key(TINY, "digits"),
+        planned.key(TINY, "other digits"),
+        planned.key(replace(TINY, revision=2), "digits"),
+        planned.key(replace(TINY, name="other"), "digits"),
+        replace(planned, seed=9).key(TINY, "digits"),
+        replace(planned, setting={**planned.setting, "batch": 8}).key(TINY, "digits"),
     }
     assert len(keys) == 6
-    turned = replace(cell, setting=dict(reversed(cell.setting.items())))
+    turned = replace(planned, setting=dict(reversed(planned.setting.items())))
     assert turned.key(TINY, "digits") in keys, "the order of factors means nothing"
 
 
 def test_timed_results_have_a_name_of_their_own(tmp_path):
     store = Store(tmp_path, "digits")
     timed = replace(TINY, timed=True)
-    cells = timed.cells("quick", 2)
-    for cell in cells:
-        store.put(timed, cell, {"accuracy": 0.5 + cell.seed / 10})
-    assert store.finish(timed, "quick", cells) == tmp_path / "results" / "tiny.timed.json"
+    runs = timed.planned("quick", 2)
+    for run in runs:
+        store.put(timed, run, {"accuracy": 0.5 + run.seed / 10})
+    assert store.finish(timed, "quick", runs) == tmp_path / "results" / "tiny.timed.json"
 
 
 def fails(setting, seed, digits, tick):

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from torch import nn
 
-from steadynorm.evidence.lab import estimates, runner
-from steadynorm.evidence.lab.experiment import Cell, Experiment, Runs, Shown, expect, judge
-from steadynorm.evidence.lab.networks import fully_connected, initialize, normalization_1d
-from steadynorm.evidence.lab.replicas import launched
-from steadynorm.evidence.lab.training import Recipe, train
+from steadynorm.evidence.data_parallel import launched
+from steadynorm.evidence.lab import runner
+from steadynorm.evidence.lab.experiment import Experiment, Figures, PlannedRun, one
+from steadynorm.evidence.lab.runs import Runs
+from steadynorm.evidence.lab.verdict import expect, judge
+from steadynorm.evidence.networks import build
+from steadynorm.evidence.training import Recipe, train
 
-
-def settings(profile):
-    # With two processes, batch 9 is uneven and batch 1 leaves one of them without a sample.
-    return [
-        {"policy": policy, "batch": batch, "steps": 6}
-        for policy, batch in (("batch", 9), ("steady", 9), ("steady", 1), ("none", 9))
-    ]
+# With two processes, batch 9 is uneven and batch 1 leaves one of them without a sample.
+SETTINGS = [
+    {"policy": policy, "batch": batch, "steps": 6}
+    for policy, batch in (("batch", 9), ("steady", 9), ("steady", 1), ("none", 9))
+]
 
 
 def run(setting, seed, digits, tick):
@@ -28,9 +28,8 @@ def run(setting, seed, digits, tick):
         with (Path(os.environ["NOTES"]) / f"{os.getpid()}").open("a") as note:
             note.write(f"{setting['policy']} {setting['batch']} {seed}\n")
     batch, policy = setting["batch"], setting["policy"]
-    network = fully_connected(64, normalization_1d(None if policy == "none" else policy),
-                              widths=(8, 8), activation=nn.Tanh)  # fmt: skip
-    initialize(network, seed)
+    shape = {"widths": (8, 8), "activation": nn.Tanh}
+    network = build("fully connected", policy, digits, seed, **shape)
     recipe = Recipe(batch, setting["steps"] * batch, points=3)
     done = train(network, digits, recipe, seed=seed, tick=tick)
     return {
@@ -43,26 +42,25 @@ def run(setting, seed, digits, tick):
 
 
 def verdict(runs: Runs):
-    first, second = (runs.values("accuracy", policy=p, batch=9) for p in ("batch", "steady"))
-    found = estimates.difference(first, second)
+    found = runs.difference("accuracy", "policy", "batch", "steady", batch=9)
     return judge(f"They differ by {found}.", [expect("difference", found, above=-1, below=1)])
 
 
-def show(runs: Runs):
-    return Shown(text=["Nothing to see."])
+def figures(runs: Runs):
+    return Figures(text=["Nothing to see."])
 
 
 TINY = Experiment(
     name="tiny", title="A tiny one", claim="It runs.", source="nobody", factors={"policy": "two"},
-    measure="accuracy", rule="within one", settings=settings, run=run, verdict=verdict, show=show,
-    seeds={"quick": 6, "full": 7},
+    measure="accuracy", rule="within one", settings={"quick": SETTINGS, "full": SETTINGS}, run=run,
+    verdict=verdict, figures=figures, steps=one, seeds={"quick": 6, "full": 7},
 )  # fmt: skip
 
 
 def main(out: str) -> None:
     if launched():
-        told: list[Cell] = []
-        runner.run_together([TINY], out=out, seeds=2, progress=lambda _, cell: told.append(cell))
+        told: list[PlannedRun] = []
+        runner.run_together([TINY], out=out, seeds=2, progress=lambda _, run: told.append(run))
         (Path(out) / f"told-{os.environ['RANK']}-{len(told)}").touch()
     else:
         runner.run([TINY], out=out, workers=2)

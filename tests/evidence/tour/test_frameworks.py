@@ -7,19 +7,21 @@ import pytest
 from typer.testing import CliRunner
 
 from steadynorm.cli import app
-from steadynorm.evidence.tour.stop import Setting
-from steadynorm.evidence.tour.stops.frameworks import ARMS, InFramework, Run, execute
+from steadynorm.evidence.tour.demo import TourOptions
+from steadynorm.evidence.tour.demos.frameworks import ARMS, FrameworkRun, demo, execute
 
-SETTING = Setting(None, (0,), short=True)
+OPTIONS = TourOptions(None, (0,), short=True)
 
 
 @pytest.mark.parametrize("framework", ["keras", "jax"])
 def test_it_says_what_its_runs_show(framework: str) -> None:
-    stop = InFramework(framework)
-    keys = [job.key for job in stop.jobs(SETTING)]
+    shown = demo(framework)
+    keys = [job.key for job in shown.jobs(OPTIONS)]
     assert sorted(keys) == sorted((arm, size, 0) for arm in ARMS for size in (64, 2))
-    outcomes: dict[tuple[Any, ...], Run] = {key: Run(float(key[1]), 0.5) for key in keys}
-    result = stop.result(SETTING, outcomes)
+    outcomes: dict[tuple[Any, ...], FrameworkRun] = {
+        key: FrameworkRun(float(key[1]), 0.5) for key in keys
+    }
+    result = shown.result(OPTIONS, outcomes)
     assert "batch 64: 64.0 % error with its own layer, 64.0 % with ours." in result.sentence
     assert "Batch 2: 2.0 % and 2.0 %, and 2.0 % with Steady." in result.sentence
     assert len(result.tables[0].rows) == len(result.figures["runs"]) == 6

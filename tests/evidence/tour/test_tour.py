@@ -9,12 +9,11 @@ import sys
 import pytest
 from markupsafe import escape
 
-from steadynorm.evidence.lab.jobs import Job
-from steadynorm.evidence.lab.runs import Setup, execute
-from steadynorm.evidence.lab.training import Recipe
-from steadynorm.evidence.tour.stop import Setting, StopResult
-from steadynorm.evidence.tour.stops import STOPS
-from steadynorm.evidence.tour.tour import run
+from steadynorm.evidence.tour.demo import Demo, DemoResult, TourOptions
+from steadynorm.evidence.tour.demos import DEMOS
+from steadynorm.evidence.tour.visit import run
+from steadynorm.evidence.training import Recipe, TrainingSetup, execute
+from steadynorm.evidence.workers import Job
 from steadynorm.report.page import Table
 
 for needed in ("sklearn", "altair", "vl_convert"):
@@ -124,10 +123,10 @@ def test_the_timed_steps_train_alike(record):
     assert {len(values) + 2 for values in run_of["seconds"].values()} == {len(ours)}
 
 
-def test_stops_that_take_times_run_alone():
-    for stop in STOPS:
-        timed = stop.name in {"folding", "speed"}
-        assert {job.alone for job in stop.jobs(Setting(None, (0,), True))} == {timed}
+def test_demonstrations_that_take_times_run_alone():
+    for demo in DEMOS:
+        timed = demo.name in {"folding", "speed"}
+        assert {job.alone for job in demo.jobs(TourOptions(None, (0,), True))} == {timed}
 
 
 def test_the_terminal_shows_tables_and_where_the_report_is(visited):
@@ -143,64 +142,62 @@ def test_the_terminal_shows_tables_and_where_the_report_is(visited):
     assert sorted(entry.name for entry in folder.iterdir()) == ["report.html", "report.json"]
 
 
-def test_the_page_holds_every_stop(visited):
+def test_the_page_holds_every_demonstration(visited):
     page = (visited[0] / "report.html").read_text("utf-8")
-    for stop in STOPS:
-        assert f"{escape(stop.title)}</h2>" in page
+    for demo in DEMOS:
+        assert f"{escape(demo.title)}</h2>" in page
     assert "http-equiv" in page
 
 
-class Small:
-    """A stop like any other, but short."""
+def small_jobs(options):
+    setups = {
+        name: TrainingSetup("fully connected", name, Recipe(4, 80, points=2))
+        for name in ("steady", "torch")
+    }
+    return [
+        Job("small", (name, seed), 20, execute, (setup, options.data_dir, seed))
+        for name, setup in setups.items()
+        for seed in options.seeds
+    ]
 
-    name = "small"
-    title = "A small stop"
 
-    def jobs(self, setting):
-        setups = {
-            name: Setup("fully connected", name, Recipe(4, 80, points=2))
-            for name in ("steady", "torch")
-        }
-        return [
-            Job(self.name, (name, seed), 20, execute, (setup, setting.data_dir, seed))
-            for name, setup in setups.items()
-            for seed in setting.seeds
-        ]
+def small_result(options, outcomes):
+    rows = [(name, seed, run.error) for (name, seed), run in sorted(outcomes.items())]
+    runs = [run.record() for _, run in sorted(outcomes.items())]
+    table = Table("Small", ("policy", "seed", "error"), rows)
+    return DemoResult("It is small.", [table], figures={"runs": runs})
 
-    def result(self, setting, outcomes):
-        rows = [(name, seed, run.error) for (name, seed), run in sorted(outcomes.items())]
-        runs = [run.record() for _, run in sorted(outcomes.items())]
-        table = Table("Small", ("policy", "seed", "error"), rows)
-        return StopResult("It is small.", [table], figures={"runs": runs})
+
+SMALL = Demo("small", "A small demonstration", small_jobs, small_result)
 
 
 def test_the_same_seeds_give_the_same_figures_on_any_number_of_workers():
-    setting = Setting(None, (5, 6), short=True)
-    one, two = (run([Small()], setting, workers=workers).record() for workers in (1, 2))
+    setting = TourOptions(None, (5, 6), short=True)
+    one, two = (run([SMALL], setting, workers=workers).record() for workers in (1, 2))
     one.pop("machine")
     two.pop("machine")
     assert one == two
-    other = run([Small()], Setting(None, (6, 7), short=True)).record()["stops"]["small"]
+    other = run([SMALL], TourOptions(None, (6, 7), short=True)).record()["stops"]["small"]
     mine = one["stops"]["small"]
     assert mine["runs"][1] == other["runs"][0], "a seed's run does not depend on the others"
     assert mine["runs"][0] != other["runs"][0]
 
 
-def test_progress_is_told_per_stop():
+def test_progress_is_reported_per_demonstration():
     begun, told = {}, {}
     run(
-        [Small()],
-        Setting(None, (0,), short=True),
-        begin=lambda stop, steps: begun.__setitem__(stop.name, steps),
+        [SMALL],
+        TourOptions(None, (0,), short=True),
+        begin=lambda demo, steps: begun.__setitem__(demo.name, steps),
         progress=told.__setitem__,
     )
     assert begun == told == {"small": 40}
 
 
-def test_stops_have_names_of_their_own_and_their_jobs_too():
-    assert len({stop.name for stop in STOPS}) == len(STOPS)
+def test_demonstrations_have_names_of_their_own_and_their_jobs_too():
+    assert len({demo.name for demo in DEMOS}) == len(DEMOS)
     for short in (True, False):
-        for stop in STOPS:
-            jobs = stop.jobs(Setting(None, (0, 1), short))
-            assert {job.group for job in jobs} == {stop.name}
+        for demo in DEMOS:
+            jobs = demo.jobs(TourOptions(None, (0, 1), short))
+            assert {job.group for job in jobs} == {demo.name}
             assert len({job.key for job in jobs}) == len(jobs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import steadynorm as sn
-from steadynorm.models.calibration.batches import moved
+from steadynorm.models.batches import moved
 
 
 class Model(nn.Module):

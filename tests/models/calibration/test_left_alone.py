@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import steadynorm as sn
-from steadynorm.models.surgery import freeze
+from steadynorm.models.freeze import freeze
 
 
 class FrozenBatchNorm2d(nn.Module):

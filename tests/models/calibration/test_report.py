@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import steadynorm as sn
-from steadynorm.models.calibration import CalibrationReport, LayerReport
+from steadynorm.models.report import CalibrationReport, LayerReport
 
 
 def test_distances_are_in_measured_standard_deviations() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import steadynorm as sn
-from steadynorm.models.calibration.population import Population
+from steadynorm.models.population import Population
 
 
 class Counting(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from steadynorm.cli import app
-from steadynorm.models.checkpoints import convert_settings, convert_weights, read, write
+from steadynorm.models.checkpoints import convert_settings, convert_weights
+from steadynorm.models.files import read, write
 
 RNG = np.random.default_rng(0)
 TORCH = {

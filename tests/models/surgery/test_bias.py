@@ -11,7 +11,7 @@ from tests.models.surgery.zoo import disturb
 from torch import Tensor, nn
 
 import steadynorm as sn
-from steadynorm.models.surgery import drop_redundant_bias
+from steadynorm.models.bias import drop_redundant_bias
 
 
 def network(**norm: Any) -> nn.Sequential:

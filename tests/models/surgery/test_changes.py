@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from steadynorm.models.surgery import Change, Changes
+from steadynorm.models.changes import Change, Changes
 
 
 def test_prints_as_a_table() -> None:

@@ -13,9 +13,10 @@ from tests.models.surgery.zoo import ZOO, disturb
 from torch import nn
 from typer.testing import CliRunner
 
-from steadynorm.models.surgery import _cli, fold
-from steadynorm.models.surgery.files import read_weights, write_weights
-from steadynorm.models.surgery.onnx import export_onnx
+from steadynorm.models import _cli
+from steadynorm.models.files import read_tensors, write
+from steadynorm.models.fold import fold
+from steadynorm.models.onnx import export_onnx
 
 app = typer.Typer()
 app.command()(_cli.convert)
@@ -37,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "shop", raising=False)
     model = network()
-    write_weights(model.state_dict(), tmp_path / "weights.safetensors")
+    write(model.state_dict(), tmp_path / "weights.safetensors")
     np.save(tmp_path / "x.npy", torch.randn(2, 3, 6, 6).numpy())
     return tmp_path
 
@@ -60,8 +61,8 @@ def test_convert(folder: Path) -> None:
     assert (
         "converted  1      BatchNorm2d(4)  BatchNorm2d(4)  Steady(prior=4.0, horizon=640)" in output
     )
-    assert "fused      1      relu after it   inside it       2 is an identity now" in output
-    before, after = (read_weights(folder / f"{n}.safetensors") for n in ("weights", "ours"))
+    assert "fused      1      relu after it   one call        by (model)" in output
+    before, after = (read_tensors(folder / f"{n}.safetensors") for n in ("weights", "ours"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -72,9 +73,9 @@ def test_fold_and_onnx(folder: Path) -> None:
     assert "folded  1      BatchNorm2d(4)  Identity  into 0" in output
     assert "wrote folded.onnx; onnxruntime answers the same" in output
     model = network().eval()
-    model.load_state_dict(read_weights(folder / "weights.safetensors"))
+    model.load_state_dict(read_tensors(folder / "weights.safetensors"))
     expected, _ = fold(model)
-    weights = read_weights(folder / "folded.pt")
+    weights = read_tensors(folder / "folded.pt")
     assert all(torch.equal(weights[key], value) for key, value in expected.state_dict().items())
 
     import onnx
@@ -87,7 +88,7 @@ def test_fold_and_onnx(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("fold", "shop"), "MODEL must be package.module:factory"),
+        (("fold", "shop"), "MODEL must be package.module:name"),
         (("fold", "shop:network", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),
         (("fold", "shop:network", "--onnx", "m.onnx"), "--onnx needs --data"),
         (("convert", "shop:network", "--statistics", "median"), "statistics must be one of"),

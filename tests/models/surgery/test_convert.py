@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import steadynorm as sn
-from steadynorm.models.surgery import convert
-from steadynorm.models.surgery.adoption import BatchNorm
+from steadynorm.models.convert import BatchNorm, convert
 
 # Look-alikes, made of the parts that the originals are made of
 
@@ -354,3 +353,15 @@ def test_a_model_that_cannot_be_copied() -> None:
         convert(model)
     result, _ = convert(model, inplace=True)
     assert type(result[0]) is sn.BatchNorm1d
+
+
+def test_a_look_alike_with_a_dropout_is_left() -> None:
+    """timm's `BatchNormAct2d(drop_layer=...)`."""
+    layer = BatchNormAct2d(3)
+    layer.drop = nn.Dropout(0.5)
+    result, changes = convert(nn.Sequential(layer))
+    assert type(result[0]) is BatchNormAct2d
+    assert (
+        changes.left[0].why
+        == "BatchNormAct2d also applies its `drop`, Dropout(p=0.5, inplace=False)"
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fusion
 
 import steadynorm as sn
-from steadynorm.models.surgery import fold
+from steadynorm.models.fold import fold
 
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -217,7 +217,7 @@ def test_nothing_to_do() -> None:
 
 def test_a_wrong_result_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     model = disturb(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval()
-    folding = sys.modules["steadynorm.models.surgery.folding"]
+    folding = sys.modules["steadynorm.models.fold"]
     monkeypatch.setattr(folding, "scale_output", lambda layer, scale, shift: None)
     with pytest.raises(RuntimeError, match="fold: output 0 of the changed model differs by"):
         fold(model, torch.randn(2, 3, 4, 4))

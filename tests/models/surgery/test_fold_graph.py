@@ -10,7 +10,7 @@ from tests.models.surgery.test_fold import Forward, check
 from tests.models.surgery.zoo import disturb
 from torch import Tensor, nn
 
-from steadynorm.models.surgery import fold
+from steadynorm.models.fold import fold
 
 
 class SharedNorm(nn.Module):

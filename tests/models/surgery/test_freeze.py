@@ -11,7 +11,7 @@ from tests.models.surgery.zoo import disturb
 from torch import nn
 
 import steadynorm as sn
-from steadynorm.models.surgery import freeze, unfreeze
+from steadynorm.models.freeze import freeze, unfreeze
 
 
 def network() -> nn.Sequential:

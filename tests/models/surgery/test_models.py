@@ -11,9 +11,11 @@ import torch
 from tests.models.surgery.zoo import ZOO, disturb, train_briefly
 from torch import Tensor, nn
 
-from steadynorm.models.surgery import convert, drop_redundant_bias, fold
-from steadynorm.models.surgery.graph import call, tensors
-from steadynorm.models.surgery.layers import recognize
+from steadynorm.models.bias import drop_redundant_bias
+from steadynorm.models.convert import convert
+from steadynorm.models.fold import fold
+from steadynorm.models.graph import call, tensors
+from steadynorm.models.layers import recognize
 
 
 def relative(theirs: list[Tensor], ours: list[Tensor]) -> float:

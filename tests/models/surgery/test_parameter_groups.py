@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import steadynorm as sn
-from steadynorm.models.surgery import parameter_groups
+from steadynorm.models.groups import parameter_groups
 
 
 def test_every_parameter_once_in_its_group() -> None:

@@ -13,8 +13,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import torch
 from torch import Tensor, nn
 
-from steadynorm.models.surgery.graph import call, tensors
-from steadynorm.models.surgery.layers import is_host
+from steadynorm.models.graph import call, tensors
+from steadynorm.models.layers import is_host
 
 
 class Entry(NamedTuple):

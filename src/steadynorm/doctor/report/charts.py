@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from steadynorm.doctor.evidence import Evidence, Layer
+from steadynorm.doctor.evidence.records import Evidence, NormEvidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.report.groups import named
 from steadynorm.report.depth import channels, profile
@@ -26,7 +26,7 @@ class Compared(NamedTuple):
     standard deviation over the data's.
     """
 
-    layer: Layer
+    layer: NormEvidence
     mean: np.ndarray
     std: np.ndarray
     running_mean: np.ndarray
@@ -35,7 +35,7 @@ class Compared(NamedTuple):
     ratio: np.ndarray
 
 
-def compared(layer: Layer) -> Compared | None:
+def compared(layer: NormEvidence) -> Compared | None:
     """None where a side is missing or not finite."""
     state, data = layer.state, layer.data
     if data is None or state.running_mean is None or state.running_var is None:
@@ -77,7 +77,7 @@ def layer_charts(evidence: Evidence, findings: Iterable[Finding]) -> list[Chart]
     ]  # fmt: skip
 
 
-def _kept(layers: Sequence[Layer], worst: dict[str, Severity]) -> list[Chart]:
+def _kept(layers: Sequence[NormEvidence], worst: dict[str, Severity]) -> list[Chart]:
     stds, gains = [], []
     for layer in layers:
         var, weight = layer.state.running_var, layer.state.weight
@@ -99,7 +99,10 @@ def _kept(layers: Sequence[Layer], worst: dict[str, Severity]) -> list[Chart]:
 
 
 def _profile(
-    title: str, values: Sequence[tuple[Layer, np.ndarray]], worst: dict[str, Severity], **how: Any
+    title: str,
+    values: Sequence[tuple[NormEvidence, np.ndarray]],
+    worst: dict[str, Severity],
+    **how: Any,
 ) -> Chart:
     rows = []
     for layer, array in values:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from steadynorm.doctor.evidence import Evidence, Layer
+from steadynorm.doctor.evidence.records import Evidence, NormEvidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.rules import find_rule
 
@@ -148,7 +148,7 @@ def facts(finding: Finding) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), number(value)) for name, value in finding.evidence.items()]
 
 
-def named(layer: Layer) -> str:
+def named(layer: NormEvidence) -> str:
     """The layer as it is shown: a model that is one layer has no name for it."""
     return layer.name or "(the model)"
 

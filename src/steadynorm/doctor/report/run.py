@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from steadynorm.doctor.evidence.training import Reading, TrainingRun
 from steadynorm.doctor.report.groups import plural, printable
-from steadynorm.doctor.run import Reading, Run
 from steadynorm.report.page import Chart, Section, Table
 
 FEW = 7  # layers that lines can tell apart
@@ -18,7 +18,7 @@ FIGURES = (
      "stays; what remains above it is lag."),
     ("ratio", "Batch standard deviation over the running one", "ratio", True,
      "Geometric mean over channels. At 1 inference normalizes with what the batches have."),
-    ("gradient", "Gradient that reaches the layer", "norm", True,
+    ("gradient", "WeightGradient that reaches the layer", "norm", True,
      "Norm of the loss's gradient for the layer's output."),
     ("dead", "Channels nowhere above 0", "share of channels", False,
      "In one batch; nothing of them passes a ReLU."),
@@ -27,7 +27,7 @@ FIGURES = (
 )  # fmt: skip
 
 
-def run_sections(run: Run, *, draw: bool) -> list[Section]:
+def run_sections(run: TrainingRun, *, draw: bool) -> list[Section]:
     """Charts over the steps, one for each figure that ever showed anything, and the last readings
     as a table.
     """
@@ -45,7 +45,13 @@ def run_sections(run: Run, *, draw: bool) -> list[Section]:
 
 
 def _chart(
-    run: Run, readings: Sequence[Reading], name: str, title: str, unit: str, log: bool, told: str
+    run: TrainingRun,
+    readings: Sequence[Reading],
+    name: str,
+    title: str,
+    unit: str,
+    log: bool,
+    told: str,
 ) -> Chart | None:
     from steadynorm.report.charts import lines
     from steadynorm.report.depth import heat
@@ -68,7 +74,7 @@ def _chart(
                  x_title="step", y_title=unit, description=told)  # fmt: skip
 
 
-def _table(run: Run) -> Table:
+def _table(run: TrainingRun) -> Table:
     last = {reading.layer: reading for reading in run.readings}
     rows = []
     for layer in run.layers:

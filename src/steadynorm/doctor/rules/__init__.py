@@ -1,8 +1,6 @@
-"""The rules: one defect, one file. This module finds them all.
+"""The rules: one defect, one file; see `rule.py` for what a rule is made of.
 
-A rule is a module named by its code and name, `sn101_statistics_never_updated.py`, with one
-subclass of `Rule`. Its page in docs/rules is made from the class, its fixtures are in
-tests/doctor/fixtures under the same code.
+Its page in docs/rules is made from it, its fixtures are in tests/doctor/fixtures under its code.
 """
 
 from __future__ import annotations
@@ -20,12 +18,7 @@ __all__ = ["Needs", "Rule", "all_rules", "find_rule"]
 def all_rules() -> tuple[Rule, ...]:
     """Every rule, ordered by code."""
     modules = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith("sn"))
-    found = []
-    for name in modules:
-        module = import_module(f"{__name__}.{name}")
-        kinds = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Rule)]
-        found += [kind() for kind in kinds if kind.__module__ == module.__name__]
-    return tuple(sorted(found, key=lambda rule: rule.code))
+    return tuple(import_module(f"{__name__}.{name}").rule for name in modules)
 
 
 def find_rule(code: str) -> Rule:

@@ -1,4 +1,4 @@
-"""A rule's page, made from its class: for the documentation, and for `doctor --explain`."""
+"""A rule's page, made from the rule: for the documentation, and for `doctor --explain`."""
 
 from __future__ import annotations
 
@@ -20,34 +20,28 @@ WIDTH = 88
 
 def page(rule: Rule) -> str:
     """The page of a rule as Markdown."""
-    parts = [f"# {rule.code}: {rule.name}", rule.summary]
-    facts = [
-        ("severity", f"up to {rule.severity}"),
-        ("needs", NEEDS[rule.needs]),
-        ("cure", SAFE[rule.safe]),
-    ]
-    parts.append("| | |\n|---|---|\n" + "\n".join(f"| {name} | {what} |" for name, what in facts))
+    facts = "\n".join(f"| {name} | {what} |" for name, what in _facts(rule))
+    parts = [f"# {rule.code}: {rule.name}", rule.summary, f"| | |\n|---|---|\n{facts}"]
     parts += [f"## {title}\n\n{text}" for title, text in _sections(rule)]
     if rule.line:
         parts[-1] += f"\n\n```text\n{rule.line}\n```"
-    for title, codes in (("Explains", rule.explains), ("May follow from", _causes(rule))):
-        if codes:
-            links = ", ".join(f"[{c} {find_rule(c).name}]({c}.md)" for c in codes)
-            parts.append(f"## {title}\n\n{links}")
+    for title, others in _related(rule):
+        links = ", ".join(f"[{other.code} {other.name}]({other.code}.md)" for other in others)
+        parts.append(f"## {title}\n\n{links}")
     parts.append(f"Source: {rule.source}")
     return "\n\n".join(parts) + "\n"
 
 
 def plain(rule: Rule) -> str:
     """The same for a terminal."""
-    facts = f"up to {rule.severity}; needs {NEEDS[rule.needs]}; cure: {SAFE[rule.safe]}"
-    parts = [f"{rule.code} {rule.name}", rule.summary, facts.replace("`", "")]
+    (_, severity), (_, needs), (_, safe) = _facts(rule)
+    facts = f"{severity}; needs {needs}; cure: {safe}".replace("`", "")
+    parts = [f"{rule.code} {rule.name}", rule.summary, facts]
     parts += [f"{title}\n{text}" for title, text in _sections(rule)]
     if rule.line:
         parts[-1] += f"\n    {rule.line}"
-    for title, codes in (("Explains", rule.explains), ("May follow from", _causes(rule))):
-        if codes:
-            parts.append(f"{title}: {', '.join(f'{c} {find_rule(c).name}' for c in codes)}")
+    for title, others in _related(rule):
+        parts.append(f"{title}: {', '.join(f'{other.code} {other.name}' for other in others)}")
     parts.append(f"Source: {rule.source}")
     wrapped = [_wrapped(line) for part in parts for line in (*part.splitlines(), "")]
     return "\n".join(wrapped).rstrip()
@@ -57,12 +51,23 @@ def _wrapped(line: str) -> str:
     return line if line.startswith("    ") else textwrap.fill(line, WIDTH, break_on_hyphens=False)
 
 
+def _facts(rule: Rule) -> list[tuple[str, str]]:
+    return [
+        ("severity", f"up to {rule.severity}"),
+        ("needs", NEEDS[rule.needs]),
+        ("cure", SAFE[rule.safe]),
+    ]
+
+
 def _sections(rule: Rule) -> list[tuple[str, str]]:
     return [("Why it matters", rule.why), ("When it speaks", rule.threshold), ("Cure", rule.cure)]
 
 
-def _causes(rule: Rule) -> tuple[str, ...]:
-    return tuple(other.code for other in all_rules() if rule.code in other.explains)
+def _related(rule: Rule) -> list[tuple[str, list[Rule]]]:
+    """Rules that this one explains, and that may explain it."""
+    causes = [other for other in all_rules() if rule.code in other.explains]
+    related = [("Explains", [find_rule(c) for c in rule.explains]), ("May follow from", causes)]
+    return [(title, others) for title, others in related if others]
 
 
 def index() -> str:
@@ -71,27 +76,21 @@ def index() -> str:
         f"| [{rule.code}]({rule.code}.md) | {rule.name} | {rule.severity} | {rule.summary} |"
         for rule in all_rules()
     ]
-    groups = "; ".join(
-        f"{code} {what}"
-        for code, what in (
-            ("SN1 by the state alone,", "of a checkpoint or a model"),
-            ("SN2", "by the model"),
-            ("SN3", "by batches"),
-            ("SN4", "by a watched training run"),
-        )
+    return (
+        "# Rules of the doctor\n\n"
+        "SN1 by the state alone, of a checkpoint or a model; SN2 by the model; SN3 by batches; "
+        "SN4 by a watched training run.\n\n"
+        "| code | name | up to | what is wrong |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
-    head = "| code | name | up to | what is wrong |\n|---|---|---|---|"
-    return f"# Rules of the doctor\n\n{groups}.\n\n{head}\n" + "\n".join(rows) + "\n"
 
 
 def pages() -> dict[str, str]:
     """Every page by its file's name."""
-    made = {f"{rule.code}.md": page(rule) for rule in all_rules()}
-    return {"index.md": index(), **made}
+    return {"index.md": index(), **{f"{rule.code}.md": page(rule) for rule in all_rules()}}
 
 
 def write(folder: Path) -> None:
-    """Writes all pages, and takes away those of rules that are no more."""
+    """Writes all pages and removes those of rules that no longer exist."""
     folder.mkdir(parents=True, exist_ok=True)
     made = pages()
     for name, text in made.items():

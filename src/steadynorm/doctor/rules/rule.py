@@ -2,60 +2,89 @@
 
 from __future__ import annotations
 
-from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import EllipsisType
-from typing import ClassVar, Literal
+from typing import Literal
 
-from steadynorm.doctor.evidence import Evidence, Layer
+from steadynorm.doctor.evidence.records import Evidence, NormEvidence
 from steadynorm.doctor.finding import Finding, Severity
 
+__all__ = [
+    "ERROR",
+    "INFO",
+    "WARNING",
+    "Evidence",
+    "Finding",
+    "Findings",
+    "Needs",
+    "NormEvidence",
+    "Numbers",
+    "Rule",
+    "Severity",
+    "first_of",
+]
+
+INFO, WARNING, ERROR = Severity.INFO, Severity.WARNING, Severity.ERROR
+
 Needs = Literal["state", "model", "data", "run"]
+NEEDS: dict[str, Needs] = {"SN1": "state", "SN2": "model", "SN3": "data", "SN4": "run"}
+"""What a rule needs to judge, by the beginning of its code."""
+Numbers = dict[str, float | int | str]
+Findings = Iterator[Finding]
 
 
-class Rule(ABC):
+class Rule:
     """One defect: how to see it, why it matters, what to do.
 
-    A subclass overrides `judge`, called for every layer, or `check`, for what only the whole shows.
-    It judges evidence and looks at nothing else.
+    A rule is a module. Its file name is its code and name. Its docstring holds the texts, in
+    paragraphs: what is wrong (one sentence), why it matters, "When:" it is reported and why at
+    these numbers, "Cure:", "Code:" that applies the cure, to copy, and "Source:". Its check,
+    registered by `each_layer` or `whole`, judges evidence and looks at nothing else.
+
+    Args:
+        module, text: `__name__` and `__doc__`.
+        severity: the highest it gives.
+        safe: see `Finding.safe`.
+        explains: codes of defects that follow from this one; they are reported after it.
     """
 
-    code: ClassVar[str]
-    """"SN1.." needs the state alone, "SN2.." the model, "SN3.." batches, "SN4.." a watched run."""
-    name: ClassVar[str]
-    """States the defect, in words joined by hyphens."""
-    summary: ClassVar[str]
-    """What is wrong, one sentence."""
-    why: ClassVar[str]
-    """Why it matters, in a paragraph."""
-    source: ClassVar[str]
-    """Paper or thread that says so."""
-    threshold: ClassVar[str]
-    """When it speaks, how severely, and the reason for every number."""
-    cure: ClassVar[str]
-    """What to do, one sentence."""
-    severity: ClassVar[Severity]
-    """The highest it gives."""
-    safe: ClassVar[bool | None]
-    """See `Finding.safe`."""
-    needs: ClassVar[Needs]
-    line: ClassVar[str] = ""
-    """Code that does it, to copy."""
-    explains: ClassVar[tuple[str, ...]] = ()
-    """Codes of defects that follow from this one: those are reported after it."""
+    def __init__(
+        self,
+        module: str,
+        text: str | None,
+        severity: Severity,
+        *,
+        safe: bool | None,
+        explains: tuple[str, ...] = (),
+    ) -> None:
+        code, _, name = module.rpartition(".")[2].partition("_")
+        self.code, self.name = code.upper(), name.replace("_", "-")
+        parts = [
+            part if part.startswith("Code: ") else " ".join(part.split())
+            for part in (text or "").split("\n\n")
+        ]
+        titled = {part.partition(": ")[0]: part.partition(": ")[2] for part in parts[2:]}
+        self.summary, self.why = (*parts, "", "")[:2]
+        self.threshold, self.cure, self.line, self.source = (
+            titled.get(title, "") for title in ("When", "Cure", "Code", "Source")
+        )
+        self.severity, self.safe, self.explains = severity, safe, explains
+        self.needs = NEEDS[self.code[:3]]
+        self.check: Callable[[Evidence], Iterable[Finding]] = lambda _: ()
 
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """All that this rule finds, in the order of the layers."""
-        for layer in evidence.layers:
-            yield from self.judge(layer, evidence)
+    def whole(self, check: Callable[[Evidence], Findings]) -> None:
+        """Registers the check of the evidence as a whole."""
+        self.check = check
 
-    def judge(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
-        """What this rule finds in one layer."""
-        raise NotImplementedError
+    def each_layer(self, check: Callable[[NormEvidence, Evidence], Findings]) -> None:
+        """Registers the check of a single layer, called for all in the order of the model."""
+        self.check = lambda evidence: (
+            finding for layer in evidence.layers for finding in check(layer, evidence)
+        )
 
     def finding(
         self,
-        layer: Layer | None,
+        layer: NormEvidence | None,
         message: str,
         evidence: Mapping[str, float | int | str],
         *,
@@ -79,3 +108,8 @@ class Rule(ABC):
             self.line if line is None else line,
             self.safe if isinstance(safe, EllipsisType) else safe,
         )
+
+
+def first_of(layers: int) -> str:
+    """The end of a message of a finding that stands for several layers."""
+    return f"; {layers} layers are affected, this is the first" if layers > 1 else ""

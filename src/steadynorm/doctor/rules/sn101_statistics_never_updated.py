@@ -1,99 +1,106 @@
-"""SN101."""
+"""The running statistics are the 0 and 1 that the layer was made with.
+
+In inference such a layer normalizes nothing: it subtracts 0 and divides by 1, while weight and bias
+were trained for normalized values. It happens where the layers were in inference mode while the
+model trained, where momentum is 0, where statistics were reset or left out when weights were
+loaded.
+
+When: Every mean exactly 0 and every variance exactly 1, which no data gives. An error where
+training shows elsewhere: in this layer's weight or bias, in its count of batches, or, for a layer
+without weight and bias, in another layer's statistics. A warning where other layers were trained
+and nothing of this one was (new, left out, or not loaded), and for a frozen layer. Information
+where no forward reaches it, or nothing of the model was trained yet: weights and biases that look
+drawn from one distribution in all layers are an initialization's. Time steps of a recurrent layer
+beyond the longest sequence are left alone.
+
+Cure: Measure the statistics on training data, with the weights held still.
+
+Code: sn.calibrate(model, batches)
+
+Source: Ioffe & Szegedy 2015, Alg. 2; pytorch/pytorch issues 4741 and 5406.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from steadynorm.doctor.evidence import Evidence, Layer, State
-from steadynorm.doctor.finding import Finding, Severity
-from steadynorm.doctor.gains import lost_by_calibration
-from steadynorm.doctor.rules.rule import Rule
+from steadynorm.doctor.evidence.losses import loss_raised_by_calibration
+from steadynorm.doctor.evidence.records import NormState
+from steadynorm.doctor.rules.rule import (
+    ERROR,
+    INFO,
+    WARNING,
+    Evidence,
+    Findings,
+    NormEvidence,
+    Numbers,
+    Rule,
+)  # fmt: skip
+
+FROZEN: dict[str, Any] = {
+    "cure": "Load the pretrained statistics: the layer applies its weight and bias alone.",
+    "line": "",
+    "safe": None,
+}
+
+rule = Rule(__name__, __doc__, ERROR, safe=True, explains=("SN301", "SN302"))
 
 
-class StatisticsNeverUpdated(Rule):
-    """SN101: the running statistics are still 0 and 1."""
-
-    code = "SN101"
-    name = "statistics-never-updated"
-    summary = "The running statistics are the 0 and 1 that the layer was made with."
-    why = (
-        "In inference such a layer normalizes nothing: it subtracts 0 and divides by 1, while "
-        "weight and bias were trained for normalized values. It happens where the layers were in "
-        "inference mode while the model trained, where momentum is 0, where statistics were reset "
-        "or left out when weights were loaded."
-    )
-    source = "Ioffe & Szegedy 2015, Alg. 2; pytorch/pytorch issues 4741 and 5406."
-    threshold = (
-        "Every mean exactly 0 and every variance exactly 1, which no data gives. An error where "
-        "training shows elsewhere: in this layer's weight or bias, in its count of batches, or, "
-        "for a layer without weight and bias, in another layer's statistics. A warning where other "
-        "layers were trained and nothing of this one was: new, left out, or not loaded. "
-        "Information where no forward reaches it, or nothing of the model was trained yet. Time "
-        "steps of a recurrent layer beyond the longest sequence are left alone."
-    )
-    cure = "Measure the statistics on training data, with the weights held still."
-    line = "sn.calibrate(model, batches)"
-    severity = Severity.ERROR
-    safe = True
-    needs = "state"
-    explains = ("SN301", "SN302")
-
-    def judge(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
-        """A finding where statistics are as they were made."""
-        worse = lost_by_calibration(evidence.data)
-        for finding in self._found(layer, evidence):
-            if worse is None:
-                yield finding
-            else:
-                yield replace(
-                    finding,
-                    cure=f"Train on with the layer in training mode. The weights were trained with "
-                    f"0 and 1: calibration alone would raise the loss from {worse.after:.3g} to "
-                    f"{worse.before:.3g}.",
-                    line="model.train()",
-                    safe=False,
-                )
-
-    def _found(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
-        state = layer.state
-        if not initial(state) or _later_step(layer, evidence):
-            return
-        others = sum(not initial(other.state) for other in evidence.layers)
-        batches = state.num_batches_tracked
-        numbers: dict[str, float | int | str] = {
-            "running_mean": 0,
-            "running_var": 1,
-            "layers_updated": others,
-            "layers": len(evidence.layers),
+@rule.each_layer
+def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
+    state, usage = layer.state, layer.usage
+    if not initial(state) or _later_step(layer, evidence):
+        return
+    others = sum(not initial(other.state) for other in evidence.layers)
+    batches = state.num_batches_tracked
+    numbers: Numbers = {
+        "running_mean": 0,
+        "running_var": 1,
+        "layers_updated": others,
+        "layers": len(evidence.layers),
+    }
+    if batches is not None:
+        numbers["num_batches_tracked"] = batches
+    message = f"running_mean is 0 and running_var is 1 in all {state.num_features} channels"
+    severity = ERROR
+    changed: dict[str, Any] = {}
+    if usage is not None and usage.policy == "Frozen":
+        severity, changed = WARNING, FROZEN
+        message += " of a frozen layer, which neither training nor calibration changes"
+    elif batches:
+        message += f", after {batches} batches"
+    elif untrained(evidence):
+        severity = INFO
+        message += "; nothing in this model was trained yet"
+    elif affine_moved(state):
+        message += ", but weight and bias were trained"
+    elif others:
+        message += f", but {others} of {len(evidence.layers)} layers have statistics"
+        if usage is not None and usage.calls == 0:
+            message += "; no forward reaches this one"
+            severity = INFO
+        elif state.bias is not None or state.weight is not None:
+            message += "; nothing of this one was trained"
+            severity = WARNING
+    else:
+        severity = INFO
+        message += "; nothing of this layer was trained yet"
+    worse = loss_raised_by_calibration(evidence.data)
+    if worse is not None and not changed:
+        changed = {
+            "cure": f"Train on with the layer in training mode. The weights were trained with 0 "
+            f"and 1: calibration alone would raise the loss from {worse.after:.3g} to "
+            f"{worse.before:.3g}.",
+            "line": "model.train()",
+            "safe": False,
         }
-        if batches is not None:
-            numbers["num_batches_tracked"] = batches
-        message = f"running_mean is 0 and running_var is 1 in all {state.num_features} channels"
-        if batches:
-            yield self.finding(layer, f"{message}, after {batches} batches", numbers)
-        elif affine_moved(state):
-            yield self.finding(layer, f"{message}, but weight and bias were trained", numbers)
-        elif others:
-            message = f"{message}, but {others} of {len(evidence.layers)} layers have statistics"
-            known = state.bias is not None or state.weight is not None
-            if layer.place is not None and layer.place.calls == 0:
-                message += "; no forward reaches this one"
-                severity = Severity.INFO
-            elif known:
-                message += "; nothing of this one was trained"
-                severity = Severity.WARNING
-            else:
-                severity = Severity.ERROR
-            yield self.finding(layer, message, numbers, severity=severity)
-        else:
-            message = f"{message}; nothing in this model was trained yet"
-            yield self.finding(layer, message, numbers, severity=Severity.INFO)
+    yield rule.finding(layer, message, numbers, severity=severity, **changed)
 
 
-def _later_step(layer: Layer, evidence: Evidence) -> bool:
+def _later_step(layer: NormEvidence, evidence: Evidence) -> bool:
     """A time step of a recurrent layer that no sequence was long enough for: earlier ones serve."""
     owner, found, number = layer.name.rpartition(".steps.")
     if not found or not number.isdecimal() or layer.state.num_batches_tracked:
@@ -102,7 +109,51 @@ def _later_step(layer: Layer, evidence: Evidence) -> bool:
     return any(other.name == first and not initial(other.state) for other in evidence.layers)
 
 
-def initial(state: State) -> bool:
+def untrained(evidence: Evidence) -> bool:
+    """Whether all statistics are 0 and 1, no batch was counted, and weight and bias are as some
+    initialization leaves them.
+    """
+    states = [layer.state for layer in evidence.layers]
+    if any(state.num_batches_tracked or not initial(state) for state in states):
+        return False
+    return not any(map(affine_moved, states)) or drawn_at_random(states)
+
+
+def drawn_at_random(states: Sequence[NormState]) -> bool:
+    """Whether the weights of all layers, and their biases, look drawn from one distribution.
+
+    A random initialization does that. Training parts the layers: it moves their means or spreads
+    by more than such draws differ in, here five standard deviations of the sum of squares.
+    """
+    drawn = []
+    for name in ("weight", "bias"):
+        arrays = [array for state in states if (array := getattr(state, name)) is not None]
+        if arrays:
+            drawn.append(_one_distribution([a for a in arrays if a.size > 1]))
+    return bool(drawn) and all(drawn)
+
+
+def _one_distribution(arrays: Sequence[np.ndarray]) -> bool:
+    """Means against s/√n, and logarithms of variances against √((kurtosis - 1)/n)."""
+    if len(arrays) < 3 or not all(np.isfinite(array).all() for array in arrays):
+        return False
+    values = np.concatenate(arrays)
+    center, var = values.mean(), values.var()
+    if var == 0:
+        return True
+    sizes = np.array([array.size for array in arrays])
+    variances = np.array([array.var(ddof=1) for array in arrays])
+    if not variances.all():
+        return False
+    kurtosis = np.mean((values - center) ** 4) / var**2
+    means = np.array([array.mean() for array in arrays])
+    limit = len(arrays) + 5 * np.sqrt(2 * len(arrays))
+    of_means = np.sum((means - center) ** 2 * sizes / var)
+    of_variances = np.sum(np.log(variances / var) ** 2 * sizes / (kurtosis - 1))
+    return bool(of_means < limit and of_variances < limit)
+
+
+def initial(state: NormState) -> bool:
     """Whether the statistics are 0 and 1, as every framework makes them."""
     mean, var = state.running_mean, state.running_var
     if mean is None or var is None or not mean.size:
@@ -110,7 +161,7 @@ def initial(state: State) -> bool:
     return bool(np.all(mean == 0) and np.all(var == 1))
 
 
-def affine_moved(state: State) -> bool:
+def affine_moved(state: NormState) -> bool:
     """Whether weight or bias are other than initialization leaves them.
 
     Every initialization leaves the bias at 0 and training moves it. The weight is looked at where

@@ -1,82 +1,76 @@
-"""SN108."""
+"""eps is another framework's default, which is a hundred times this one's.
+
+Keras adds 1e-3 to the variance, torch and flax 1e-5. Weights trained with one and run with the
+other are scaled by √((var + 1e-3)/(var + 1e-5)): nothing where the variance is near 1, but three
+times and more in narrow channels. A network that was carried over rightly has the eps of where it
+was trained, so this is no defect by itself.
+
+When: eps = 1e-3 under torch or flax, 1e-5 under Keras, where a tenth of the channels or more would
+come out 5 % larger or smaller under the framework's own default. A warning where all momentums are
+the framework's own default, since a network carried over has both. Else information.
+
+Cure: Find out which eps the weights were trained with, and set that one.
+
+Source: Defaults of torch.nn.BatchNorm2d, keras.layers.BatchNormalization, flax.nnx.BatchNorm.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from steadynorm.doctor.evidence import Evidence, Layer
-from steadynorm.doctor.finding import Finding, Severity
-from steadynorm.doctor.rules.rule import Rule
+from steadynorm.doctor.rules.rule import (
+    INFO,
+    WARNING,
+    Evidence,
+    Findings,
+    NormEvidence,
+    Rule,
+    Severity,
+)  # fmt: skip
 from steadynorm.doctor.rules.sn107_momentum_of_another_framework import setting
 from steadynorm.statistics import CONVENTIONS
 
 NOTICED = 0.05
 KERAS = CONVENTIONS["keras"].eps
 
+rule = Rule(__name__, __doc__, WARNING, safe=None, explains=("SN301", "SN302"))
 
-class EpsOfAnotherFramework(Rule):
-    """SN108: eps is another framework's default."""
 
-    code = "SN108"
-    name = "eps-of-another-framework"
-    summary = "eps is another framework's default, which is a hundred times this one's."
-    why = (
-        "Keras adds 1e-3 to the variance, torch and flax 1e-5. Weights trained with one and run "
-        "with the other are scaled by √((var + 1e-3)/(var + 1e-5)): nothing where the variance is "
-        "near 1, but three times and more in narrow channels. A network that was carried over "
-        "rightly has the eps of where it was trained, so this is no defect by itself."
+@rule.whole
+def _check(evidence: Evidence) -> Findings:
+    own = all(
+        layer.state.momentum in (None, CONVENTIONS[layer.state.framework].momentum)
+        for layer in evidence.layers
     )
-    source = (
-        "Defaults of torch.nn.BatchNorm2d, keras.layers.BatchNormalization, flax.nnx.BatchNorm."
-    )
-    threshold = (
-        "eps = 1e-3 under torch or flax, 1e-5 under Keras, where a tenth of the channels or more "
-        "would come out 5 % larger or smaller under the framework's own default. A warning where "
-        "all momentums are the framework's own default, since a network carried over has both. "
-        "Else information."
-    )
-    cure = "Find out which eps the weights were trained with, and set that one."
-    severity = Severity.WARNING
-    safe = None
-    needs = "state"
-    explains = ("SN301", "SN302")
+    for layer in evidence.layers:
+        yield from _judge(layer, WARNING if own else INFO)
 
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding per layer; all momentums are looked at first."""
-        own = all(
-            layer.state.momentum in (None, CONVENTIONS[layer.state.framework].momentum)
-            for layer in evidence.layers
-        )
-        for layer in evidence.layers:
-            yield from self._judge(layer, Severity.WARNING if own else Severity.INFO)
 
-    def _judge(self, layer: Layer, severity: Severity) -> Iterator[Finding]:
-        state = layer.state
-        default = CONVENTIONS[state.framework].eps
-        other = CONVENTIONS["torch"].eps if default == KERAS else KERAS
-        var = state.running_var
-        if var is None or not var.size or state.eps is None or not np.isclose(state.eps, other):
-            return
-        valid = var[np.isfinite(var) & (var >= 0)]
-        factors = np.sqrt((valid + state.eps) / (valid + default))
-        noticed = int((np.abs(factors - 1) > NOTICED).sum())
-        if 10 * noticed < var.size:
-            return
-        worst = float(factors[np.argmax(np.abs(np.log(factors)))])
-        yield self.finding(
-            layer,
-            f"eps is {state.eps:g}; under {state.framework}'s own default, {default:g}, {noticed} "
-            f"of {var.size} channels would come out more than 5 % different, one {worst:.3g} times "
-            f"as large",
-            {
-                "eps": state.eps,
-                "default_eps": default,
-                "channels_changed": noticed,
-                "channels": var.size,
-                "largest_factor": worst,
-            },
-            severity=severity,
-            line=setting(layer, "eps", default),
-        )
+def _judge(layer: NormEvidence, severity: Severity) -> Findings:
+    state = layer.state
+    default = CONVENTIONS[state.framework].eps
+    other = CONVENTIONS["torch"].eps if default == KERAS else KERAS
+    var = state.running_var
+    if var is None or not var.size or state.eps is None or not np.isclose(state.eps, other):
+        return
+    valid = var[np.isfinite(var) & (var >= 0)]
+    factors = np.sqrt((valid + state.eps) / (valid + default))
+    noticed = int((np.abs(factors - 1) > NOTICED).sum())
+    if 10 * noticed < var.size:
+        return
+    worst = float(factors[np.argmax(np.abs(np.log(factors)))])
+    yield rule.finding(
+        layer,
+        f"eps is {state.eps:g}; under {state.framework}'s own default, {default:g}, {noticed} "
+        f"of {var.size} channels would come out more than 5 % different, one {worst:.3g} times "
+        f"as large",
+        {
+            "eps": state.eps,
+            "default_eps": default,
+            "channels_changed": noticed,
+            "channels": var.size,
+            "largest_factor": worst,
+        },
+        severity=severity,
+        line=setting(layer, "eps", default),
+    )

@@ -1,81 +1,88 @@
-"""SN302."""
+"""The running statistics are not those of the data under the present weights.
+
+They are averages over the last few training batches, of inputs that earlier weights made: late
+after fast learning, noisy after small batches, wrong after averaged (SWA, EMA) or partly loaded
+weights, too wide behind dropout, which inference leaves out (by 30 % at a rate of one half).
+Inference normalizes with them. Measuring them anew needs no labels and no gradients. Data that
+differ from those of training look the same from here: give both sets, the second as `against`, to
+tell.
+
+When: A divergence of more than 0.02, averaged over channels: means 0.2 standard deviations off, or
+standard deviations 15 % too large; plus four times what so little data gives by itself. Averaging
+over batches of 8 independent values leaves 0.01. With a loss, by what calibration gains on these
+batches: an error from half the loss that is left, a warning from a twentieth, if it is twice its
+standard error; else information. Without one: an error from a divergence of 0.5, a warning from
+0.05, else information. Information where nothing of the model was trained yet. Without a loss the
+cure is a question: a network that was fine-tuned with frozen batch norms looks the same, and
+calibration would harm it.
+
+Cure: Measure the statistics on training data, with the weights held still.
+
+Code: sn.calibrate(model, batches)
+
+Source: Wu & Johnson 2021, section 3 (PreciseBN); Izmailov et al. 2018 (SWA needs bn_update); Li et
+al. 2019 (the variance shift of dropout).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from steadynorm.doctor.evidence.divergence import CLEARLY, Divergence, first_divergent
+from steadynorm.doctor.evidence.losses import LossChange, loss_change
+from steadynorm.doctor.rules.rule import (
+    ERROR,
+    INFO,
+    WARNING,
+    Evidence,
+    Findings,
+    Numbers,
+    Rule,
+    Severity,
+    first_of,
+)  # fmt: skip
+from steadynorm.doctor.rules.sn101_statistics_never_updated import untrained
 
-from steadynorm.doctor.apart import Apart, first_apart
-from steadynorm.doctor.evidence import Evidence
-from steadynorm.doctor.finding import Finding, Severity
-from steadynorm.doctor.gains import Gain, gain_of
-from steadynorm.doctor.rules.rule import Rule
+ASK = (
+    "Were these batch norms frozen while the network was trained, as in fine-tuning? Then its "
+    "weights fit these statistics: leave them. If not, measure them on training data. Give a loss "
+    "to tell."
+)
 
-
-class StaleStatistics(Rule):
-    """SN302: running statistics are not those of the data."""
-
-    code = "SN302"
-    name = "stale-statistics"
-    summary = "The running statistics are not those of the data under the present weights."
-    why = (
-        "They are averages over the last few training batches, of inputs that earlier weights "
-        "made: late after fast learning, noisy after small batches, wrong after averaged (SWA, "
-        "EMA) or partly loaded weights, too wide behind dropout, which inference leaves out (by "
-        "30 % at a rate of one half). Inference normalizes with them. Measuring them anew needs no "
-        "labels and no gradients. Data that differ from those of training look the same from "
-        "here: give both sets, the second as `against`, to tell."
-    )
-    source = (
-        "Wu & Johnson 2021, section 3 (PreciseBN); Izmailov et al. 2018 (SWA needs bn_update); Li "
-        "et al. 2019 (the variance shift of dropout)."
-    )
-    threshold = (
-        "A divergence of more than 0.02, channels averaged: means 0.2 standard deviations off, or "
-        "standard deviations 15 % too large; plus four times what so little data gives by itself. "
-        "Averaging over batches of 8 independent values leaves 0.01. With a loss, by what "
-        "calibration gains on these batches: an error from half the loss that is left, a warning "
-        "from a twentieth, if it is twice its standard error; else information. Without one: an "
-        "error from a divergence of 0.5, a warning from 0.05, else information."
-    )
-    cure = "Measure the statistics on training data, with the weights held still."
-    line = "sn.calibrate(model, batches)"
-    severity = Severity.ERROR
-    safe = True
-    needs = "data"
-    explains = ("SN301",)
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding, in the first layer where statistics part."""
-        first = first_apart(evidence)
-        if first is None:
-            return
-        layer, how, count = first
-        data = evidence.data
-        losses = None if data is None else data.loss
-        gain = None if losses is None else gain_of(losses.inference, losses.calibrated)
-        numbers: dict[str, float | int | str] = {
-            "shift": how.typical_shift,
-            "std_ratio": how.typical_ratio,
-            "divergence": how.mean_divergence,
-            "layers_apart": count,
-        }
-        message = str(how)
-        if count > 1:
-            message += f"; {count} layers are off, this is the first"
-        if data is not None and data.mended is not None:
-            numbers["output_change"] = data.mended
-            message += f"; calibration moves the outputs by {data.mended:.2g} standard deviations"
-        if gain is not None:
-            numbers |= {"loss": gain.before, "loss_after_calibration": gain.after}
-            message += f", the loss from {gain.before:.3g} to {gain.after:.3g}"
-        yield self.finding(layer, message, numbers, severity=_severity(how, gain))
+rule = Rule(__name__, __doc__, ERROR, safe=True, explains=("SN301",))
 
 
-def _severity(how: Apart, gain: Gain | None) -> Severity:
+@rule.whole
+def _check(evidence: Evidence) -> Findings:
+    first, data = first_divergent(evidence), evidence.data
+    if first is None or data is None:
+        return
+    layer, how, count = first
+    losses = data.loss
+    gain = None if losses is None else loss_change(losses.inference, losses.calibrated)
+    numbers: Numbers = {
+        "shift": how.typical_shift,
+        "std_ratio": how.typical_ratio,
+        "divergence": how.mean_kl,
+        "layers_apart": count,
+    }
+    message = str(how) + first_of(count)
+    if data.mended is not None:
+        numbers["output_change"] = data.mended
+        message += f"; calibration moves the outputs by {data.mended:.2g} standard deviations"
+    if gain is not None:
+        numbers |= {"loss": gain.before, "loss_after_calibration": gain.after}
+        message += f", the loss from {gain.before:.3g} to {gain.after:.3g}"
+    severity = _severity(how, gain)
+    if severity > INFO and untrained(evidence):
+        severity = INFO
+    asked = None if gain is not None else ASK
+    yield rule.finding(layer, message, numbers, severity=severity, cure=asked)
+
+
+def _severity(how: Divergence, gain: LossChange | None) -> Severity:
     if gain is None:
-        if how.mean_divergence > 0.5:
-            return Severity.ERROR
-        return Severity.WARNING if how.mean_divergence > 0.05 else Severity.INFO
+        if how.mean_kl > 0.5:
+            return ERROR
+        return WARNING if how.mean_kl > CLEARLY else INFO
     if not gain.clear(2) or gain.relative < 0.05:
-        return Severity.INFO
-    return Severity.ERROR if gain.relative > 0.5 else Severity.WARNING
+        return INFO
+    return ERROR if gain.relative > 0.5 else WARNING

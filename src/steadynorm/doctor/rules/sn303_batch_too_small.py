@@ -1,83 +1,84 @@
-"""SN303."""
+"""A batch holds too few independent values per channel to normalize by.
+
+Under `Batch` the mean of n independent values is off by 1/√n standard deviations, their variance by
+√(2/n) of itself, and the network trains on that noise; inference, which has none, meets activations
+it was not trained for. What counts is not N·H·W: neighbouring positions are alike. How many
+independent values a sample is worth shows in how far the samples' own means and mean squares
+scatter: it may be 2 where it has a hundred positions.
+
+When: An error below 4 independent values in a batch: the mean is off by half a standard deviation
+or more, and digit classifiers lose 10 to 20 points. A warning below 8, where the noise still shows
+in the training loss. From 8 on, the same networks reach what they do at 64. Policies that use
+running statistics too (Steady, Running, Renorm, Frozen) are left out; Ghost counts a group,
+synchronized layers all replicas.
+
+Cure: Train with larger batches or pool them over replicas; in networks of up to 10 batch norms,
+train with Steady; calibrate at the end.
+
+Code: model, changes = sn.convert(model, statistics="steady")
+
+Source: Wu & He 2018, figure 1; Ioffe 2017; Singh & Shrivastava 2019 (EvalNorm).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-from steadynorm.doctor.apart import ENOUGH, called, known
-from steadynorm.doctor.evidence import Evidence
-from steadynorm.doctor.finding import Finding, Severity
-from steadynorm.doctor.rules.rule import Rule
+from steadynorm.doctor.evidence.divergence import ENOUGH, independent_values, measured
+from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule, first_of
 
 TOO_FEW = 4
+DEPTH = 10
+"""Batch norms in the deepest network in which Steady reached what large batches do."""
+
+rule = Rule(__name__, __doc__, ERROR, safe=False, explains=("SN301", "SN302"))
 
 
-class BatchTooSmall(Rule):
-    """SN303: a batch knows too little of the mean and variance it normalizes with."""
-
-    code = "SN303"
-    name = "batch-too-small"
-    summary = "A batch holds too few independent values per channel to normalize by."
-    why = (
-        "Under `Batch` the mean of n independent values is off by 1/√n standard deviations, their "
-        "variance by √(2/n) of itself, and the network trains on that noise; inference, which has "
-        "none, meets activations it was not trained for. What counts is not N·H·W: neighbouring "
-        "positions are alike. How many independent values a sample is worth shows in how far the "
-        "samples' own means and mean squares scatter: it may be 2 where it has a hundred positions."
+@rule.whole
+def _check(evidence: Evidence) -> Findings:
+    found = [
+        (layer, data, values)
+        for layer, data in measured(evidence)
+        if (values := independent_values(layer, evidence)) < ENOUGH
+    ]
+    if not found:
+        return
+    layer = found[0][0]
+    worst, data, fewest = min(found, key=lambda entry: entry[2])
+    worth = data.worth or 1.0
+    smallest = math.ceil(ENOUGH / worth)
+    per_channel = data.samples * data.positions
+    where = "" if worst is layer else f" in {worst.name!r}"
+    held = f"{per_channel} values per channel"
+    if data.positions > 1:
+        held += f" ({data.samples} samples of {data.positions} positions)"
+    message = (
+        f"a batch holds {held}{where}, worth {fewest:.2g} independent ones: its mean is off by "
+        f"{1 / math.sqrt(fewest):.2g} standard deviations, its variance by "
+        f"{100 * math.sqrt(2 / fewest):.0f} %{first_of(len(found))}"
     )
-    source = "Wu & He 2018, figure 1; Ioffe 2017; Singh & Shrivastava 2019 (EvalNorm)."
-    threshold = (
-        "An error below 4 independent values in a batch: the mean is off by half a standard "
-        "deviation or more, and digit classifiers lose 10 to 20 points. A warning below 8, where "
-        "the noise still shows in the training loss. From 8 on, the same networks reach what they "
-        "do at 64. Policies that use running statistics too (Steady, Running, Renorm, Frozen) are "
-        "left out; Ghost counts a group, synchronized layers all replicas."
+    cure, line = f"Train with batches of at least {smallest}, or pool them over replicas. ", None
+    if len(evidence.layers) <= DEPTH:
+        cure += "Else train with Steady, and calibrate at the end."
+    else:
+        cure += (
+            f"Else train on as it is and calibrate at the end, layer by layer: in networks of more "
+            f"than {DEPTH} batch norms Steady was not shown to do better."
+        )
+        line = 'sn.calibrate(model, batches, passes="layerwise")'
+    yield rule.finding(
+        layer,
+        message,
+        {
+            "samples": data.samples,
+            "values_per_channel": per_channel,
+            "independent_values": fewest,
+            "values_per_sample": worth,
+            "smallest_batch": smallest,
+            "layers_concerned": len(found),
+            "worst_layer": worst.name,
+        },
+        severity=ERROR if fewest < TOO_FEW else WARNING,
+        cure=cure,
+        line=line,
     )
-    cure = "Train with larger batches, or with a policy that remembers: Steady."
-    line = 'model, changes = sn.convert(model, statistics="steady")'
-    severity = Severity.ERROR
-    safe = False
-    needs = "data"
-    explains = ("SN301", "SN302")
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding, in the first layer whose batches are too small."""
-        found = [(layer, n) for layer in called(evidence) if (n := known(layer, evidence)) < ENOUGH]
-        if not found:
-            return
-        layer, _ = found[0]
-        severity = Severity.ERROR if min(n for _, n in found) < TOO_FEW else Severity.WARNING
-        worst, fewest = min(found, key=lambda pair: pair[1])
-        assert worst.data is not None
-        assert worst.data.worth is not None
-        data, worth = worst.data, worst.data.worth
-        smallest = math.ceil(ENOUGH / worth)
-        per_channel = data.samples * data.positions
-        where = "" if worst is layer else f" in {worst.name!r}"
-        held = f"{per_channel} values per channel"
-        if data.positions > 1:
-            held += f" ({data.samples} samples of {data.positions} positions)"
-        message = (
-            f"a batch holds {held}{where}, worth {fewest:.2g} independent ones: its mean is off by "
-            f"{1 / math.sqrt(fewest):.2g} standard deviations, its variance by "
-            f"{100 * math.sqrt(2 / fewest):.0f} %"
-        )
-        if len(found) > 1:
-            message += f"; {len(found)} layers are concerned, this is the first"
-        yield self.finding(
-            layer,
-            message,
-            {
-                "samples": data.samples,
-                "values_per_channel": per_channel,
-                "independent_values": fewest,
-                "values_per_sample": worth,
-                "smallest_batch": smallest,
-                "layers_concerned": len(found),
-                "worst_layer": worst.name,
-            },
-            severity=severity,
-            cure=f"Train with batches of at least {smallest}, or with a policy that remembers: "
-            f"Steady. Calibration mends inference in part.",
-        )

@@ -1,90 +1,113 @@
-"""SN306."""
+"""The two sets of data differ in the statistics that batch norms see.
+
+Running statistics belong to the data they were averaged over. On data of another contrast, camera
+or scanner every layer normalizes with the wrong ones, though the weights may serve well: on
+corrupted ImageNet the statistics of the corrupted pictures, without labels, win back much of what
+is lost.
+
+When: Both sets in inference, the first layer where they diverge by more than 0.02 (means 0.2
+standard deviations apart, or standard deviations 15 %) on top of what random halves of the same
+samples do, and by more than 199 random deals of the samples into two sets give in any layer: in one
+of 200 pairs of sets from the same distribution that happens by chance. A warning: it may be meant.
+
+Cure: Measure the statistics on the new data, without labels, or mix them with those that there are.
+With a loss, calibration and adaptation are tried, and the one that lowers it most is named.
+
+Code: sn.calibrate(model, batches)
+
+Source: Schneider et al. 2020; Nado et al. 2020; Li et al. 2016 (AdaBN).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import numpy as np
 
-from steadynorm.doctor.apart import EPS, Apart, apart, called, noise
-from steadynorm.doctor.evidence import Evidence, Layer
-from steadynorm.doctor.finding import Finding, Severity
-from steadynorm.doctor.rules.rule import Rule
+from steadynorm.doctor.evidence.divergence import EPS, FAR, divergence, measured
+from steadynorm.doctor.evidence.losses import loss_change
+from steadynorm.doctor.evidence.records import NormData
+from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, NormEvidence, Numbers, Rule
+
+rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 
 
-class ShiftedData(Rule):
-    """SN306: two sets of data have other statistics."""
-
-    code = "SN306"
-    name = "shifted-data"
-    summary = "The two sets of data differ in the statistics that batch norms see."
-    why = (
-        "Running statistics belong to the data they were averaged over. On data of another "
-        "contrast, camera or scanner every layer normalizes with the wrong ones, though the "
-        "weights may serve well: on corrupted ImageNet the statistics of the corrupted pictures, "
-        "without labels, win back much of what is lost."
+@rule.whole
+def _check(evidence: Evidence) -> Findings:
+    found = []
+    for layer, data in measured(evidence):
+        if data.reference_mean is None or data.reference_var is None:
+            continue
+        eps = layer.state.eps or EPS
+        second, first = (data.reference_mean, data.reference_var), _first(data)
+        how = divergence(*second, *first, eps=eps)
+        if how.mean_kl > max(FAR + data.reference_noise, data.reference_limit):
+            found.append((layer, data, how))
+    if not found:
+        return
+    layer, data, how = found[0]
+    own, other = _from_running(layer, data)
+    fits_first = own <= other
+    numbers: Numbers = {
+        "shift": how.typical_shift,
+        "std_ratio": how.typical_ratio,
+        "divergence": how.mean_kl,
+        "layers_apart": len(found),
+        "running_from_batches": own,
+        "running_from_against": other,
+    }
+    message = (
+        f"the second set has means {how.typical_shift:.2g} standard deviations off, standard "
+        f"deviations {how.typical_ratio:.2g} times those of the first; the running statistics fit "
+        f"the {'first' if fits_first else 'second'} set (divergence {min(own, other):.2g}, from "
+        f"the other {max(own, other):.2g})"
     )
-    source = "Schneider et al. 2020; Nado et al. 2020; Li et al. 2016 (AdaBN)."
-    threshold = (
-        "Both sets in inference, the first layer where they diverge by more than 0.02 (means 0.2 "
-        "standard deviations apart, or standard deviations 15 %) and by more than four times what "
-        "so little data gives by itself. A warning: it may be meant."
-    )
-    cure = "Mix the statistics with those of the new data; no labels are needed."
-    line = "sn.adapt(model, batches)"
-    severity = Severity.WARNING
-    safe = False
-    needs = "data"
-    explains = ("SN301", "SN302")
-
-    def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding, in the first layer where the sets part."""
-        found = [(layer, how) for layer in called(evidence) if (how := _sets(layer)) and how.far]
-        if not found:
-            return
-        layer, how = found[0]
-        own, other = _from_running(layer)
-        numbers: dict[str, float | int | str] = {
-            "shift": how.typical_shift,
-            "std_ratio": how.typical_ratio,
-            "divergence": how.mean_divergence,
-            "layers_apart": len(found),
-            "running_from_batches": own,
-            "running_from_against": other,
-        }
-        message = (
-            f"the second set has means {how.typical_shift:.2g} standard deviations off, standard "
-            f"deviations {how.typical_ratio:.2g} times those of the first"
-        )
-        fits = "first" if own <= other else "second"
-        message += f"; the running statistics fit the {fits} set (divergence "
-        message += f"{min(own, other):.2g}, from the other {max(own, other):.2g})"
-        new = "against" if own <= other else "batches"
-        yield self.finding(layer, message, numbers, line=f"sn.adapt(model, {new})")
-
-
-def _sets(layer: Layer) -> Apart | None:
-    data = layer.data
-    if data is None or data.reference_mean is None or data.reference_var is None:
-        return None
-    return apart(
-        data.reference_mean,
-        data.reference_var,
-        data.inference_mean,
-        data.inference_var,
-        noise(data),
-        layer.state.eps or EPS,
+    losses, best = _tried(evidence, on_second=fits_first)
+    new = "against" if fits_first else "batches"
+    if not losses:
+        yield rule.finding(layer, message, numbers, line=f"sn.calibrate(model, {new})")
+        return
+    told = ", ".join(f"{loss:.3g} after sn.{name}" for name, loss in losses.items() if name)
+    numbers |= {f"loss_after_{name}" if name else "loss": loss for name, loss in losses.items()}
+    yield rule.finding(
+        layer,
+        f"{message}; tried on the {'second' if fits_first else 'first'} set, the loss is "
+        f"{losses['']:.3g}, {told}",
+        numbers,
+        cure=None if best else "Leave the statistics: no cure that was tried lowers the loss.",
+        line=f"sn.{best}(model, {new})" if best else "",
     )
 
 
-def _from_running(layer: Layer) -> tuple[float, float]:
+def _tried(evidence: Evidence, *, on_second: bool) -> tuple[dict[str, float], str]:
+    """Mean losses on the data that the statistics do not fit, by cure ("" for none), and the cure
+    that clearly lowers the loss the most, "" where none does.
+    """
+    data = evidence.data
+    if data is None or data.loss is None:
+        return {}, ""
+    tried = dict(data.cures)
+    if not on_second:
+        tried = {"none": data.loss.inference, "calibrate": data.loss.calibrated}
+    before = tried.pop("none", None)
+    if before is None:
+        return {}, ""
+    changes = {name: change for name, a in tried.items() if (change := loss_change(before, a))}
+    losses = {"": float(np.mean(before)), **{n: change.after for n, change in changes.items()}}
+    gains = [name for name, change in changes.items() if change.clear(2)]
+    return losses, min(gains, key=lambda name: losses[name], default="")
+
+
+def _first(data: NormData) -> tuple[np.ndarray, np.ndarray]:
+    return data.inference_mean, data.inference_var
+
+
+def _from_running(layer: NormEvidence, data: NormData) -> tuple[float, float]:
     """How far the running statistics are from either set's."""
-    data, state = layer.data, layer.state
-    mean, var = state.running_mean, state.running_var
-    assert data is not None
+    state = layer.state
+    if state.running_mean is None or state.running_var is None:
+        return 0.0, 0.0
     assert data.reference_mean is not None
     assert data.reference_var is not None
-    if mean is None or var is None:
-        return 0.0, 0.0
-    eps = state.eps or EPS
-    own = apart(mean, var, data.inference_mean, data.inference_var, 0.0, eps)
-    other = apart(mean, var, data.reference_mean, data.reference_var, 0.0, eps)
-    return own.mean_divergence, other.mean_divergence
+    running, eps = (state.running_mean, state.running_var), state.eps or EPS
+    own = divergence(*running, *_first(data), eps=eps)
+    other = divergence(*running, data.reference_mean, data.reference_var, eps=eps)
+    return own.mean_kl, other.mean_kl

@@ -1,54 +1,44 @@
-"""SN403."""
+"""Channels are below 0 for every input, and the ReLU that follows gives 0 for all.
+
+No gradient passes them, so weight and bias of such a channel never come back by themselves: the
+network is narrower than it was made. A learning rate that is too high, or weight decay that pulls
+weight to 0 under a negative bias, leaves them so.
+
+When: Not one value above 0 in any reading of the run's second half, over at least 8 readings and
+500 values of the channel. A warning where that is more than half of a layer's channels; information
+from a tenth.
+
+Cure: Lower the learning rate, or take weight and bias out of weight decay.
+
+Code: groups = sn.parameter_groups(model, weight_decay=1e-4)
+
+Source: Lu et al. 2019, Dying ReLU and Initialization; Mehta et al. 2019, section 3.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from steadynorm.doctor.evidence import Evidence, Layer
-from steadynorm.doctor.finding import Finding, Severity
-from steadynorm.doctor.rules.rule import Rule
+from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
 
 ENOUGH = 500  # values of a channel
 
+rule = Rule(__name__, __doc__, WARNING, safe=False)
 
-class DeadChannels(Rule):
-    """SN403: channels that a ReLU never lets through."""
 
-    code = "SN403"
-    name = "dead-channels"
-    summary = "Channels are below 0 for every input, and the ReLU that follows gives 0 for all."
-    why = (
-        "No gradient passes them, so weight and bias of such a channel never come back by "
-        "themselves: the network is narrower than it was made. A learning rate that is too high, "
-        "or weight decay that pulls weight to 0 under a negative bias, leaves them so."
+@rule.each_layer
+def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
+    trend = None if evidence.run is None else evidence.run.trends.get(layer.name)
+    after = None if layer.usage is None else layer.usage.after
+    rectified = any(part.kind in {"ReLU", "ReLU6", "relu", "relu6"} for part in after or ())
+    if trend is None or not rectified or trend.readings < 8 or trend.values < ENOUGH:
+        return
+    dead, channels = int(np.sum(trend.dead)), trend.dead.size
+    if dead < 0.1 * channels:
+        return
+    yield rule.finding(
+        layer,
+        f"{dead} of {channels} channels were never above 0 in {trend.values:,} values",
+        {"dead": dead, "channels": channels, "values": trend.values},
+        severity=WARNING if dead > channels / 2 else INFO,
     )
-    source = "Lu et al. 2019, Dying ReLU and Initialization; Mehta et al. 2019, section 3."
-    threshold = (
-        "Not one value above 0 in any reading of the run's second half, over at least 8 readings "
-        "and 500 values of the channel. A warning where that is more than half of a layer's "
-        "channels; information from a tenth."
-    )
-    cure = "Lower the learning rate, or take weight and bias out of weight decay."
-    line = "groups = sn.parameter_groups(model, weight_decay=1e-4)"
-    severity = Severity.WARNING
-    safe = False
-    needs = "run"
-
-    def judge(self, layer: Layer, evidence: Evidence) -> Iterator[Finding]:
-        """A finding where many channels are dead and a ReLU follows."""
-        trend = None if evidence.run is None else evidence.run.trends.get(layer.name)
-        after = None if layer.place is None else layer.place.after
-        rectified = any(part.kind in {"ReLU", "ReLU6", "relu", "relu6"} for part in after or ())
-        if trend is None or not rectified or trend.readings < 8 or trend.values < ENOUGH:
-            return
-        dead, channels = int(np.sum(trend.dead)), trend.dead.size
-        if dead < 0.1 * channels:
-            return
-        yield self.finding(
-            layer,
-            f"{dead} of {channels} channels were never above 0 in {trend.values:,} values",
-            {"dead": dead, "channels": channels, "values": trend.values},
-            severity=Severity.WARNING if dead > channels / 2 else Severity.INFO,
-        )

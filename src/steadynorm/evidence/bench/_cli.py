@@ -7,20 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-def _bars(console: Console) -> Progress:
-    """Drawn between measurements: a thread that draws would take a core from what is timed."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        auto_refresh=False,
-    )
+from steadynorm._extras import require
+from steadynorm.command import GroupBars, errors_in_one_line, say
 
 
 def _words(value: str, allowed: tuple[str, ...], option: str) -> list[str]:
@@ -52,6 +41,8 @@ def bench(
     ),
 ) -> None:
     """Time the layer against its peers and against a plain copy of the tensor."""
+    with errors_in_one_line("bench", "nothing was written."):
+        require("torch", "numba", "altair", "vl_convert")
     from steadynorm.evidence.bench.contenders import CONTENDERS, available
     from steadynorm.evidence.bench.measure import Measurement, machine, measure
     from steadynorm.evidence.bench.networks import NETWORKS, measure_networks
@@ -59,7 +50,6 @@ def bench(
     from steadynorm.evidence.bench.workloads import CASES, DTYPES, LAYOUTS, SUITES, workloads
     from steadynorm.report.terminal import to_rich
 
-    console = Console()
     wanted = _words(suites, (*SUITES, "networks"), "--suites")
     names = available(_words(contenders, tuple(CONTENDERS), "--contenders"))
     picked = {int(number) for number in shapes.split(",") if number.strip()}
@@ -76,27 +66,21 @@ def bench(
     ]
     found: list[Measurement] = []
     networks = None
-    with _bars(console) as bars:
-
-        def advance() -> None:
-            bars.advance(task)
-            bars.refresh()
-
+    # Drawn between measurements: a thread that draws would take a core from what is timed.
+    with GroupBars(auto_refresh=False) as bars:
         if loads:
-            task = bars.add_task("kernels", total=len(loads) * rounds)
+            bars.begin("kernels", len(loads) * rounds)
             for load in loads:
-                found += measure(load, names, rounds, advance)
+                found += measure(load, names, rounds, lambda: bars.step("kernels"))
         if "networks" in wanted:
-            task = bars.add_task("networks", total=len(NETWORKS))
-            networks = measure_networks(list(NETWORKS), rounds, advance)
+            bars.begin("networks", len(NETWORKS))
+            networks = measure_networks(list(NETWORKS), rounds, lambda: bars.step("networks"))
     about = machine()
-    for table in tables(found):
-        console.print(to_rich(table))
-    if networks is not None:
-        console.print(to_rich(networks))
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    for table in [*tables(found), *([networks] if networks is not None else [])]:
+        Console().print(to_rich(table))
+    say(", ".join(f"{key} {value}" for key, value in about.items()))
     for path in write(out, found, about, networks):
-        console.print(f"wrote {path}", highlight=False)
+        say(f"wrote {path}")
 
 
 def warmup(
@@ -111,18 +95,16 @@ def warmup(
     from steadynorm.kernels.activations import ACTIVATIONS
     from steadynorm.kernels.cpu import kernels
 
-    console = Console()
     kinds = _words(dtypes, ("float32", "float64", "bfloat16"), "--dtypes")
     names = _words(activations, ("none", *ACTIVATIONS), "--activations")
     start = time.perf_counter()
-    with console.status("compiling"):
+    with Console().status("compiling"):
         done = kernels.warmup(
             [getattr(torch, kind) for kind in kinds],
             [None if name == "none" else name for name in names],
         )
     ready = sum(kernel.cached for kernel in done.values())
-    console.print(
+    say(
         f"{len(done)} kernels ready, {ready} of them from the disk cache, "
-        f"in {time.perf_counter() - start:.1f} s.",
-        highlight=False,
+        f"in {time.perf_counter() - start:.1f} s."
     )

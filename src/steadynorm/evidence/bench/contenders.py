@@ -1,7 +1,6 @@
-"""Who is measured: ours, our kernels with outputs given, eager PyTorch, torch.compile, JAX, Keras.
+"""Who is measured: our layer, our kernels with outputs given, eager PyTorch, torch.compile, JAX.
 
-A contender is prepared for a workload and then called again and again; each call answers with the
-seconds of its forward and of its backward (0 in inference).
+A contender is prepared for a workload and then called repeatedly.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from torch.nn import functional as F
 import steadynorm as sn
 from steadynorm.evidence.bench.workloads import Workload
 
-Timed = Callable[[], tuple[float, float]]
+Laps = Callable[[], tuple[float, float]]
+"""A call, which returns the seconds of its forward and of its backward (0 in inference)."""
 
 
 class Inputs(NamedTuple):
@@ -46,13 +46,13 @@ def make_inputs(load: Workload) -> Inputs:
     return Inputs(x, tensor(0.0), tensor(0.0), torch.empty_like(x))
 
 
-def _torch_layer(load: Workload, home: Any, **options: Any) -> Any:
+def _layer(load: Workload, package: Any, **options: Any) -> Any:
     kind = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}[len(load.shape)]
-    layer = getattr(home, f"BatchNorm{kind}")(load.shape[1], **options)
+    layer = getattr(package, f"BatchNorm{kind}")(load.shape[1], **options)
     return layer.train(load.training)
 
 
-def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Workload) -> Timed:
+def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Workload) -> Laps:
     x = inputs.x.detach().requires_grad_(load.training)
     add = load.case == "bn+add+relu"
     residual = inputs.residual.detach().requires_grad_(load.training) if add else None
@@ -74,14 +74,14 @@ def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Worklo
     return run
 
 
-def ours(load: Workload, inputs: Inputs) -> Timed:
+def ours(load: Workload, inputs: Inputs) -> Laps:
     """The layer of this package, activation and residual inside."""
     activation = None if load.case == "bn" else "relu"
-    layer = _torch_layer(load, sn, activation=activation)
+    layer = _layer(load, sn, activation=activation)
     return _timed(lambda x, residual: layer(x, residual=residual), layer, inputs, load)
 
 
-def ours_outputs_given(load: Workload, inputs: Inputs) -> Timed:
+def ours_outputs_given(load: Workload, inputs: Inputs) -> Laps:
     """The bare kernels, writing into memory that exists already."""
     from steadynorm.kernels.cpu import stages as cpu
 
@@ -90,9 +90,9 @@ def ours_outputs_given(load: Workload, inputs: Inputs) -> Timed:
     activation = None if load.case == "bn" else "relu"
     weight, bias = torch.ones(load.shape[1]), torch.zeros(load.shape[1])
     residual = inputs.residual if add else None
-    around: dict[str, Any] = {"residual": residual, "activation": activation}
+    fused: dict[str, Any] = {"residual": residual, "activation": activation}
     signs = cpu.empty_signs(x) if activation and residual is not None else None
-    _, batch = cpu.normalize(x, weight, bias, 1e-5, out=y, **around)
+    _, batch = cpu.normalize(x, weight, bias, 1e-5, out=y, **fused)
     rho = (batch.var + 1e-5).rsqrt()
     shift = -batch.mean_low * rho
     count = x.numel() // load.shape[1]
@@ -102,28 +102,20 @@ def ours_outputs_given(load: Workload, inputs: Inputs) -> Timed:
     def run() -> tuple[float, float]:
         start = perf_counter()
         if not load.training:
-            cpu.apply(x, batch.mean, rho, shift, out=y, **around)
+            cpu.apply(x, batch.mean, rho, shift, out=y, **fused)
             return perf_counter() - start, 0.0
-        cpu.normalize(x, weight, bias, 1e-5, signs=signs, out=y, **around)
+        cpu.normalize(x, weight, bias, 1e-5, signs=signs, out=y, **fused)
         middle = perf_counter()
         cpu.normalize_grad(
-            grad,
-            x,
-            batch.mean,
-            rho,
-            shift,
-            *factors,
-            signs=signs,
-            activation=activation,
-            want_residual=add,
-            out=(dx, dresidual),
-        )
+            grad, x, batch.mean, rho, shift, *factors, signs=signs, activation=activation,
+            want_residual=add, out=(dx, dresidual),
+        )  # fmt: skip
         return middle - start, perf_counter() - middle
 
     return run
 
 
-def _plain(layer: Any, case: str) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _unfused(layer: Any, case: str) -> Callable[[Tensor, Tensor | None], Tensor]:
     def call(x: Tensor, residual: Tensor | None) -> Tensor:
         y: Tensor = layer(x)
         if residual is not None:
@@ -133,21 +125,21 @@ def _plain(layer: Any, case: str) -> Callable[[Tensor, Tensor | None], Tensor]:
     return call
 
 
-def eager(load: Workload, inputs: Inputs) -> Timed:
+def eager(load: Workload, inputs: Inputs) -> Laps:
     """`torch.nn`'s layer, `+` and `relu`, as most networks are written."""
-    layer = _torch_layer(load, torch.nn)
-    return _timed(_plain(layer, load.case), layer, inputs, load)
+    layer = _layer(load, torch.nn)
+    return _timed(_unfused(layer, load.case), layer, inputs, load)
 
 
-def compiled(load: Workload, inputs: Inputs) -> Timed:
+def compiled(load: Workload, inputs: Inputs) -> Laps:
     """The same under `torch.compile`."""
-    layer = _torch_layer(load, torch.nn)
+    layer = _layer(load, torch.nn)
     torch._dynamo.reset()
-    call = torch.compile(_plain(layer, load.case), dynamic=False)
+    call = torch.compile(_unfused(layer, load.case), dynamic=False)
     return _timed(call, layer, inputs, load)
 
 
-def jax(load: Workload, inputs: Inputs) -> Timed:
+def jax(load: Workload, inputs: Inputs) -> Laps:
     """flax's layer, `+` and `relu` under `jax.jit`, channels last as flax wants them."""
     import jax as j
     import numpy as np
@@ -191,7 +183,7 @@ def jax(load: Workload, inputs: Inputs) -> Timed:
     return run
 
 
-CONTENDERS: dict[str, Callable[[Workload, Inputs], Timed]] = {
+CONTENDERS: dict[str, Callable[[Workload, Inputs], Laps]] = {
     "ours": ours,
     "given": ours_outputs_given,
     "eager": eager,

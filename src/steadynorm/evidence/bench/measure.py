@@ -1,26 +1,24 @@
-"""Interleaved timing: every round times a copy and each contender once, so drift hits all alike."""
+"""Interleaved timing of the contenders on a workload, as multiples of a plain copy."""
 
 from __future__ import annotations
 
-import gc
 import math
-import os
 import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from steadynorm.evidence.bench.contenders import CONTENDERS, Timed, make_inputs
+from steadynorm.evidence.bench.contenders import CONTENDERS, Inputs, Laps, make_inputs
 from steadynorm.evidence.bench.workloads import Workload
-
-DIRECTIONS = ("forward", "backward", "both")
+from steadynorm.evidence.timing import in_turns, seconds
+from steadynorm.evidence.workers import cores
+from steadynorm.report.machine import processor
 
 
 class Measurement(NamedTuple):
@@ -45,67 +43,43 @@ def measure(
 ) -> Iterator[Measurement]:
     """Time the contenders on a workload."""
     inputs = make_inputs(load)
-    runs: dict[str, Timed] = {}
+    runs: dict[str, Laps] = {"copy": partial(_copy, inputs)}
     for name in contenders:
         runs[name] = CONTENDERS[name](load, inputs)
         for _ in range(2):
             runs[name]()  # compiles, and warms caches and allocator
-    repeats = _repeats(inputs, runs)
-    copies: list[float] = []
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    with _quiet():
-        for round_ in range(rounds):
-            copies.append(_typical(lambda: _copy(inputs), repeats)[0])
-            # Another order in each round: whoever follows the copy finds other caches.
-            names = list(runs)
-            shift = round_ % len(names)
-            for name in names[shift:] + names[:shift]:
-                runs[name]()  # untimed: it pays for what the others left, such as memory to trim
-                seconds[name].append(_typical(runs[name], repeats))
-            progress()
-    for name, times in seconds.items():
-        for index, direction in enumerate(DIRECTIONS):
-            if direction == "backward" and not load.training:
-                continue
-            if direction == "both" and not load.training:
-                continue
-            mine = [sum(pair) if index == 2 else pair[index] for pair in times]
-            ratios = [t / c for t, c in zip(mine, copies, strict=True)]
+    # Three calls a round, and as many more as the quickest contender needs to take 2 ms.
+    quickest = min(sum(run()) for run in runs.values())
+    repeats = max(3, min(500, math.ceil(2e-3 / max(quickest, 1e-7))))
+    turns = {name: partial(_typical, run, repeats) for name, run in runs.items()}
+    laps = in_turns(turns, rounds, tick=lambda _: progress())
+    copies = [copy for copy, _ in laps.pop("copy")]
+    forward, backward = load.limit
+    for name, times in laps.items():
+        directions = {"forward": ([f for f, _ in times], forward)}
+        if load.training:
+            directions["backward"] = ([b for _, b in times], backward)
+            directions["both"] = ([f + b for f, b in times], forward + backward)
+        for direction, (taken, limit) in directions.items():
+            ratios = [t / c for t, c in zip(taken, copies, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
-            limit = sum(load.limit) if index == 2 else load.limit[index]
             yield Measurement(
-                load, name, direction, statistics.median(mine) * 1e3, middle, low, high,
+                load, name, direction, statistics.median(taken) * 1e3, middle, low, high,
                 middle / limit,
             )  # fmt: skip
 
 
-def _copy(inputs: Any) -> tuple[float, float]:
-    start = perf_counter()
-    inputs.y.copy_(inputs.x)
-    return perf_counter() - start, 0.0
+def _copy(inputs: Inputs) -> tuple[float, float]:
+    return seconds(lambda: inputs.y.copy_(inputs.x)), 0.0
 
 
-def _repeats(inputs: Any, runs: dict[str, Timed]) -> int:
-    """Calls a round: three, and as many more as a contender needs to take 2 ms."""
-    quickest = min([sum(run()) for run in runs.values()] + [sum(_copy(inputs))])
-    return max(3, min(500, math.ceil(2e-3 / max(quickest, 1e-7))))
-
-
-def _typical(run: Timed, repeats: int) -> tuple[float, float]:
-    """The median of the calls: on a shared machine single calls stall for milliseconds."""
+def _typical(run: Laps, repeats: int) -> tuple[float, float]:
+    """The median of the calls: on a shared machine single calls stall for milliseconds. The first
+    does not count: it pays for what the others left, such as memory to trim.
+    """
+    run()
     forward, backward = zip(*(run() for _ in range(repeats)), strict=True)
     return statistics.median(forward), statistics.median(backward)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No garbage collection while the clock runs."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def machine() -> dict[str, str]:
@@ -116,7 +90,7 @@ def machine() -> dict[str, str]:
 
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "processor": _processor(),
+        "processor": f"{processor()}, {cores()} cores",
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -125,15 +99,6 @@ def machine() -> dict[str, str]:
         "steadynorm": steadynorm.__version__,
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _commit() -> str:
@@ -150,8 +115,3 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "installed"
     return answer.stdout.strip()
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """The mean of ratios."""
-    return math.exp(statistics.fmean(math.log(value) for value in values))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable
 from multiprocessing import get_context
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steadynorm.evidence.timing import interleaved, speed_up
 from steadynorm.report.page import Table
 
 
@@ -47,20 +46,31 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def _output(answer: Any) -> Tensor:
-    tensor: Tensor = answer if isinstance(answer, Tensor) else answer.last_hidden_state
-    return tensor
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss to be differentiated: the mean square of the output."""
+    answer = model(x)
+    output: Tensor = getattr(answer, "last_hidden_state", answer)
+    return output.square().mean()
 
 
-def _stepper(model: nn.Module, x: Tensor) -> Callable[[], float]:
+def prepared(name: str) -> tuple[nn.Module, Tensor]:
+    """A network in training and its input, channels-last where it is 2-d."""
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    model, x = make().train(), torch.randn(shape)
+    if len(shape) == 4:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.contiguous(memory_format=torch.channels_last)
+    return model, x
+
+
+def _stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
-    def step() -> float:
-        start = perf_counter()
+    def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        _output(model(x)).square().mean().backward()
+        loss_of(model, x).backward()
         optimizer.step()
-        return perf_counter() - start
 
     return step
 
@@ -69,37 +79,22 @@ def _measure(name: str, rounds: int) -> list[str | float | None]:
     """One network's row of the table; steps with torch.nn's layers and with ours take turns."""
     from steadynorm import convert
 
-    make, shape = NETWORKS[name]
-    torch.manual_seed(0)
-    model = make().train()
-    x = torch.randn(shape)
-    if len(shape) == 4:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = x.contiguous(memory_format=torch.channels_last)
+    model, x = prepared(name)
     converted, changes = convert(model, example_inputs=x[:2])
-    steps = [_stepper(model, x), _stepper(converted, x)]
-    for step in steps:
-        step()
-        step()
-    times: tuple[list[float], list[float]] = ([], [])
-    gc.collect()
-    gc.disable()
-    for round_ in range(rounds):
-        for which in (0, 1) if round_ % 2 else (1, 0):
-            times[which].append(steps[which]())
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    before, after = (statistics.median(t) for t in times)
-    size = "x".join(map(str, shape))
-    spread = f"{low:.2f}x to {high:.2f}x"
-    return [name, size, before, after, f"{middle:.2f}x", spread, len(changes)]
+    steps = {"before": _stepper(model, x), "after": _stepper(converted, x)}
+    before, after = interleaved(steps, rounds, least=0.0).values()
+    faster = speed_up(before, after)
+    size = "x".join(map(str, x.shape))
+    spread = f"{faster.low:.2f}x to {faster.high:.2f}x"
+    medians = (statistics.median(times) for times in (before, after))
+    return [name, size, *medians, f"{faster.middle:.2f}x", spread, len(changes)]
 
 
 def measure_networks(names: list[str], rounds: int, progress: Callable[[], None]) -> Table:
     """Median training step with `torch.nn`'s layers and with ours, in the same interleaved run.
 
-    Each network in a process of its own, as it is trained: what others leave in the heap decides
-    how often fresh memory has to be faulted in, which is much of what a step costs.
+    Each network runs in a process of its own: page faults on fresh memory are much of a
+    step's cost, and their number depends on what others left in the heap.
     """
     lines: list[list[str | float | None]] = []
     for name in names:

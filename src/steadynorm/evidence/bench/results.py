@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steadynorm.evidence.bench.measure import Measurement, geometric_mean
+from steadynorm.evidence.bench.measure import Measurement
 from steadynorm.evidence.bench.workloads import Workload
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.page import Chart, Page, Section, Table
 
-Key = tuple[str, str, str, str, bool]
 MINE = ("ours", "given")  # the layer, and its kernels with outputs given
 
 
@@ -24,11 +24,11 @@ def rows(measurements: Iterable[Measurement], machine: Mapping[str, str]) -> lis
     return [
         {
             "suite": m.workload.suite,
-            "shape": "x".join(map(str, m.workload.shape)),
+            "shape": m.workload.size,
             "layout": m.workload.layout,
             "dtype": m.workload.dtype,
             "case": m.workload.case,
-            "mode": "training" if m.workload.training else "inference",
+            "mode": m.workload.mode,
             "contender": m.contender,
             "direction": m.direction,
             "milliseconds": round(m.milliseconds, 5),
@@ -42,51 +42,51 @@ def rows(measurements: Iterable[Measurement], machine: Mapping[str, str]) -> lis
     ]
 
 
+def _grouped(measurements: Iterable[Measurement]) -> Iterator[list[Measurement]]:
+    """One group for each suite, case, layout, type and mode, in order of appearance."""
+    groups: dict[Workload, list[Measurement]] = defaultdict(list)
+    for m in measurements:
+        groups[m.workload._replace(shape=())].append(m)
+    yield from groups.values()
+
+
 def tables(measurements: Sequence[Measurement]) -> list[Table]:
     """A table for each suite, case, layout, type and mode; the shapes are its rows."""
-    grouped: dict[Key, dict[tuple[int, ...], dict[tuple[str, str], Measurement]]] = {}
-    for m in measurements:
-        load = m.workload
-        key = (load.suite, load.case, load.layout, load.dtype, load.training)
-        shape = grouped.setdefault(key, {}).setdefault(load.shape, {})
-        shape[m.contender, m.direction] = m
-    return [_table(key, shapes) for key, shapes in grouped.items()]
+    return [_table(group) for group in _grouped(measurements)]
 
 
-def _table(
-    key: Key, shapes: Mapping[tuple[int, ...], Mapping[tuple[str, str], Measurement]]
-) -> Table:
-    suite, case, layout, dtype, training = key
-    total = "both" if training else "forward"
-    first = next(iter(shapes.values()))
-    names = list(dict.fromkeys(name for name, _ in first))
+def _table(group: Sequence[Measurement]) -> Table:
+    load = group[0].workload
+    shapes: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
+    for m in group:
+        shapes[m.workload.size][m.contender, m.direction] = m.copies
+    names = list(dict.fromkeys(m.contender for m in group))
     peers = [name for name in names if name not in MINE]
-    columns = ["shape"]
-    columns += [f"{name}, {d}" for name in names for d in _directions(name, training)]
-    columns += [f"ours against {peer}" for peer in peers]
+    shown = [(name, d) for name in names for d in _directions(name, load.training)]
     lines: list[list[str | float | None]] = []
     gains: dict[str, list[float]] = defaultdict(list)
     for shape, found in shapes.items():
-        line: list[str | float | None] = ["x".join(map(str, shape))]
-        for name in names:
-            line += [found[name, d].copies for d in _directions(name, training)]
         for peer in peers:
-            gain = found[peer, total].copies / found["ours", total].copies
-            gains[peer].append(gain)
-            line.append(f"{gain:.2f}x")
-        lines.append(line)
-    blank: list[str | float | None] = [None] * (len(columns) - 1 - len(peers))
-    lines.append(["geometric mean", *blank, *(f"{geometric_mean(gains[p]):.2f}x" for p in peers)])
-    lines.append(["lowest", *blank, *(f"{min(gains[p]):.2f}x" for p in peers)])
-    limit = sum(Workload(suite, (1, 1), layout, dtype, case, training).limit)
+            gains[peer].append(found[peer, load.total] / found["ours", load.total])
+        lines.append(
+            [shape, *(found[key] for key in shown), *(_times(gains[p][-1]) for p in peers)]
+        )
+    for name, summary in (("geometric mean", statistics.geometric_mean), ("lowest", min)):
+        lines.append([name, *[None] * len(shown), *(_times(summary(gains[p])) for p in peers)])
     return Table(
-        f"{case}, {'training' if training else 'inference'}, {suite}, {layout}, {dtype}",
-        columns,
+        load.title,
+        ["shape", *(f"{name}, {direction}" for name, direction in shown),
+         *(f"ours against {peer}" for peer in peers)],
         lines,
-        note=f"Times in copies of the input; least memory traffic: {limit:g} copies "
-        f"({'forward + backward' if training else 'forward'}).",
-        emphasis=(len(lines) - 2,),
-    )
+        note=f"Times in copies of the input; least memory traffic: {sum(load.limit):g} copies "
+        f"({'forward + backward' if load.training else 'forward'}).",
+        digits=2,
+        emphasis=(len(lines) - 2, len(lines) - 1),
+    )  # fmt: skip
+
+
+def _times(gain: float) -> str:
+    return f"{gain:.2f}x"
 
 
 def _directions(name: str, training: bool) -> tuple[str, ...]:
@@ -99,40 +99,24 @@ def charts(measurements: Sequence[Measurement]) -> list[Chart]:
     """Every contender's time in copies, one dot per shape, with its quartiles."""
     from steadynorm.report.charts import intervals
 
-    grouped: dict[tuple[str, str, str, str, bool], list[dict[str, Any]]] = defaultdict(list)
-    limits: dict[Any, float] = {}
-    for m in measurements:
-        load = m.workload
-        if m.direction != ("both" if load.training else "forward"):
-            continue
-        key = (load.suite, load.case, load.layout, load.dtype, load.training)
-        limits[key] = sum(load.limit)
-        grouped[key].append(
-            {
-                "shape": "x".join(map(str, load.shape)),
-                "contender": m.contender,
-                "copies": m.copies,
-                "low": m.low,
-                "high": m.high,
-            }
-        )
+    whole = [m for m in measurements if m.direction == m.workload.total]
     return [
         intervals(
-            f"{key[1]}, {'training' if key[4] else 'inference'}, {key[0]}, {key[2]}, {key[3]}",
-            points,
-            value="copies",
-            low="low",
-            high="high",
-            label="shape",
-            series="contender",
+            group[0].workload.title,
+            [
+                {
+                    "shape": m.workload.size, "contender": m.contender, "copies": m.copies,
+                    "low": m.low, "high": m.high,
+                }
+                for m in group
+            ],
+            value="copies", low="low", high="high", label="shape", series="contender",
             value_title="time, in copies of the input (logarithmic); dashed: the memory's limit",
-            log=True,
-            wide=True,
-            reference=limits[key],
+            log=True, wide=True, reference=sum(group[0].workload.limit),
             description="Time of each contender per shape as a multiple of a copy of the input.",
         )
-        for key, points in grouped.items()
-    ]
+        for group in _grouped(whole)
+    ]  # fmt: skip
 
 
 def write(
@@ -141,7 +125,7 @@ def write(
     machine: Mapping[str, str],
     networks: Table | None,
 ) -> list[Path]:
-    """`bench.csv`, `bench.json` and, where altair is installed, `bench.html`."""
+    """Write `bench.csv`, `bench.json` and `bench.html`; returns their paths."""
     flat = rows(measurements, machine)
     written = []
     if flat:
@@ -151,15 +135,15 @@ def write(
         writer.writerows(flat)
         written.append(replace_file(folder / "bench.csv", text.getvalue()))
     record = {"machine": dict(machine), "measurements": flat}
+    sections = [
+        Section("Time in copies", ["Lower is better."], [], charts(measurements)),
+        Section("Figures", [], tables(measurements)),
+    ]
     if networks is not None:
         columns = list(networks.columns)
         record["networks"] = [dict(zip(columns, row, strict=True)) for row in networks.rows]
-    written.append(replace_file(folder / "bench.json", json.dumps(record, indent=1)))
-    shown = tables(measurements)
-    sections = [Section("Time in copies", ["Lower is better."], [], charts(measurements))]
-    sections.append(Section("Figures", [], shown))
-    if networks is not None:
         sections.insert(0, Section("Whole networks", ["One training step."], [networks]))
+    written.append(replace_file(folder / "bench.json", json.dumps(record, indent=1)))
     page = Page(
         "Speed of batch normalization",
         sections,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 CASES = ("bn", "bn+relu", "bn+add+relu")
@@ -52,17 +52,32 @@ class Workload(NamedTuple):
     training: bool
 
     @property
-    def bytes(self) -> int:
-        """Size of the input."""
-        return math.prod(self.shape) * (2 if self.dtype == "bfloat16" else 4)
+    def size(self) -> str:
+        """The shape as text."""
+        return "x".join(map(str, self.shape))
+
+    @property
+    def mode(self) -> str:
+        """Training or inference."""
+        return "training" if self.training else "inference"
+
+    @property
+    def total(self) -> str:
+        """The direction that counts: both in training."""
+        return "both" if self.training else "forward"
+
+    @property
+    def title(self) -> str:
+        """All but the shape."""
+        return f"{self.case}, {self.mode}, {self.suite}, {self.layout}, {self.dtype}"
 
     @property
     def limit(self) -> tuple[float, float]:
         """Least memory traffic of forward and backward, in copies of the input (read and write).
 
         Forward reads x (and the residual) and writes y. Backward reads the gradient and x and
-        writes dx (and the residual's gradient). Where the activation was open, one bit for each
-        value tells, which is not counted.
+        writes dx (and the residual's gradient). One bit per value for the activation's gradient is
+        not counted.
         """
         add = self.case == "bn+add+relu"
         return (3 if add else 2) / 2, (4 if add else 3) / 2 if self.training else 0.0
@@ -76,12 +91,7 @@ def workloads(
     modes: Sequence[str],
 ) -> Iterator[Workload]:
     """Every combination that exists: layouts only where there are positions to lay out."""
-    for mode in modes:
-        for dtype in dtypes:
-            for case in cases:
-                for suite in suites:
-                    for layout in layouts:
-                        for shape in SUITES[suite]:
-                            if layout == "nhwc" and len(shape) < 4:
-                                continue
-                            yield Workload(suite, shape, layout, dtype, case, mode == "training")
+    for mode, dtype, case, suite, layout in product(modes, dtypes, cases, suites, layouts):
+        for shape in SUITES[suite]:
+            if layout != "nhwc" or len(shape) >= 4:
+                yield Workload(suite, shape, layout, dtype, case, mode == "training")

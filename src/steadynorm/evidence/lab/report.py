@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steadynorm.evidence.lab.experiment import Experiment, Runs, Shown
+from steadynorm.evidence.lab.experiment import Experiment, Figures
 from steadynorm.evidence.lab.experiments import NAMES, get
+from steadynorm.evidence.lab.runs import Runs
 from steadynorm.evidence.lab.store import read
-from steadynorm.report.files import replace_file
+from steadynorm.files import replace_file
 from steadynorm.report.page import Page, Section, Table
 
 HOLDS = {"yes": "seen", "no": "not seen", "open": "open"}
 
 
-class Saved(NamedTuple):
+class SavedResults(NamedTuple):
     """A results file. `experiment` is None where this version of the lab has no such one."""
 
     head: Mapping[str, Any]
@@ -27,22 +28,24 @@ class Saved(NamedTuple):
         """The experiment's name."""
         return str(self.head["experiment"])
 
-    def shown(self) -> Shown:
+    def figures(self) -> Figures:
         """Its tables and charts; none where the experiment has changed since."""
         current = self.experiment
         if current is None or current.revision != self.head["revision"]:
-            return Shown(text=["Saved by another version of the lab: its figures are in the file."])
-        return current.show(self.runs)
+            return Figures(
+                text=["Saved by another version of the lab: its figures are in the file."]
+            )
+        return current.figures(self.runs)
 
 
-def saved(folder: str | Path) -> list[Saved]:
+def saved(folder: str | Path) -> list[SavedResults]:
     """All results in `folder`, in the lab's order. Raises FileNotFoundError without any."""
     order = [name.replace("_", "-") for name in NAMES]
     found = []
     for path in sorted(Path(folder).glob("*.json")):
         head, runs = read(path)
         name = head["experiment"]
-        found.append(Saved(head, runs, get(name) if name in order else None))
+        found.append(SavedResults(head, runs, get(name) if name in order else None))
     if not found:
         raise FileNotFoundError(
             f"report: {folder} must hold results; found none. "
@@ -51,7 +54,7 @@ def saved(folder: str | Path) -> list[Saved]:
     return sorted(found, key=lambda one: (*order, one.name).index(one.name))
 
 
-def page(results: Sequence[Saved]) -> Page:
+def page(results: Sequence[SavedResults]) -> Page:
     """All results on one page, the verdicts first."""
     data = sorted({one.head["data"] for one in results})
     profiles = sorted({one.head["profile"] for one in results})
@@ -75,9 +78,9 @@ def page(results: Sequence[Saved]) -> Page:
     )
 
 
-def section(one: Saved) -> Section:
+def section(one: SavedResults) -> Section:
     """One experiment: claim, verdict, what it follows from, and what there is to see."""
-    head, shown = one.head, one.shown()
+    head, shown = one.head, one.figures()
     return Section(
         head["title"],
         [
@@ -92,7 +95,7 @@ def section(one: Saved) -> Section:
     )
 
 
-def findings(one: Saved) -> Table:
+def findings(one: SavedResults) -> Table:
     """What the rule asks for, and what was found."""
     rows = [
         (
@@ -106,18 +109,17 @@ def findings(one: Saved) -> Table:
     return Table("What the verdict follows from", columns, rows)
 
 
-def markdown(results: Sequence[Saved]) -> str:
+def markdown(results: Sequence[SavedResults]) -> str:
     """The verdicts as a Markdown table."""
-    lines = [
-        "| experiment | claim | verdict | main figure | seeds |",
-        "|---|---|---|---|---|",
-    ]
-    for one in results:
-        verdict = one.head["verdict"]
-        cells = (one.head["title"], one.head["claim"], f"**{verdict['outcome']}**", _main(one),
-                 str(verdict["seeds"]))  # fmt: skip
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        (
+            one.head["title"], one.head["claim"], f"**{one.head['verdict']['outcome']}**",
+            _main(one), one.head["verdict"]["seeds"],
+        )
+        for one in results
+    ]  # fmt: skip
+    columns = ("experiment", "claim", "verdict", "main figure", "seeds")
+    return Table("Verdicts", columns, rows).markdown() + "\n"
 
 
 def write(folder: str | Path) -> tuple[Path, Path]:
@@ -130,7 +132,7 @@ def write(folder: str | Path) -> tuple[Path, Path]:
     )
 
 
-def _main(one: Saved) -> str:
+def _main(one: SavedResults) -> str:
     found = one.head["verdict"]["findings"][0]
     span = f" ({_number(found['low'])} to {_number(found['high'])})" if found["seeds"] > 1 else ""
     return f"{found['words']}: {_number(found['value'])}{span}"

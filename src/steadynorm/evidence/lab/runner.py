@@ -1,4 +1,4 @@
-"""Runs experiments: what is stored already is not repeated, what finishes is stored at once.
+"""Runs experiments: what is stored is not repeated, what finishes is stored at once.
 
 A lab that was killed and is run again ends with the same results files, byte for byte: a run
 depends on its setting, its seed and the data alone, always has one thread, and the files keep no
@@ -12,32 +12,28 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from steadynorm.evidence.lab import jobs
-from steadynorm.evidence.lab.data import load
-from steadynorm.evidence.lab.experiment import Cell, Experiment, Profile, Result
-from steadynorm.evidence.lab.replicas import joined
+from steadynorm.evidence import workers as processes
+from steadynorm.evidence.data_parallel import joined
+from steadynorm.evidence.digits import load
+from steadynorm.evidence.lab.experiment import Experiment, PlannedRun
+from steadynorm.evidence.lab.runs import Profile, Result
 from steadynorm.evidence.lab.store import Store
-from steadynorm.evidence.lab.training import Tick
-
-Begin = Callable[[Experiment, int, int], None]
-"""Told of an experiment, the steps it takes in all, and those that were done before."""
+from steadynorm.evidence.training import Tick
 
 
 def execute(
-    experiment: Experiment, cell: Cell, data_dir: str | None, *, tick: Tick | None = None
+    experiment: Experiment, run: PlannedRun, data_dir: str | None, *, tick: Tick | None = None
 ) -> Result:
     """One run, as a worker does it. What goes wrong in it is a RuntimeError that names it."""
     try:
-        return experiment.run(cell.setting, cell.seed, load(data_dir), tick or _nothing)
+        return experiment.execute(
+            run.setting, run.seed, load(data_dir), tick or (lambda steps: None)
+        )
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise RuntimeError(
-            f"{experiment.name}: {dict(cell.setting)}, seed {cell.seed}: "
+            f"{experiment.name}: {dict(run.setting)}, seed {run.seed}: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _nothing(steps: int) -> None:
-    pass
 
 
 def run(
@@ -48,39 +44,40 @@ def run(
     data_dir: str | None = None,
     out: str | Path = "lab",
     workers: int | None = None,
-    begin: Begin | None = None,
-    progress: jobs.Progress | None = None,
+    begin: Callable[[str, int, int], None] | None = None,
+    progress: processes.Progress | None = None,
 ) -> list[Path]:
     """Run the experiments, spread over the cores, the timed ones last and alone.
 
     `seeds`: how many, by default what each declares for the profile. `out` holds the finished runs
-    and the results; see `Store`. Returns the results files in the order of `experiments`, each
-    written as soon as its last run is there.
+    and the results; see `Store`. `begin` is called with each experiment's name, its steps and those
+    done before, `progress` with its name and the steps done so far. Returns the results files
+    in the order of `experiments`, each written as soon as its last run is there.
 
-    Raises what `load` and `jobs.run` raise.
+    Raises what `load` and `workers.run` raise.
     """
     if seeds is not None and seeds < 1:
         raise ValueError(f"run: `seeds` must be at least 1; got {seeds!r}.")
     plan = _Plan(experiments, profile, seeds, Store(out, str(load(data_dir))))
-    if begin is not None:
-        for experiment in experiments:
-            begin(experiment, plan.steps(experiment.name), plan.before(experiment.name))
-    for name in plan.names:
-        plan.finish(name)
-    todo = [(plan.experiments[name], cell) for name in plan.names for cell in plan.missing[name]]
-    planned = [
-        jobs.Job(e.name, (cell,), cell.steps, execute, (e, cell, data_dir), e.timed)
-        for e, cell in todo
+    before = {}
+    for name, planned in plan.planned.items():
+        total, missing = (sum(one.steps for one in some) for some in (planned, plan.missing[name]))
+        before[name] = total - missing
+        if begin is not None:
+            begin(name, total, before[name])
+    jobs = [
+        processes.Job(name, (one,), one.steps, execute, (e, one, data_dir), e.timed)
+        for name, e in plan.experiments.items()
+        for one in plan.missing[name]
     ]
-    before = {name: plan.before(name) for name in plan.names}
 
-    def tell(group: str, steps: int) -> None:
+    def report(group: str, steps: int) -> None:
         if progress is not None:
             progress(group, before[group] + steps)
 
-    for job, result in jobs.run(planned, workers=workers, progress=tell):
+    for job, result in processes.run(jobs, workers=workers, progress=report):
         plan.put(job.group, job.key[0], result)
-    return [plan.paths[name] for name in plan.names]
+    return list(plan.paths.values())
 
 
 def run_together(
@@ -90,7 +87,7 @@ def run_together(
     seeds: int | None = None,
     data_dir: str | None = None,
     out: str | Path = "lab",
-    progress: Callable[[Experiment, Cell], None] | None = None,
+    progress: Callable[[Experiment, PlannedRun], None] | None = None,
 ) -> list[Path]:
     """The same in the processes that `torchrun` started: one run after the other, each trained
     data-parallel by all of them. The first process keeps the store and is told of each run.
@@ -103,29 +100,27 @@ def run_together(
             f"run_together: `experiments` must not be timed; got {', '.join(timed)}. "
             f"Run those without torchrun."
         )
-    with joined() as replicas:
-        leads = replicas.rank == 0
-        store = Store(out, str(load(data_dir)), processes=replicas.count)
-        # What is stored is for the first process to say: another may see another disk.
-        told: list[list[tuple[str, Cell]] | None] = [None]
-        plan = _Plan(experiments, profile, seeds, store) if leads else None
-        if plan is not None:
-            for name in plan.names:
-                plan.finish(name)
-            told = [[(name, cell) for name in plan.names for cell in plan.missing[name]]]
-        dist.broadcast_object_list(told, src=0)
+    with joined() as group:
+        # Only the first process reads the store: another may see another disk.
+        plan = None
+        missing: list[list[tuple[str, PlannedRun]] | None] = [None]
+        if group.rank == 0:
+            store = Store(out, str(load(data_dir)), processes=group.count)
+            plan = _Plan(experiments, profile, seeds, store)
+            missing = [[(name, one) for name, some in plan.missing.items() for one in some]]
+        dist.broadcast_object_list(missing, src=0)
         by_name = {experiment.name: experiment for experiment in experiments}
-        for name, cell in told[0] or ():
-            if progress is not None and leads:
-                progress(by_name[name], cell)
-            result = execute(by_name[name], cell, data_dir)
+        for name, planned in missing[0] or ():
+            if progress is not None and plan is not None:
+                progress(by_name[name], planned)
+            result = execute(by_name[name], planned, data_dir)
             if plan is not None:
-                plan.put(name, cell, result)
-        return [] if plan is None else [plan.paths[name] for name in plan.names]
+                plan.put(name, planned, result)
+        return [] if plan is None else list(plan.paths.values())
 
 
 class _Plan:
-    """Which runs are wanted and which are missing."""
+    """Which runs are wanted and which are missing; writes the results of what is complete."""
 
     def __init__(
         self, experiments: Sequence[Experiment], profile: Profile, seeds: int | None, store: Store
@@ -133,27 +128,20 @@ class _Plan:
         self.store = store
         self.profile = profile
         self.experiments = {experiment.name: experiment for experiment in experiments}
-        self.names = list(self.experiments)
-        self.wanted = {e.name: e.cells(profile, seeds) for e in experiments}
+        self.planned = {e.name: e.planned(profile, seeds) for e in experiments}
         self.missing = {
-            e.name: [cell for cell in self.wanted[e.name] if not store.has(e, cell)]
+            e.name: [one for one in self.planned[e.name] if not store.has(e, one)]
             for e in experiments
         }
-        self.paths: dict[str, Path] = {}
+        self.paths = {e.name: store.results(e) for e in experiments}
+        for name in self.experiments:
+            self._finish(name)
 
-    def steps(self, name: str) -> int:
-        return sum(cell.steps for cell in self.wanted[name])
+    def put(self, name: str, run: PlannedRun, result: Result) -> None:
+        self.store.put(self.experiments[name], run, result)
+        self.missing[name].remove(run)
+        self._finish(name)
 
-    def before(self, name: str) -> int:
-        return self.steps(name) - sum(cell.steps for cell in self.missing[name])
-
-    def put(self, name: str, cell: Cell, result: Result) -> None:
-        self.store.put(self.experiments[name], cell, result)
-        self.missing[name] = [other for other in self.missing[name] if other != cell]
-        self.finish(name)
-
-    def finish(self, name: str) -> None:
-        """Write the results if nothing is missing."""
+    def _finish(self, name: str) -> None:
         if not self.missing[name]:
-            experiment = self.experiments[name]
-            self.paths[name] = self.store.finish(experiment, self.profile, self.wanted[name])
+            self.store.finish(self.experiments[name], self.profile, self.planned[name])

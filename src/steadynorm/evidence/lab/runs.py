@@ -1,79 +1,121 @@
-"""A training run as a value: what to build and how to train it, ready to be sent to a worker."""
+"""The conditions of an experiment, and its finished runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
-from statistics import fmean, stdev
-from typing import Literal, NamedTuple
+from itertools import product
+from typing import Any, Literal
 
-from steadynorm.evidence.lab.data import load
-from steadynorm.evidence.lab.networks import (
-    convolutional,
-    fully_connected,
-    initialize,
-    normalization_1d,
-    normalization_2d,
-)
-from steadynorm.evidence.lab.training import Recipe, Tick, Training, train
-from steadynorm.statistics import Policy
+from steadynorm.evidence import estimates
+from steadynorm.evidence.estimates import Estimate
+
+Profile = Literal["quick", "full"]
+Setting = Mapping[str, Any]
+"""One value for each factor, and whatever else a run needs: strings, numbers, True, None."""
+Result = Mapping[str, Any]
+"""What a run measured: the same, and lists of them."""
+
+
+def grid(**factors: Any) -> list[Setting]:
+    """Every combination; the last factor varies fastest. A range or tuple holds the values of a
+    factor, anything else is its only value.
+
+    >>> grid(batch=(2, 1), samples=100)
+    [{'batch': 2, 'samples': 100}, {'batch': 1, 'samples': 100}]
+    """
+    values = [value if isinstance(value, tuple | range) else (value,) for value in factors.values()]
+    return [dict(zip(factors, row, strict=True)) for row in product(*values)]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A network and its training. `statistics` is a policy, its name, "torch" for torch's own
-    layer, or None for no normalization; `momentum` is the layers'.
+class FinishedRun:
+    """A run and its result. `run["error"]` looks in the result, then in the setting."""
+
+    setting: Setting
+    seed: int
+    result: Result
+
+    def __getitem__(self, name: str) -> Any:
+        return self.result[name] if name in self.result else self.setting[name]
+
+
+class Runs(Sequence[FinishedRun]):
+    """Finished runs, in the order of the experiment's cells.
+
+    >>> runs = Runs(FinishedRun({"batch": 2}, seed, {"error": 3.0 + seed}) for seed in (0, 1))
+    >>> runs.values("error", batch=2)
+    [3.0, 4.0]
     """
 
-    network: Literal["fully connected", "convolutional"]
-    statistics: Policy | str | None
-    recipe: Recipe
-    momentum: float = 0.1
+    def __init__(self, runs: Iterable[FinishedRun]) -> None:
+        self._runs = list(runs)
 
+    def __len__(self) -> int:
+        return len(self._runs)
 
-def execute(setup: Setup, data_dir: str | None, seed: int, *, tick: Tick | None = None) -> Training:
-    """Build the network from `seed`, train it on the digits of `data_dir` and measure it."""
-    digits = load(data_dir)
-    if setup.network == "convolutional":
-        network = convolutional(normalization_2d(setup.statistics, momentum=setup.momentum))
-    else:
-        network = fully_connected(
-            digits.train_images[0].size,
-            normalization_1d(setup.statistics, momentum=setup.momentum),
+    def __iter__(self) -> Iterator[FinishedRun]:
+        return iter(self._runs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._runs[index]
+
+    def where(self, **factors: Any) -> Runs:
+        """Those whose setting has all these values."""
+        return Runs(
+            run
+            for run in self._runs
+            if all(name in run.setting and run.setting[name] == v for name, v in factors.items())
         )
-    initialize(network, seed)
-    return train(network, digits, setup.recipe, seed=seed, tick=tick)
 
+    def values(self, measure: str, **factors: Any) -> list[Any]:
+        """A measure of the runs with these values, ordered by seed, so that lists of two settings
+        pair up. Raises ValueError unless there is exactly one run for each seed.
+        """
+        found = self.where(**factors)
+        by_seed = {run.seed: run[measure] for run in found}
+        if not by_seed or len(by_seed) < len(found):
+            raise ValueError(
+                f"values: `factors` must leave one run for each seed; "
+                f"got {len(found)} runs of {len(by_seed)} seeds for {factors!r}."
+            )
+        return [by_seed[seed] for seed in sorted(by_seed)]
 
-class Interval(NamedTuple):
-    """A mean over `runs` independent runs; the 95 % interval of it is mean ± half."""
+    def mean(self, measure: str, **factors: Any) -> Estimate:
+        """The mean of a measure over the seeds."""
+        return estimates.mean(self.values(measure, **factors))
 
-    mean: float
-    half: float
-    runs: int
+    def difference(
+        self, measure: str, factor: str, first: Any, second: Any, **factors: Any
+    ) -> Estimate:
+        """A measure where `factor` is `first` minus the same where it is `second`, by seed."""
+        return estimates.difference(*self._both(measure, factor, first, second, factors))
 
-    def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.runs < 2 else f"{self.mean:.1f} ± {self.half:.1f}"
+    def ratio(self, measure: str, factor: str, first: Any, second: Any, **factors: Any) -> Estimate:
+        """A measure where `factor` is `first` over the same where it is `second`, by seed."""
+        return estimates.ratio(*self._both(measure, factor, first, second, factors))
 
+    def _both(
+        self, measure: str, factor: str, first: Any, second: Any, factors: Mapping[str, Any]
+    ) -> list[list[Any]]:
+        return [self.values(measure, **{factor: value}, **factors) for value in (first, second)]
 
-# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; scipy is a second of import away.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+    def derived(self, **measures: Callable[[FinishedRun], Any]) -> Runs:
+        """The same runs with further measures, each computed from the run."""
+        return Runs(
+            FinishedRun(
+                run.setting, run.seed, {**run.result, **{k: f(run) for k, f in measures.items()}}
+            )
+            for run in self._runs
+        )
 
+    def distinct(self, factor: str) -> list[Any]:
+        """The values that a factor takes, in order of appearance."""
+        return list(
+            dict.fromkeys(run.setting[factor] for run in self._runs if factor in run.setting)
+        )
 
-def interval(values: list[float]) -> Interval:
-    """Student's 95 % interval for the mean of independent runs; half is 0 for a single one.
-
-    >>> print(interval([1.0, 2.0, 3.0]))
-    2.0 ± 2.5
-    """
-    if not values:
-        raise ValueError("interval: `values` must hold at least one run; got none.")
-    count = len(values)
-    if count == 1:
-        return Interval(values[0], 0.0, 1)
-    t = _T[count - 2] if count - 2 < len(_T) else 1.96 + 2.5 / (count - 1)
-    return Interval(fmean(values), t * stdev(values) / sqrt(count), count)
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that were run."""
+        return sorted({run.seed for run in self._runs})

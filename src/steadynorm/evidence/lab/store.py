@@ -9,16 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from steadynorm.evidence.lab.experiment import (
-    Cell,
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    canonical,
-)
-from steadynorm.report.files import replace_file
+from steadynorm.evidence.lab.experiment import Experiment, PlannedRun, canonical
+from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs
+from steadynorm.files import replace_file
 from steadynorm.report.machine import processor
 
 DIGITS = 6  # significant digits that a stored number keeps
@@ -27,8 +20,8 @@ DIGITS = 6  # significant digits that a stored number keeps
 class Store:
     """`folder/runs/NAME/KEY.json` for every run, `folder/results/NAME.json` for an experiment.
 
-    The results of a timed experiment lie in `NAME.timed.json`: they alone differ when everything
-    is run again.
+    The results of a timed experiment lie in `NAME.timed.json`: only these differ when everything is
+    run again.
     """
 
     def __init__(self, folder: str | Path, data: str, *, processes: int = 1) -> None:
@@ -36,33 +29,40 @@ class Store:
         self.data = data
         self.processes = processes
 
-    def path(self, experiment: Experiment, cell: Cell) -> Path:
+    def path(self, experiment: Experiment, run: PlannedRun) -> Path:
         """Where a run lies, or will lie."""
-        return self.folder / "runs" / experiment.name / f"{cell.key(experiment, self.data)}.json"
+        return self.folder / "runs" / experiment.name / f"{run.key(experiment, self.data)}.json"
 
-    def has(self, experiment: Experiment, cell: Cell) -> bool:
+    def results(self, experiment: Experiment) -> Path:
+        """Where the results of an experiment lie, or will lie."""
+        suffix = ".timed.json" if experiment.timed else ".json"
+        return self.folder / "results" / f"{experiment.name}{suffix}"
+
+    def has(self, experiment: Experiment, run: PlannedRun) -> bool:
         """Whether a run is finished: a run's file is written whole or not at all."""
-        return self.path(experiment, cell).is_file()
+        return self.path(experiment, run).is_file()
 
-    def put(self, experiment: Experiment, cell: Cell, result: Result) -> None:
+    def put(self, experiment: Experiment, run: PlannedRun, result: Result) -> None:
         """Store a finished run."""
         record = {
-            "setting": dict(cell.setting),
-            "seed": cell.seed,
+            "setting": dict(run.setting),
+            "seed": run.seed,
             "result": plain(result),
             "made_with": made_with(self.processes),
         }
-        replace_file(self.path(experiment, cell), canonical(record) + "\n")
+        replace_file(self.path(experiment, run), canonical(record) + "\n")
 
-    def get(self, experiment: Experiment, cell: Cell) -> dict[str, Any]:
+    def get(self, experiment: Experiment, run: PlannedRun) -> dict[str, Any]:
         """A finished run as it was stored."""
-        record: dict[str, Any] = json.loads(self.path(experiment, cell).read_text("utf-8"))
+        record: dict[str, Any] = json.loads(self.path(experiment, run).read_text("utf-8"))
         return record
 
-    def finish(self, experiment: Experiment, profile: Profile, cells: Sequence[Cell]) -> Path:
+    def finish(
+        self, experiment: Experiment, profile: Profile, planned: Sequence[PlannedRun]
+    ) -> Path:
         """Write the results file, verdict included, from the stored runs; returns its path."""
-        records = [self.get(experiment, cell) for cell in cells]
-        runs = Runs(Run(record["setting"], record["seed"], record["result"]) for record in records)
+        records = [self.get(experiment, run) for run in planned]
+        runs = _finished(records)
         head = {
             "experiment": experiment.name,
             "revision": experiment.revision,
@@ -72,32 +72,27 @@ class Store:
             **declaration(experiment),
             "verdict": plain(experiment.verdict(runs).record()),
         }
-        suffix = ".timed.json" if experiment.timed else ".json"
-        path = self.folder / "results" / f"{experiment.name}{suffix}"
-        return replace_file(path, _text(head, [_row(run) for run in runs]))
+        return replace_file(self.results(experiment), _text(head, runs))
 
 
 def declaration(experiment: Experiment) -> dict[str, Any]:
     """What an experiment says of itself."""
-    return {
-        "title": experiment.title,
-        "claim": experiment.claim,
-        "source": experiment.source,
-        "factors": dict(experiment.factors),
-        "measure": experiment.measure,
-        "rule": experiment.rule,
-    }
+    fields = ("title", "claim", "source", "factors", "measure", "rule")
+    return {name: getattr(experiment, name) for name in fields}
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Runs]:
     """A results file: all but the runs as a dict, and the runs."""
     record = json.loads(Path(path).read_text("utf-8"))
-    runs = Runs(Run(row["setting"], row["seed"], row["result"]) for row in record.pop("runs"))
-    return record, runs
+    return record, _finished(record.pop("runs"))
+
+
+def _finished(records: Sequence[Mapping[str, Any]]) -> Runs:
+    return Runs(FinishedRun(row["setting"], row["seed"], row["result"]) for row in records)
 
 
 def made_with(processes: int = 1) -> str:
-    """What figures depend on besides settings, seeds and data."""
+    """What results depend on besides settings, seeds and data."""
     together = f", {processes} processes" if processes > 1 else ""
     return f"torch {version('torch')} on {processor()}{together}"
 
@@ -122,12 +117,9 @@ def plain(value: Any) -> Any:
     )
 
 
-def _row(run: Run) -> dict[str, Any]:
-    return {"setting": run.setting, "seed": run.seed, "result": run.result}
-
-
-def _text(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _text(head: Mapping[str, Any], runs: Runs) -> str:
     """JSON with one run on a line."""
     start = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    rows = ({"setting": run.setting, "seed": run.seed, "result": run.result} for run in runs)
     lines = ",\n".join(f"  {canonical(row)}" for row in rows)
     return f'{start[:-2]},\n "runs": [\n{lines}\n ]\n}}\n'

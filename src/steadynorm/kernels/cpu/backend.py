@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steadynorm._extras import lacking
 from steadynorm.kernels.closed_form import ClosedForm
-from steadynorm.kernels.spec import Call, Gradients, Saved, Tensors
+from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
-from .readable import unreadable
+from .readable import PLAIN, unreadable
+
+TENSORS = tuple(field.name for field in fields(Call))
+"""The names of a call's arguments, its tensors first."""
 
 
 class CpuKernels(ClosedForm):
@@ -26,7 +31,7 @@ class CpuKernels(ClosedForm):
             try:
                 from . import prepared, stages
             except ImportError as error:
-                self.refusal = f"the CPU kernels cannot be loaded ({error})"
+                self.refusal = f"the CPU kernels cannot be loaded ({lacking(error) or error})"
             else:
                 self.prepared, self.stages = prepared.prepared, stages
         return self.refusal
@@ -36,32 +41,34 @@ class CpuKernels(ClosedForm):
         if self.prepared is None and self.load() is not None:
             return self.refusal
         x, residual = call.x, call.residual
-        for t in (
-            x, residual, call.mask, call.weight, call.bias, call.running_mean, call.running_var,
+        found = unreadable(
+            x, call.weight, call.bias, residual, call.mask, call.running_mean, call.running_var,
             call.num_batches_tracked,
-        ):  # fmt: skip
-            if t is not None and (why := unreadable(t)) is not None:
-                name = next(name for name, other in vars(call).items() if other is t)
-                return f"`{name}` {why}"
-        shape, strides, dtype = x.shape, x.stride(), x.dtype
+        )  # fmt: skip
+        if found is not None:
+            return f"`{TENSORS[found[0]]}` {found[1]}"
+        if x.__class__ not in PLAIN:
+            return f"the input is a {x.__class__.__name__}"
         residual_dtype = None if residual is None else residual.dtype
-        no: str | None = self.stages.unsupported(shape, strides, dtype, residual_dtype)
-        if no is None and call.basic:
-            activation, threads = call.activation, torch.get_num_threads()
-            plan = self.prepared(shape, strides, dtype, activation, residual is not None, threads)
-            call.plan = plan if plan.fits(call) else None
-        return no
+        layout = (x.shape, x.stride(), x.dtype, residual_dtype)
+        if not call.basic:
+            return self.stages.unsupported(*layout)  # type: ignore[no-any-return]
+        plan = self.prepared(*layout, call.activation, torch.get_num_threads())
+        if plan.__class__ is str:
+            return plan
+        call.plan = plan if plan.fits(call) else None
+        return None
 
-    def forward(self, call: Call) -> tuple[Tensor, tuple[Tensors, Any]]:
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """By the plan where there is one that the backward can go on with, else by stages."""
         if call.plan is None or (call.by_running and call.gradient):
             return super().forward(call)
         if call.by_running:
             return call.plan.infer(call), ((), None)
-        result: tuple[Tensor, tuple[Tensors, Any]] = call.plan.train(call)
+        result: tuple[Tensor, Packed] = call.plan.train(call)
         return result
 
-    def backward(self, saved: tuple[Tensors, Any], grad: Tensor, needs: Any) -> Gradients:
+    def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         """The gradients in closed form."""
         tensors, rest = saved
         if needs[0] and hasattr(rest, "plan"):
@@ -69,13 +76,13 @@ class CpuKernels(ClosedForm):
             return gradients
         return super().backward(saved, grad, needs)
 
-    def expand(self, saved: tuple[Tensors, Any]) -> Saved:
+    def unpack(self, saved: Packed) -> Saved:
         """What `forward` left, in full."""
         tensors, rest = saved
         if hasattr(rest, "plan"):
-            expanded: Saved = rest.plan.expand(tensors, rest.eps)
+            expanded: Saved = rest.plan.unpack(tensors, rest.eps)
             return expanded
-        return super().expand(saved)
+        return super().unpack(saved)
 
 
 CPU = CpuKernels("cpu", None, compiled=True)

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from steadynorm.kernels.spec import Keep, keep
+from steadynorm.kernels.spec import Keep
 
 from .activations import CODES
 from .backward import backward
@@ -84,7 +84,7 @@ def warmup(
                 done[f"forward {end}"] = forward_kernel(dtype, activation, add=add)
                 if activation is None and add:
                     continue  # the residual's gradient is the gradient itself
-                kept = keep(activation, residual=add, compiled=True)
+                kept = Keep.needed(activation, residual=add, compiled=True)
                 how = gradient_options(kept, residual=add)
                 done[f"backward {end}"] = backward_kernel(dtype, activation, want=add, **how)
     return done

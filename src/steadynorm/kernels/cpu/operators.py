@@ -16,14 +16,7 @@ from torch.library import Library, impl, register_autograd, register_fake
 
 from steadynorm.kernels import compat
 from steadynorm.kernels.closed_form import ClosedForm
-from steadynorm.kernels.spec import (
-    Call,
-    Keep,
-    Saved,
-    coefficients_of,
-    keep,
-    statistics_dtype,
-)
+from steadynorm.kernels.spec import Call, Keep, Saved, coefficients_of, statistics_dtype
 from steadynorm.statistics import Moments, Normalizer
 
 from .backend import CPU
@@ -147,7 +140,7 @@ def _(grad: Tensor, x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, residual, mask, *statistics, _, activation, _ = inputs
-    kept = keep(activation, residual=residual is not None, compiled=True, signs=False)
+    kept = Keep.needed(activation, residual=residual is not None, compiled=True, signs=False)
     ctx.settings, ctx.want_residual = inputs[-3:], residual is not None and residual.requires_grad
     rebuilds, y = kept is Keep.REBUILT, output if kept is Keep.OUTPUT else None
     ctx.save_for_backward(x, weight, bias, residual if rebuilds else None, mask, y, *statistics)

@@ -18,20 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import Call, Gradients, Keep, Saved, Tensors, coefficients_of, keep
+from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved, coefficients_of
 from steadynorm.statistics import Moments, Normalizer
 
 from . import loops, slabs
 from .allocator import empty_like
-from .arguments import Arguments
+from .arguments import BACKWARD, FORWARD, ROWS, Arguments, writer
 from .kernels import backward_kernel, forward_kernel, gradient_options
+from .stages import unsupported
 
-# Rows of what a training step leaves for its backward, (len, C), by the names of their arguments.
-MEASURED = ("center", "center_low", "var", "scale", "shift", "rho", "slope_factor",
-            "constant_factor")  # fmt: skip
-# Rows that the backward alone uses.
-SCRATCH = ("sum_grad_x", "slope", "constant")
-ROWS = len(MEASURED) + len(SCRATCH)
+_fill_forward, _FORWARD = writer("eps", "momentum", *FORWARD)
+_fill_backward, _BACKWARD = writer(*FORWARD, *BACKWARD)
 
 
 class Rest(NamedTuple):
@@ -44,8 +41,8 @@ class Rest(NamedTuple):
 class Plan:
     """Basic calls with inputs of one shape, layout and type, and one activation.
 
-    A training step leaves one tensor for its backward, in int16: the rows named above in the type
-    that statistics have, then the sign bits where they serve.
+    A training step leaves one tensor for its backward, in int16: the rows that arguments.py names,
+    in the type that statistics have, then the sign bits where they serve.
     """
 
     def __init__(
@@ -56,10 +53,11 @@ class Plan:
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
         self.dtype, self.channels, self.count = dtype, shape.channels, slab.count
         self.activation = activation
-        self.kept = keep(activation, residual=residual, compiled=True)
+        self.kept = Keep.needed(activation, residual=residual, compiled=True)
         self.threads = slab.plan.threads
         self.partial = 0 if slab.plan.visit else slab.sums
         self.step = shape.channels * self.real.itemsize
+        self.rows_bytes = len(ROWS) * self.step
         self.signs = slab.words if self.kept is Keep.SIGNS else 0
         options = gradient_options(self.kept, residual=residual)
         self._backward = tuple(
@@ -80,28 +78,25 @@ class Plan:
         batches = call.num_batches_tracked
         return batches is None or batches.dtype is torch.int64
 
-    def train(self, call: Call) -> tuple[Tensor, tuple[Tensors, Rest]]:
+    def train(self, call: Call) -> tuple[Tensor, Packed]:
         """Normalize by the batch and move the running statistics."""
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
         y = empty_like(x)
-        rows = torch.empty(ROWS * self.step // 2 + self.signs, dtype=torch.int16)
+        rows = torch.empty(self.rows_bytes // 2 + self.signs, dtype=torch.int16)
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
         a = Arguments.from_buffer_copy(self._training)
-        a.x, a.y, a.partial = x.data_ptr(), y.data_ptr(), _address(partial_sums)
-        a.residual, a.weight, a.bias = map(_address, (residual, call.weight, call.bias))
-        a.eps, a.momentum = call.eps, call.momentum
-        address = rows.data_ptr()
-        for name in MEASURED:
-            setattr(a, name, address)
-            address += self.step
-        if self.signs:
-            a.signs = rows.data_ptr() + ROWS * self.step
-        if call.running_mean is not None:
-            written = (call.running_mean, call.running_var, call.num_batches_tracked)
-            a.running_mean, a.running_var, a.num_batches_tracked = map(_address, written)
-            for t in written:
-                if t is not None:
-                    torch.autograd.graph.increment_version(t)
+        first = rows.data_ptr()
+        end = first + self.rows_bytes
+        mean, var, batches = call.running_mean, call.running_var, call.num_batches_tracked
+        _fill_forward(
+            a, _FORWARD, call.eps, call.momentum, x.data_ptr(), _address(residual), y.data_ptr(),
+            end if self.signs else 0, _address(partial_sums), _address(call.weight),
+            _address(call.bias), _address(mean), _address(var), _address(batches),
+            *range(first, end, self.step),
+        )  # fmt: skip
+        if mean is not None and var is not None:
+            written = (mean, var) if batches is None else (mean, var, batches)
+            torch.autograd.graph.increment_version(written)
         self._forward(a, self.threads)
         tensors = (
             x, rows, y if self.kept is Keep.OUTPUT else None,
@@ -134,16 +129,14 @@ class Plan:
         dbias = torch.empty(self.channels, dtype=self.real)
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
         a = Arguments.from_buffer_copy(self._gradients)
-        a.x, a.grad, a.dx = x.data_ptr(), grad.data_ptr(), dx.data_ptr()
-        a.y, a.residual, a.dresidual = map(_address, (y, residual, dresidual))
-        a.grad_weight, a.sum_grad = dweight.data_ptr(), dbias.data_ptr()
-        a.partial = _address(partial_sums)
-        address = rows.data_ptr()
-        for name in MEASURED + SCRATCH:
-            setattr(a, name, address)
-            address += self.step
-        a.signs = address
-        a.mean_low = a.mean_gap = a.center_low
+        first = rows.data_ptr()
+        low, end = first + self.step, first + self.rows_bytes
+        _fill_backward(
+            a, _BACKWARD, x.data_ptr(), _address(residual), _address(y), end,
+            _address(partial_sums), 0, 0, 0, 0, 0, *range(first, end, self.step), low, low,
+            grad.data_ptr(), dx.data_ptr(), _address(dresidual), dbias.data_ptr(),
+            dweight.data_ptr(),
+        )  # fmt: skip
         self._backward[want]()(a, self.threads)
         return (
             dx,
@@ -152,11 +145,11 @@ class Plan:
             dresidual if want else (grad if needs[3] else None),
         )
 
-    def expand(self, tensors: Any, eps: float) -> Saved:
+    def unpack(self, tensors: Any, eps: float) -> Saved:
         """What a training step left, as the stages leave it."""
         x, rows, y, residual, weight, bias = tensors
-        words = ROWS * self.step // 2
-        mean, low, var = rows[:words].view(self.real).view(ROWS, self.channels)[:3]
+        words = self.rows_bytes // 2
+        mean, low, var = rows[:words].view(self.real).view(len(ROWS), self.channels)[:3]
         normalizer = Normalizer(mean, low, var, 1, 0, 1)
         batch, known = (
             Moments(self.count, mean, var, low),
@@ -184,11 +177,14 @@ def prepared(
     sizes: torch.Size,
     strides: tuple[int, ...],
     dtype: torch.dtype,
+    residual: torch.dtype | None,
     activation: str | None,
-    residual: bool,
     threads: int,
-) -> Plan:
-    """The plan for such inputs, which the kernels are known to take; built once."""
+) -> Plan | str:
+    """The plan for such inputs, built once; or why the kernels do not take them."""
+    why = unsupported(sizes, strides, dtype, residual)
+    if why is not None:
+        return why
     shape = slabs.shape_of(torch.empty_strided(sizes, strides, dtype=dtype, device="meta"))
     assert shape is not None
-    return Plan(shape, dtype, activation, residual)
+    return Plan(shape, dtype, activation, residual is not None)

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@cache
-def _is_memory(kind: type[Tensor]) -> bool:
-    """Whether PyTorch dispatches tensors of this type to nobody else, as it does a DTensor."""
-    functions: list[Any] = [
-        getattr(function, "__func__", function)
-        for function in (
-            kind.__torch_function__,
-            Tensor.__torch_function__,
-            torch.nn.Parameter.__torch_function__,
-        )
-    ]
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and functions[0] in functions[1:]
+PLAIN: frozenset[Any] = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+STRIDED = torch.strided
 
 
-def unreadable(t: Tensor) -> str | None:
-    """Why a kernel cannot use the tensor by its address, in words; None if it can."""
-    if not _is_memory(t.__class__):
-        return f"is a {t.__class__.__name__}"
+def unreadable(*tensors: Tensor | None) -> tuple[int, str] | None:
+    """The first that a kernel cannot use by its address: its index, and why; None if it can all."""
+    for index, t in enumerate(tensors):
+        if t is not None and (
+            t.__class__ not in PLAIN or not t.is_cpu or t.is_neg() or t.layout is not STRIDED
+        ):
+            why = _why(t)
+            if why is not None:
+                return index, why
+    return None
+
+
+def _why(t: Tensor) -> str | None:
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # as of a DTensor
+        return f"is a {type(t).__name__}"
     if t.layout is not torch.strided:
         return f"has layout {t.layout}"
     if not t.is_cpu:
         return f"is on {t.device.type}"
-    if t.is_neg() or t.is_conj() or t._is_zerotensor():
-        return "is a view whose values are not in memory"
-    return None
+    return "is a view whose values are not in memory" if t.is_neg() else None

@@ -5,10 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,20 +13,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 import torch
-from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+from llvmlite import binding as llvm
 from numba import cfunc, types
 from numba.core import config
+from numba.core.compiler_lock import global_compiler_lock
 
 from steadynorm.kernels import activations
+from steadynorm.kernels.cpu import cache as files
 
 
 class _Process:
     """What a fork changes."""
 
     forked = False
-    compiling = threading.RLock()
 
 
 class Kernel:
@@ -38,12 +37,20 @@ class Kernel:
     `calls` counts how often it ran, `cached` tells whether it came from the disk.
     """
 
-    def __init__(self, function: Any) -> None:
-        self.address: int = function.address
-        self.cached: bool = function.cache_hits > 0
+    def __init__(self, code: bytes, *, cached: bool) -> None:
+        entry, _, machine_code = code.partition(b"\0")
+        # An engine for each kernel. Numba tells closures apart by a number that starts anew in
+        # every process: two kernels compiled by two processes may hold the same symbols.
+        llvm.initialize_native_target()  # which Numba does when it first compiles; twice is no harm
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
+        self._engine.finalize_object()
+        self.address: int = self._engine.get_function_address(entry.decode())
+        self.cached = cached
         self.calls = 0
-        self._function = function  # keeps the machine code alive
-        self._enter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)
+        self._enter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
     def __call__(self, arguments: Any, threads: int) -> None:
         """Run until every pass in the arguments has gone through every chunk."""
@@ -56,69 +63,59 @@ class Kernel:
             team()(self, address, threads)
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: the user's cache folder, by version and kernel sources."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin" and not os.environ.get("XDG_CACHE_HOME"):
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "steadynorm" / f"{_version()}-{_fingerprint()}"
+def compile_kernel(function: Callable[[Any], None], name: str) -> Kernel:
+    """Load the kernel from the cache, or compile it and store it there."""
+    title = f"{name}-{_fingerprint()}"
+    with global_compiler_lock:
+        code = files.load(title)
+        if code is not None:
+            return Kernel(code, cached=True)
+        code = _compiled(function)
+        files.store(title, code)
+        return Kernel(code, cached=False)
 
 
-def _version() -> str:
+def _compiled(function: Callable[[Any], None]) -> bytes:
+    """The symbol to enter by, a null byte, and the object file.
+
+    `_nrt=False`: without Numba's run-time library, which a process that only loads would have to
+    start (0.06 s) before the symbols resolve.
+    """
+    level = config.OPT
     try:
-        return metadata.version("steadynorm")
-    except metadata.PackageNotFoundError:
-        return "source"
+        # The third level takes a sixth more time, and makes these kernels no faster.
+        config.OPT = type(level)(min(level, 2))
+        compiled = cfunc(
+            types.void(types.CPointer(types.int64)),
+            error_model="numpy", fastmath={"contract"}, nopython=True, _nrt=False,
+        )(function)  # fmt: skip
+    finally:
+        config.OPT = level
+    entry: str = compiled.native_name
+    machine_code: bytes = compiled._library._get_compiled_object()
+    return entry.encode() + b"\0" + machine_code
 
 
 @cache
 def _fingerprint() -> str:
-    """Changes with any kernel source, of which Numba would look at one, and with the processor."""
-    made_with = (numba.__version__, config.OPT, config.CPU_NAME, config.CPU_FEATURES)
-    processor = (get_host_cpu_name(), get_host_cpu_features().flatten())
-    digest = hashlib.sha256(repr((made_with, processor)).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    digest.update(Path(activations.__file__).read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def compile_kernel(function: Callable[[Any], None], name: str) -> Kernel:
-    """Compile, or load from the cache folder; a folder that cannot be used does no harm.
-
-    Every kernel has a folder of its own: Numba numbers the variants of one function as it finds the
-    index, and two processes at once could each believe a number theirs.
-    """
-    signature = types.void(types.CPointer(types.int64))
-    options = {"error_model": "numpy", "fastmath": {"contract"}, "nopython": True}
-    with _Process.compiling:
-        folder, before = cache_folder() / name, (config.CACHE_DIR, config.OPT)
-        try:
-            # The third level takes a sixth more time, and makes these kernels no faster.
-            config.OPT = type(config.OPT)(min(config.OPT, 2))
-            if _can_be_written(folder):
-                config.CACHE_DIR = str(folder)
-                try:
-                    return Kernel(cfunc(signature, cache=True, **options)(function))
-                except Exception:  # noqa: BLE001
-                    # A damaged file may raise anything; an error of the compiler comes again below.
-                    shutil.rmtree(folder, ignore_errors=True)
-            return Kernel(cfunc(signature, **options)(function))
-        finally:
-            config.CACHE_DIR, config.OPT = before
-
-
-def _can_be_written(folder: Path) -> bool:
-    """Asked beforehand, since Numba would turn to folders of its own choice instead."""
+    """Changes with all that the machine code depends on."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+        version = metadata.version("steadynorm")
+    except metadata.PackageNotFoundError:
+        version = "source"
+    made_with = (
+        *(version, sys.implementation.cache_tag, numba.__version__, llvmlite.__version__),
+        *(config.OPT, config.CPU_NAME, config.CPU_FEATURES, config.ENABLE_AVX, config.USING_SVML),
+        *(config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.BOUNDSCHECK),
+        *(config.DEBUGINFO_DEFAULT,),
+    )
+    machine = (
+        llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    )  # fmt: skip
+    digest = hashlib.sha256(repr((made_with, machine)).encode())
+    for source in (*sorted(Path(__file__).parent.glob("*.py")), Path(activations.__file__)):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 @cache
@@ -165,8 +162,14 @@ def python_team() -> Callable[[Kernel, Any, int], None]:
 def _after_fork() -> None:
     """A forked child has none of its parent's threads: run on the one that is left."""
     _Process.forked = True
-    _Process.compiling = threading.RLock()
+    global_compiler_lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    # A fork waits until no thread compiles: the child would inherit the compiler half way through
+    # its work, and the lock without the thread that could release it.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=_after_fork,
+    )

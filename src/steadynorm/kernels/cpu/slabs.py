@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -65,6 +65,7 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
         t.dtype == x.dtype
         and (t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()))
         and unreadable(t) is None
+        and not t._is_zerotensor()
     ):
         return t
     return empty_like(x).copy_(t)
@@ -127,7 +128,7 @@ class Plan(NamedTuple):
         return (loops.REDUCE, loops.MERGE, loops.MAP | loops.BACKWARDS)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
     """Cut for the cache and the threads; see loops.py for planes and strips."""
     row = channels * length
@@ -152,7 +153,7 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
     return Plan(block, blocks, together, parts, threads, visit, 2 * length > WIDTH)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def plan_to_map(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
     """Cut for a map alone: it follows memory, a reduction follows channels from row to row."""
     usual = plan(rows, channels, length, itemsize, threads)

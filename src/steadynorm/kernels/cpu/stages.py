@@ -21,15 +21,7 @@ from . import loops
 from .allocator import empty_like
 from .kernels import SCALARS, backward_kernel, forward_kernel, gradient_options, name_of
 from .signs import empty_signs, outputs_for
-from .slabs import (
-    MOMENTS,
-    alike,
-    given,
-    per_channel,
-    residual_alike,
-    shape_of,
-    slabs,
-)
+from .slabs import MOMENTS, alike, given, per_channel, residual_alike, shape_of, slabs
 
 __all__ = [
     "apply", "apply_grad", "empty_signs", "moments", "normalize", "normalize_grad", "outputs_for",

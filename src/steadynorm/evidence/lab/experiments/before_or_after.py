@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import nn
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.networks import initialize, normalization_1d
-from steadynorm.evidence.lab.show import curves, table
-from steadynorm.evidence.lab.training import Recipe, Tick, train
-from steadynorm.report.charts import lines
+from steadynorm.evidence.digits import Digits
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import chart, table
+from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import initialize, normalization_1d
+from steadynorm.evidence.training import Recipe, Tick, train
 
 BATCH = 32
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -32,25 +21,16 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 NAMES = {"before": "before the activation", "after": "after the activation", "none": "no BN"}
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
-    """Every placement with every activation, at two depths."""
-    samples, depths = (8_000, (4,)) if profile == "quick" else (20_000, (4, 10))
-    return [
-        {"placement": placement, "activation": name, "depth": depth, "samples": samples}
-        for depth in depths
-        for placement in NAMES
-        for name in ACTIVATIONS
-    ]
+def settings(samples: int, *depths: int) -> list[Setting]:
+    """Every placement with every activation."""
+    return grid(
+        depth=depths, placement=tuple(NAMES), activation=tuple(ACTIVATIONS), samples=samples
+    )
 
 
 def recipe(setting: Setting) -> Recipe:
     """One cycle."""
     return Recipe(BATCH, setting["samples"])
-
-
-def steps(setting: Setting) -> int:
-    """The length of a run, longer for deeper ones."""
-    return recipe(setting).steps
 
 
 def build(inputs: int, placement: str, activation: str, depth: int, width: int = 64) -> nn.Module:
@@ -59,23 +39,19 @@ def build(inputs: int, placement: str, activation: str, depth: int, width: int =
     layers: list[nn.Module] = [nn.Flatten()]
     for _ in range(depth):
         layers.append(nn.Linear(inputs, width, bias=placement != "before"))
-        act = ACTIVATIONS[activation]()
-        if placement == "none" or normalization is None:
-            layers.append(act)
-        else:
-            norm = normalization(width)
-            layers += [norm, act] if placement == "before" else [act, norm]
+        layers.append(ACTIVATIONS[activation]())
+        if placement != "none" and normalization is not None:
+            layers.insert(len(layers) - (placement == "before"), normalization(width))
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, 10))
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     """Train; the error of inference along the way and at the end."""
-    network = build(
-        digits.train_images[0].size, setting["placement"], setting["activation"], setting["depth"]
-    )
-    initialize(network, seed, nonlinearity=setting["activation"])
-    done = train(network, digits, recipe(setting), seed=seed, tick=tick, layers=False)
+    placement, activation = setting["placement"], setting["activation"]
+    network = build(digits.pixels, placement, activation, setting["depth"])
+    initialize(network, seed, nonlinearity=activation)
+    done = train(network, digits, recipe(setting), seed=seed, tick=tick)
     return {
         "error": done.error,
         "step": [point.step for point in done.points],
@@ -87,16 +63,15 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
 
 def verdict(runs: Runs) -> Verdict:
     """After minus before, for each activation and depth."""
-    findings = []
-    for depth in sorted(runs.distinct("depth"), reverse=True):
-        for name in ACTIVATIONS:
-            found = {
-                side: runs.values("error", placement=side, activation=name, depth=depth)
-                for side in ("before", "after")
-            }
-            more = estimates.difference(found["after"], found["before"])
-            words = f"points of error more after than before {name}, {depth} layers"
-            findings.append(expect(words, more, above=0))
+    findings = [
+        expect(
+            f"points of error more after than before {name}, {depth} layers",
+            runs.difference("error", "placement", "after", "before", activation=name, depth=depth),
+            above=0,
+        )
+        for depth in sorted(runs.distinct("depth"), reverse=True)
+        for name in ACTIVATIONS
+    ]
     better = sum(finding.holds == "yes" for finding in findings)
     worse = sum(finding.holds == "no" for finding in findings)
     return judge(
@@ -107,29 +82,23 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Errors of inference, and the loss over training."""
     deepest = max(runs.distinct("depth"))
-
-    def called(run: Run) -> str:
-        return f"{run['activation']}, {NAMES[run['placement']]}"
-
     normalized = [run for run in runs.where(depth=deepest) if run["placement"] != "none"]
-    return Shown(
+    return Figures(
         [
             table(
                 f"Error of inference with {depth} hidden layers, %", runs.where(depth=depth),
                 rows="placement", columns="activation", names=NAMES, corner="batch normalization",
-                value=lambda run: run["error"],
+                measure="error",
             )
             for depth in runs.distinct("depth")
         ],
         [
-            lines(
-                f"Loss in training, {deepest} hidden layers",
-                curves(normalized, "step", "loss", called), x="step", y="loss", series="series",
-                replicate="seed", log_y=True, x_title="steps", y_title="loss",
-                description="Mean over the seeds; the band is their range.",
+            chart(
+                f"Loss in training, {deepest} hidden layers", normalized, x="step", y="loss",
+                series=lambda run: f"{run['activation']}, {NAMES[run['placement']]}", log_y=True,
             )
         ],
     )  # fmt: skip
@@ -147,9 +116,6 @@ EXPERIMENT = Experiment(
     },
     measure="Error of inference on the test digits, in per cent; SGD with momentum, one cycle.",
     rule="After the activation makes more errors than before it, with every activation and depth.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings={"quick": settings(8_000, 4), "full": settings(20_000, 4, 10)}, run=run,
+    verdict=verdict, figures=figures, recipe=recipe,
+)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import log10
 from typing import Any
 
@@ -10,25 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.batches import batches, tensors
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.networks import convolutional, fully_connected, initialize
-from steadynorm.evidence.lab.show import curves, table
-from steadynorm.evidence.lab.training import Tick
-from steadynorm.nn import BatchNorm1d, BatchNorm2d
-from steadynorm.report.charts import lines
+from steadynorm.evidence import networks
+from steadynorm.evidence.digits import Digits, batches, tensors
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import chart, table
+from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import KINDS
+from steadynorm.evidence.training import Tick
 
 BATCH = 64
 EARLY = 20  # steps in which single precision is compared; later one flipped ReLU decides
@@ -40,49 +28,46 @@ NAMES = {
     "float32": "single",
     "float64": "double precision",
 }
+FLAT = KINDS[0]
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
+def settings(steps: int) -> list[Setting]:
     """Both networks and types; the double precision also by other statistics, and without any."""
-    steps = 100 if profile == "quick" else 200
-    kinds = ("fully connected", "convolutional")
-    exact = [(kind, "batch", dtype) for kind in kinds for dtype in ("float64", "float32")]
-    others = [("fully connected", policy, "float64") for policy in ("steady", "none")]
+    exact = [(kind, "batch", dtype) for kind in KINDS for dtype in ("float64", "float32")]
+    others = [(FLAT, policy, "float64") for policy in ("steady", "none")]
     return [
         {"network": kind, "statistics": policy, "type": dtype, "steps": steps}
         for kind, policy, dtype in (*exact, *others)
     ]
 
 
+SETTINGS: dict[Profile, list[Setting]] = {"quick": settings(100), "full": settings(200)}
+
+
 def steps(setting: Setting) -> int:
+    """Steps of a run."""
+    return int(setting["steps"])
+
+
+def weight(setting: Setting) -> int:
     """Three networks train side by side."""
-    return 3 * int(setting["steps"])
+    return 3
 
 
 def build(setting: Setting, digits: Digits, seed: int, *, bias: bool) -> nn.Sequential:
     """The network of a setting; with `bias`, each layer before a normalization has a random one."""
-    policy = setting["statistics"]
-    flat, plane = (
-        None if policy == "none" else (lambda width, kind=kind: kind(width, statistics=policy))
-        for kind in (BatchNorm1d, BatchNorm2d)
-    )
-    network = (
-        fully_connected(digits.train_images[0].size, flat)
-        if setting["network"] == "fully connected"
-        else convolutional(plane)
-    )
+    network = networks.build(setting["network"], setting["statistics"], digits, seed)
     network = network.to(getattr(torch, setting["type"]))
-    initialize(network, seed)
+    networks.initialize(network, seed)  # anew, in the wider type
     if bias:
         random = torch.Generator().manual_seed(seed + 1)
-        hosts = [m for m in network if isinstance(m, nn.Linear | nn.Conv2d)][:-1]
-        for host in hosts:
+        for host in [m for m in network if isinstance(m, nn.Linear | nn.Conv2d)][:-1]:
             values = torch.randn(host.weight.shape[0], generator=random, dtype=torch.float64)
             host.bias = nn.Parameter(values.to(host.weight.dtype))
     return network
 
 
-def nudged(network: nn.Sequential) -> nn.Sequential:
+def perturbed(network: nn.Sequential) -> nn.Sequential:
     """The same network with its first weights moved by one rounding each, every other one up: all
     of them in one direction would be a change of scale, which normalization undoes.
     """
@@ -95,65 +80,63 @@ def nudged(network: nn.Sequential) -> nn.Sequential:
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
-    """Train without a bias, with one, and without one from weights moved by one rounding; in
-    every step, the largest difference of the logits of the training batch, relative to the largest
-    logit. (Not those of inference: running means begin at 0 and come to a bias only by and by.)
+    """Train without a bias, with one, and without one from weights moved by one rounding; in every
+    step, the largest difference of the logits of the training batch, relative to the largest logit.
+    (Not of the logits of inference: running means start at 0 and take time to reach a bias.)
     """
-    dtype = getattr(torch, setting["type"])
     images, labels, _, _ = tensors(digits)
-    images = images.to(dtype)
-    networks = [
+    images = images.to(getattr(torch, setting["type"]))
+    models = [
         build(setting, digits, seed, bias=False),
         build(setting, digits, seed, bias=True),
-        nudged(build(setting, digits, seed, bias=False)),
+        perturbed(build(setting, digits, seed, bias=False)),
     ]
-    optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9) for n in networks]
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9) for n in models]
     order = batches(len(labels), BATCH, seed)
-    apart: list[tuple[float, float]] = []
+    by_bias: list[float] = []
+    by_rounding: list[float] = []
     for _ in range(setting["steps"]):
         part = next(order)
         logits = []
-        for network, optimizer in zip(networks, optimizers, strict=True):
+        for network, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
             logits.append(network(images[part]))
             F.cross_entropy(logits[-1], labels[part]).backward()
             optimizer.step()
-        apart.append((_apart(logits[1], logits[0]), _apart(logits[2], logits[0])))
-        tick(3)
+        by_bias.append(relative_difference(logits[1], logits[0]))
+        by_rounding.append(relative_difference(logits[2], logits[0]))
+        tick(1)
     return {
         "step": list(range(1, setting["steps"] + 1)),
-        "difference": [bias for bias, _ in apart],
-        "by_rounding": [nudge for _, nudge in apart],
-        "largest": max(bias for bias, _ in apart),
-        "early": max(bias for bias, _ in apart[:EARLY]),
-        "early_by_rounding": max(nudge for _, nudge in apart[:EARLY]),
+        "difference": by_bias,
+        "by_rounding": by_rounding,
+        "largest": max(by_bias),
+        "early": max(by_bias[:EARLY]),
+        "early_by_rounding": max(by_rounding[:EARLY]),
     }
 
 
 @torch.no_grad()
-def _apart(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value of `b`."""
     return float((a - b).abs().max() / b.abs().max())
 
 
-def _exponents(runs: Runs, measure: str, **factors: Any) -> list[float]:
-    return [log10(max(value, FLOOR)) for value in runs.values(measure, **factors)]
+def exponent(difference: float) -> float:
+    """The decimal logarithm."""
+    return log10(max(difference, FLOOR))
 
 
 def verdict(runs: Runs) -> Verdict:
-    """In double precision by its size, in single by a nudge of one rounding."""
-    double = {"type": "float64", "statistics": "batch"}
-    kinds = ("fully connected", "convolutional")
-    exact = {kind: estimates.mean(_exponents(runs, "largest", network=kind, **double))
-             for kind in kinds}  # fmt: skip
-    single = {"type": "float32", "statistics": "batch"}
-    beside = {
-        kind: estimates.difference(
-            _exponents(runs, "early", network=kind, **single),
-            _exponents(runs, "early_by_rounding", network=kind, **single),
-        )
-        for kind in kinds
-    }
-    plain = estimates.mean(_exponents(runs, "largest", type="float64", statistics="none"))
+    """In double precision by its size, in single by a change of one rounding."""
+    measured = runs.derived(
+        largest=lambda run: exponent(run["largest"]),
+        beside=lambda run: exponent(run["early"]) - exponent(run["early_by_rounding"]),
+    )
+    batch = measured.where(statistics="batch")
+    exact = {kind: batch.mean("largest", network=kind, type="float64") for kind in KINDS}
+    beside = {kind: batch.mean("beside", network=kind, type="float32") for kind in KINDS}
+    plain = measured.mean("largest", type="float64", statistics="none")
     count = runs[0].setting["steps"]
     return judge(
         f"Over {count} steps in double precision, networks with and without a bias differ by "
@@ -163,36 +146,35 @@ def verdict(runs: Runs) -> Verdict:
         f"same bias makes a difference of 10^{plain.value:.1f}.",
         [
             *(expect(f"log10 of the difference, double precision, {kind}", exact[kind], below=-8)
-              for kind in kinds),
+              for kind in KINDS),
             *(expect(f"log10 of the difference / by one rounding, single, {EARLY} steps, {kind}",
                      beside[kind], below=1)
-              for kind in kinds),
+              for kind in KINDS),
             expect("log10 of the difference without normalization", plain, above=-2),
         ],
     )  # fmt: skip
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """The largest differences, and how they grow."""
-    batch = Runs(run for run in runs if run["network"] == "fully connected")
-    rows = curves(
-        batch, "step", "difference", lambda run: f"{NAMES[run['statistics']]}, {run['type']}"
-    )
-    return Shown(
+    measured = runs.derived(largest=lambda run: exponent(run["largest"]))
+
+    def called(run: FinishedRun) -> str:
+        return f"{NAMES[run['statistics']]}, {run['type']}"
+
+    return Figures(
         [
             table(
-                "Largest difference of the logits, power of ten", Runs(runs.where(**kind)),
-                rows="statistics", columns="type", names=NAMES,
-                value=lambda run: log10(max(run["largest"], FLOOR)),
-                note=f"{kind['network']}",
+                "Largest difference of the logits, power of ten", measured.where(network=kind),
+                rows="statistics", columns="type", names=NAMES, measure="largest", note=kind,
             )
-            for kind in ({"network": "fully connected"}, {"network": "convolutional"})
+            for kind in KINDS
         ],
         [
-            lines(
-                "Difference that a bias makes", [r for r in rows if r["difference"] > 0],
-                x="step", y="difference", series="series", replicate="seed", log_y=True,
-                x_title="steps", y_title="largest difference / largest logit",
+            chart(
+                "Difference that a bias makes", runs.where(network=FLAT), x="step",
+                y="difference", series=called, log_y=True,
+                y_title="largest difference / largest logit",
                 description="Fully connected; mean over the seeds, the band is their range.",
             )
         ],
@@ -223,9 +205,5 @@ EXPERIMENT = Experiment(
     rule="In double precision the difference stays below 1e-8; in single, over the first 20 "
     "steps, below ten times what moving the first weights by one rounding makes; without "
     "normalization it is above 1e-2.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings=SETTINGS, run=run, verdict=verdict, figures=figures, steps=steps, weight=weight,
+)  # fmt: skip

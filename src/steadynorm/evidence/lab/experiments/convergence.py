@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean
 
-import torch
-from torch import nn
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits
+from steadynorm.evidence.estimates import Estimate
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import chart, first_reaching, table
+from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.two_networks import BATCH, NETWORKS, RELU, SIGMOID, build, needed
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.training import Recipe, Tick, train
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.estimates import Estimate
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.networks import fully_connected, initialize, normalization_1d
-from steadynorm.evidence.lab.show import curves, first_reaching, table
-from steadynorm.evidence.lab.training import Recipe, Tick, train
-from steadynorm.report.charts import lines
-
-BATCH = 32
-SIGMOID, RELU = "sigmoid, small weights", "ReLU, He's weights"
 # The learning rates called 1×: about the plain networks' best, as the runs show.
 BASE = {SIGMOID: 0.3, RELU: 0.03}
 TARGET = 0.95
@@ -39,58 +23,34 @@ ARMS: tuple[tuple[str, float], ...] = (
 )  # fmt: skip
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
+def settings(samples: int) -> list[Setting]:
     """Every arm for as many steps."""
-    samples = 24_000 if profile == "quick" else 40_000
     return [
         {"network": network, "normalization": normalization, "rate": times, "samples": samples}
-        for network in BASE
+        for network in NETWORKS
         for normalization, times in ARMS
     ]
 
 
+SETTINGS: dict[Profile, list[Setting]] = {"quick": settings(24_000), "full": settings(40_000)}
+
+
 def recipe(setting: Setting) -> Recipe:
-    """SGD at a constant rate, without momentum and clipping: nothing but the rate is varied."""
+    """Plain SGD, so that nothing but the rate is varied; accuracy is measured every ten steps."""
     steps = setting["samples"] // BATCH
-    return Recipe(
-        BATCH, setting["samples"], rate=BASE[setting["network"]] * setting["rate"] * 64 / BATCH,
-        momentum=0.0, clip=None, schedule="constant", points=steps // 10,
-    )  # fmt: skip
+    rate = BASE[setting["network"]] * setting["rate"]
+    return Recipe.constant(BATCH, setting["samples"], rate, points=steps // 10)
 
 
-def steps(setting: Setting) -> int:
-    """The length of a run, for the order."""
-    return recipe(setting).steps * (3 if setting["normalization"] == "batch" else 1)
-
-
-def build(setting: Setting, inputs: int, seed: int) -> nn.Module:
-    """The paper's first network, with small normal weights, or ten layers as built today."""
-    policy = None if setting["normalization"] == "none" else setting["normalization"]
-    if setting["network"] == RELU:
-        network = fully_connected(inputs, normalization_1d(policy), widths=(64,) * 10)
-        initialize(network, seed)
-        return network
-    network = fully_connected(
-        inputs, normalization_1d(policy), widths=(100,) * 3, activation=nn.Sigmoid
-    )
-    small_weights(network, seed)
-    return network
-
-
-def small_weights(network: nn.Module, seed: int) -> None:
-    """Normal weights of standard deviation 0.1 and zero biases."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.1, generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+def weight(setting: Setting) -> int:
+    """A step with batch normalization takes longer."""
+    return 3 if setting["normalization"] == "batch" else 1
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
-    """Train, and note the accuracy of inference on the test digits every ten steps."""
-    network = build(setting, digits.train_images[0].size, seed)
-    done = train(network, digits, recipe(setting), seed=seed, tick=tick, layers=False)
+    """Train, and record the accuracy of inference on the test digits every ten steps."""
+    network = build(setting["network"], setting["normalization"], digits, seed)
+    done = train(network, digits, recipe(setting), seed=seed, tick=tick)
     at = [point.step for point in done.points]
     accuracy = [point.accuracy for point in done.points]
     return {
@@ -104,37 +64,27 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     }
 
 
-def needed(run: Run) -> float:
-    """Steps to the target; where it was not reached, the whole run's, which is too few."""
-    return float(run["reached"] or run["budget"])
-
-
 def fewer(runs: Runs, network: str) -> tuple[Estimate, float]:
     """How many times fewer steps batch normalization at 5× needs than the plain network at the
     rate that is best for it on average, and that rate.
     """
-    some = runs.where(network=network)
-    of = {arm: [needed(r) for r in some.where(normalization=arm[0], rate=arm[1])] for arm in ARMS}
+    of = {arm: needed(runs, network=network, normalization=arm[0], rate=arm[1]) for arm in ARMS}
     best = min((arm for arm in ARMS if arm[0] == "none"), key=lambda arm: fmean(of[arm]))
     return estimates.ratio(of[best], of["batch", 5]), best[1]
 
 
 def verdict(runs: Runs) -> Verdict:
-    """Fewer steps in both networks, and a rate that only the normalized ones bear."""
-    ratios = {network: fewer(runs, network) for network in BASE}
+    """Fewer steps in both networks, and a rate that only the normalized ones tolerate."""
+    ratios = {network: fewer(runs, network) for network in NETWORKS}
     findings = [
         expect(f"times fewer steps, {network}", ratio, above=2)
         for network, (ratio, _) in ratios.items()
     ]
-    final = {
-        (network, kind): estimates.mean(
-            runs.values("final", network=network, normalization=kind, rate=30)
+    for network in NETWORKS:
+        plain, normalized = (
+            runs.mean("final", network=network, normalization=kind, rate=30)
+            for kind in ("none", "batch")
         )
-        for network in BASE
-        for kind in ("none", "batch")
-    }
-    for network in BASE:
-        plain, normalized = final[network, "none"], final[network, "batch"]
         findings += [
             expect(f"accuracy at 30× without, {network}", plain, below=0.5),
             expect(f"accuracy at 30× with, {network}", normalized, above=0.9),
@@ -149,37 +99,33 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Steps and accuracy of every arm, and the curves."""
     names = {"none": "no normalization", "batch": "batch normalization"}
 
-    def called(run: Run) -> str:
+    def called(run: FinishedRun) -> str:
         return f"{'BN' if run['normalization'] == 'batch' else 'none'}, {run['rate']:g}×"
 
     tables, charts = [], []
-    for network in BASE:
+    for network in NETWORKS:
         some = runs.where(network=network)
         tables += [
             table(
-                f"Steps to 95 % accuracy: {network}", some, rows="normalization", columns="rate",
-                value=lambda run: run["reached"], names=names, corner="learning rate ×",
-                note="A dash where a seed never got there.",
-            ),
-            table(
-                f"Accuracy at the end, %: {network}", some, rows="normalization", columns="rate",
-                value=lambda run: 100 * run["final"], names=names, corner="learning rate ×",
-            ),
+                f"{title}: {network}", some, rows="normalization", columns="rate", measure=measure,
+                times=times, names=names, corner="learning rate ×", note=note,
+            )
+            for title, measure, times, note in (
+                ("Steps to 95 % accuracy", "reached", 1, "A dash where a seed never got there."),
+                ("Accuracy at the end, %", "final", 100, ""),
+            )
         ]  # fmt: skip
         charts.append(
-            lines(
-                f"Accuracy: {network}", curves(some, "step", "accuracy", called), x="step",
-                y="accuracy", series="series", replicate="seed", percent=True,
-                x_title="steps", y_title="accuracy on the test digits",
-                description="Mean over the seeds; the band is their range.",
+            chart(
+                f"Accuracy: {network}", some, x="step", y="accuracy", series=called,
             )
         )  # fmt: skip
     rates = " and ".join(f"{rate:g} ({network})" for network, rate in BASE.items())
-    return Shown(tables, charts, [f"1× is a learning rate of {rates} at batch {BATCH}."])
+    return Figures(tables, charts, [f"1× is a learning rate of {rates} at batch {BATCH}."])
 
 
 EXPERIMENT = Experiment(
@@ -198,9 +144,5 @@ EXPERIMENT = Experiment(
     "steps and still so at the next look; SGD at a constant rate.",
     rule="In both networks it takes less than half the steps at 5× than the plain network at the "
     "best of its five rates, and at 30× ends above 90 % where the plain network ends below 50 %.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe, weight=weight,
+)  # fmt: skip

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from steadynorm import nn as ours
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.networks import convolutional, fully_connected, initialize
-from steadynorm.evidence.lab.show import table
-from steadynorm.evidence.lab.training import Tick
-from steadynorm.models.surgery import convert, fold
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import table
+from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import convolutional, fully_connected, initialize
+from steadynorm.evidence.timing import in_turns, milliseconds, seconds
+from steadynorm.evidence.training import Tick
+from steadynorm.models.convert import convert
+from steadynorm.models.fold import fold
 
 KINDS = {"none": "no normalization", "torch": "torch.nn", "apart": "ours", "fused": "ours, fused",
          "folded": "ours, folded"}  # fmt: skip
 WARM_UP = 3
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
+def settings(rounds: int) -> list[Setting]:
     """Networks of two kinds; all their variants are timed in turns, within one run."""
-    rounds = 15 if profile == "quick" else 40
     return [
         {"network": "fully connected", "batch": 256, "width": 512, "size": 28, "rounds": rounds},
         {"network": "convolutional", "batch": 32, "width": 64, "size": 28, "rounds": rounds},
     ]
+
+
+SETTINGS: dict[Profile, list[Setting]] = {"quick": settings(15), "full": settings(40)}
 
 
 def steps(setting: Setting) -> int:
@@ -52,13 +46,12 @@ def steps(setting: Setting) -> int:
 def build(setting: Setting, kind: str) -> nn.Module:
     """One variant of the network."""
     width = setting["width"]
+    home: Any = nn if kind == "torch" else ours
     if setting["network"] == "fully connected":
-        norm: Any = nn.BatchNorm1d if kind == "torch" else ours.BatchNorm1d
-        made = fully_connected(setting["size"] ** 2, None if kind == "none" else norm,
-                               widths=(width,) * 4)  # fmt: skip
+        norm = None if kind == "none" else home.BatchNorm1d
+        made = fully_connected(setting["size"] ** 2, norm, widths=(width,) * 4)
     else:
-        norm = nn.BatchNorm2d if kind == "torch" else ours.BatchNorm2d
-        made = convolutional(None if kind == "none" else norm, channels=(width,) * 4)
+        made = convolutional(None if kind == "none" else home.BatchNorm2d, channels=(width,) * 4)
     initialize(made, 0)
     if kind == "fused":
         made, _ = convert(made)
@@ -69,13 +62,11 @@ def build(setting: Setting, kind: str) -> nn.Module:
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     """Milliseconds of a training step and of inference for each variant: medians of rounds in
-    which all take their turn, so that whatever else the machine does meets them alike.
+    which all take their turn, so that whatever else the machine does affects them alike.
     """
     size = setting["size"]
     images = torch.randn(setting["batch"], 1, size, size)
     labels = torch.arange(setting["batch"]) % 10
-    networks = {kind: build(setting, kind) for kind in KINDS}
-    found: dict[str, list[float]] = {}
 
     def training(network: nn.Module) -> None:
         network.zero_grad()
@@ -85,23 +76,18 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
         with torch.inference_mode():
             network(images)
 
-    for turn in range(setting["rounds"] + WARM_UP):
-        for kind, network in networks.items():
-            for name, call in (("training", training), ("inference", inference)):
-                if name == "training" and kind == "folded":
-                    continue
-                network.train(name == "training")
-                took = _milliseconds(call, network)
-                if turn >= WARM_UP:
-                    found.setdefault(f"{name}, {kind}", []).append(took)
-        tick(1)
-    return {name: median(times) for name, times in found.items()}
+    def turn(network: nn.Module, step: Callable[[nn.Module], None]) -> float:
+        network.train(step is training)
+        return seconds(lambda: step(network))
 
-
-def _milliseconds(call: Callable[[nn.Module], Tensor | None], network: nn.Module) -> float:
-    start = time.perf_counter()
-    call(network)
-    return 1e3 * (time.perf_counter() - start)
+    contenders = {}
+    for kind in KINDS:
+        network = build(setting, kind)
+        if kind != "folded":
+            contenders[f"training, {kind}"] = partial(turn, network, training)
+        contenders[f"inference, {kind}"] = partial(turn, network, inference)
+    found = in_turns(contenders, setting["rounds"], warm_up=WARM_UP, tick=tick)
+    return {name: milliseconds(times) for name, times in found.items()}
 
 
 def added(runs: Runs, name: str, kind: str, network: str) -> list[float]:
@@ -133,27 +119,24 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Milliseconds, and multiples of the network without normalization."""
-    rows = [
-        Run({"kind": KINDS[kind], "what": f"{name}, {one['network']}"}, one.seed,
-            {"ratio": one[f"{name}, {kind}"] / one[f"{name}, none"],
-             "ms": one[f"{name}, {kind}"]})
-        for one in runs for name in ("training", "inference") for kind in KINDS
+    by_kind = Runs(
+        FinishedRun({"kind": called, "what": f"{name}, {one['network']}"}, one.seed,
+                    {"added": one[f"{name}, {kind}"] / one[f"{name}, none"] - 1,
+                     "ms": one[f"{name}, {kind}"]})
+        for one in runs for name in ("training", "inference") for kind, called in KINDS.items()
         if f"{name}, {kind}" in one.result
-    ]  # fmt: skip
-    ragged = Runs(rows)
-    return Shown(
+    )  # fmt: skip
+    return Figures(
         [
             table(
-                "Per cent of time that normalization adds", ragged, rows="kind",
-                columns="what", corner="normalization", value=lambda run: 100 * (run["ratio"] - 1),
+                "Per cent of time that normalization adds", by_kind, rows="kind", columns="what",
+                corner="normalization", measure="added", times=100,
                 note="Training: forward and backward. A folded network does not train.",
             ),
-            table(
-                "Milliseconds", ragged, rows="kind", columns="what", corner="normalization",
-                value=lambda run: run["ms"],
-            ),
+            table("Milliseconds", by_kind, rows="kind", columns="what", corner="normalization",
+                  measure="ms"),
         ]
     )  # fmt: skip
 
@@ -173,10 +156,5 @@ EXPERIMENT = Experiment(
     "rounds in which all variants take turns; a seed is a repetition.",
     rule="Folded inference takes less than 1.1 times that without normalization, and a training "
     "step with ours, fused, less than with torch's, in both networks.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-    timed=True,
-)
+    settings=SETTINGS, run=run, verdict=verdict, figures=figures, steps=steps, timed=True,
+)  # fmt: skip

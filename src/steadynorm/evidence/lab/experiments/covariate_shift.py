@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.batches import tensors
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.experiments import convergence
-from steadynorm.evidence.lab.layers import modes_kept
-from steadynorm.evidence.lab.networks import (
-    Normalization,
-    fully_connected,
-    initialize,
-    normalization_1d,
-)
-from steadynorm.evidence.lab.show import curves, first_reaching, table
-from steadynorm.evidence.lab.training import Recipe, Tick, inference_accuracy, train
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits, tensors
+from steadynorm.evidence.lab import two_networks
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import chart, first_reaching, sentences, table
+from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
+from steadynorm.evidence.lab.two_networks import NETWORKS, needed, recipe
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import Statistics, normalization_1d
+from steadynorm.evidence.training import Tick, inference_accuracy, train
+from steadynorm.models.untouched import untouched
 from steadynorm.report.charts import lines
+from steadynorm.report.page import Chart
 
-BATCH = 32
 TARGET = 0.9
-ARMS = ("none", "batch", "batch, shifted")
-NETWORKS = {convergence.SIGMOID: 0.9, convergence.RELU: 0.09}  # good rates for the plain networks
+NAMES = {"none": "none", "batch": "BN", "batch, shifted": "BN, shift injected"}
 EVERY = 10
 
 
-class Shift(nn.Module):
-    """Noise of Santurkar et al. (2018, appendix A), in training only: of every unit, and anew at
-    every step, a mean from ±0.5 and a scale from 1 to 1.25; around them, of every sample, an offset
-    from mean ± 0.1 and a factor from scale ± 0.1.
+class InjectedShift(nn.Module):
+    """Noise of Santurkar et al. (2018, appendix A), in training only. At every step each unit draws
+    a mean from ±0.5 and a scale from 1 to 1.25; around them each sample draws an offset from mean ±
+    0.1 and a factor from scale ± 0.1.
     """
 
     def __init__(self, features: int, seed: int) -> None:
@@ -66,34 +49,10 @@ class Shift(nn.Module):
         return input * factor + mean + 0.1 * uniform(*input.shape)
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
-    """Three arms of two networks."""
-    samples = 16_000 if profile == "quick" else 32_000
-    return [
-        {"network": network, "normalization": arm, "samples": samples}
-        for network in NETWORKS
-        for arm in ARMS
-    ]
-
-
-def recipe(setting: Setting) -> Recipe:
-    """SGD at a constant rate, without momentum and clipping."""
-    return Recipe(
-        BATCH, setting["samples"], rate=NETWORKS[setting["network"]] * 64 / BATCH, momentum=0.0,
-        clip=None, schedule="constant", points=1,
-    )  # fmt: skip
-
-
-def steps(setting: Setting) -> int:
-    """The length of a run, for the order."""
-    return recipe(setting).steps
-
-
-def build(setting: Setting, inputs: int, seed: int) -> nn.Sequential:
-    """The networks of the first experiment; the last part before an activation is the place where
-    noise is added and distributions are looked at.
+def build(setting: Setting, digits: Digits, seed: int) -> nn.Sequential:
+    """A network whose module before an activation is where noise is added and distributions are
+    measured.
     """
-    arm, sigmoid = setting["normalization"], setting["network"] == convergence.SIGMOID
     made = 0
 
     def shifted(width: int) -> nn.Module:
@@ -101,37 +60,29 @@ def build(setting: Setting, inputs: int, seed: int) -> nn.Sequential:
         made += 1
         normalize = normalization_1d("batch")
         assert normalize is not None
-        return nn.Sequential(normalize(width), Shift(width, 1000 * seed + made))
+        return nn.Sequential(normalize(width), InjectedShift(width, 1000 * seed + made))
 
-    kinds: dict[str, Normalization | None] = {
-        "none": None, "batch": normalization_1d("batch"), "batch, shifted": shifted
-    }  # fmt: skip
-    network = fully_connected(
-        inputs, kinds[arm], widths=(100,) * 3 if sigmoid else (64,) * 10,
-        activation=nn.Sigmoid if sigmoid else nn.ReLU,
-    )  # fmt: skip
-    initialize(network, seed)
-    if sigmoid:
-        convergence.small_weights(network, seed)
-    return network
+    kind = setting["normalization"]
+    statistics: Statistics = shifted if kind == "batch, shifted" else kind
+    return two_networks.build(setting["network"], statistics, digits, seed)
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
-    """Train; every ten steps note the accuracy, and what enters the last hidden activation."""
-    network = build(setting, digits.train_images[0].size, seed)
+    """Train; every ten steps record the accuracy, and the input of the last hidden activation."""
+    network = build(setting, digits, seed)
     images, _, test_images, test_labels = tensors(digits)
     last = network[-3]  # before the last hidden activation and the last Linear
     at: list[int] = []
     accuracy: list[float] = []
     seen: list[Tensor] = []
 
-    def watch(step: int, _: nn.Module) -> None:
+    def look(step: int, _: nn.Module) -> None:
         if step % EVERY == 0:
             at.append(step)
             accuracy.append(inference_accuracy(network, test_images, test_labels))
             seen.append(percentiles(network, last, images[:256]))
 
-    done = train(network, digits, recipe(setting), seed=seed, tick=tick, watch=watch, layers=False)
+    done = train(network, digits, recipe(setting), seed=seed, tick=tick, after_step=look)
     path = torch.stack(seen)  # (moments of training, 3 percentiles, units)
     unit = path[:, :, 0]
     return {
@@ -149,30 +100,25 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
 
 
 @torch.no_grad()
-def percentiles(network: nn.Module, place: nn.Module, images: Tensor) -> Tensor:
-    """The 15th, 50th and 85th percentile of every unit that leaves `place`, normalized as in
-    training; (3, units). Buffers and the noise's random state are left as they were.
+def percentiles(network: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
+    """The 15th, 50th and 85th percentile of every unit of the output of `layer`, normalized as in
+    training; (3, units). The network and the noise's random state are left as they were.
     """
     found: list[Tensor] = []
-    kept = {name: value.clone() for name, value in network.state_dict().items()}
-    shifts = [module for module in network.modules() if isinstance(module, Shift)]
+    shifts = [module for module in network.modules() if isinstance(module, InjectedShift)]
     states = [shift.generator.get_state() for shift in shifts]
-    hook = place.register_forward_hook(lambda _, __, output: found.append(output))
-    try:
-        with modes_kept(network):
-            network.train()
-            network(images)
-    finally:
-        hook.remove()
-        network.load_state_dict(kept)
-        for shift, state in zip(shifts, states, strict=True):
-            shift.generator.set_state(state)
+    with untouched(network):
+        layer.register_forward_hook(lambda _, __, output: found.append(output))
+        network.train()
+        network(images)
+    for shift, state in zip(shifts, states, strict=True):
+        shift.generator.set_state(state)
     return torch.quantile(found[0], torch.tensor([0.15, 0.5, 0.85]), dim=0)
 
 
 def movement(path: Tensor) -> float:
-    """How far the median goes from one look to the next, in units of the spread between the 15th
-    and the 85th percentile: the mean over the run and the median over the units.
+    """How far the median moves between two records, in units of the spread between the 15th and the
+    85th percentile: the mean over the run and the median over the units.
     """
     low, median, high = path[:-1].unbind(1)
     spread = (high - low).clamp(min=1e-12)
@@ -180,24 +126,17 @@ def movement(path: Tensor) -> float:
     return float(moved.median())
 
 
-def needed(runs: Runs, network: str, arm: str) -> list[float]:
-    """Steps to the target by seed; the whole run's where it was not reached."""
-    some = runs.where(network=network, normalization=arm)
-    return [float(run["reached"] or run["budget"]) for run in some]
-
-
 def verdict(runs: Runs) -> Verdict:
     """The distribution must move less with it, and moving it on purpose must hurt."""
     findings, said = [], []
     for network in NETWORKS:
-        moved = {arm: runs.values("movement", network=network, normalization=arm) for arm in ARMS}
-        less = estimates.ratio(moved["none"], moved["batch"])
-        more = estimates.ratio(moved["batch, shifted"], moved["none"])
-        slower = estimates.ratio(
-            needed(runs, network, "batch, shifted"), needed(runs, network, "batch")
+        plain, batch, shifted = (
+            needed(runs, network=network, normalization=kind) for kind in NAMES
         )
-        faster = estimates.ratio(
-            needed(runs, network, "none"), needed(runs, network, "batch, shifted")
+        slower, faster = estimates.ratio(shifted, batch), estimates.ratio(plain, shifted)
+        less, more = (
+            runs.ratio("movement", "normalization", first, second, network=network)
+            for first, second in (("none", "batch"), ("batch, shifted", "none"))
         )
         findings += [
             expect(f"movement without / with, {network}", less, above=1),
@@ -209,57 +148,53 @@ def verdict(runs: Runs) -> Verdict:
             f"without; training then takes {slower.text(1)} times the steps, and the plain "
             f"network {faster.text(1)} times those"
         )
-    sentence = ". ".join(said)
-    return judge(f"{sentence[0].upper()}{sentence[1:]}.", findings)
+    return judge(sentences(said), findings)
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Steps, movement, and the paths of the percentiles."""
-    names = {"none": "none", "batch": "BN", "batch, shifted": "BN, shift injected"}
-
-    def called(run: Run) -> str:
-        return names[run["normalization"]]
-
     charts = []
     for network in NETWORKS:
         some = runs.where(network=network)
-        first = Runs(run for run in some if run.seed == min(runs.seeds))
         charts.append(
-            lines(
-                f"Accuracy: {network}", curves(some, "step", "accuracy", called), x="step",
-                y="accuracy", series="series", replicate="seed", percent=True, x_title="steps",
-                y_title="accuracy on the test digits", order=list(names.values()),
-                description="Mean over the seeds; the band is their range.",
+            chart(
+                f"Accuracy: {network}", some, x="step", y="accuracy",
+                series=lambda run: NAMES[run["normalization"]], order=list(NAMES.values()),
             )
         )  # fmt: skip
-        for arm in ARMS:
-            paths = [
-                {"percentile": name, "step": step, "value": value}
-                for run in first.where(normalization=arm)
-                for name, key in (("85th", "high"), ("50th", "median"), ("15th", "low"))
-                for step, value in zip(run["step"], run[key], strict=True)
-            ]
-            charts.append(
-                lines(
-                    f"Input of the last hidden activation, {names[arm]}: {network}", paths,
-                    x="step", y="value", series="percentile", x_title="steps",
-                    y_title="value", description="One unit over 256 training digits, normalized "
-                    "as in training; the first seed. The paper's figure 1.",
-                )
-            )  # fmt: skip
-    return Shown(
+        charts += [paths(run) for run in some if run.seed == min(runs.seeds)]
+    return Figures(
         [
-            table(
-                "Steps to 90 % accuracy", runs, rows="network", columns="normalization",
-                value=lambda run: run["reached"], names=names,
-            ),
-            table(
-                "Movement of the median every ten steps, % of the spread", runs, rows="network",
-                columns="normalization", value=lambda run: 100 * run["movement"], names=names,
-            ),
+            table(title, runs, rows="network", columns="normalization", measure=measure,
+                  times=times, names=NAMES)
+            for title, measure, times in (
+                ("Steps to 90 % accuracy", "reached", 1),
+                ("Movement of the median every ten steps, % of the spread", "movement", 100),
+            )
         ],
         charts,
     )  # fmt: skip
+
+
+def paths(run: FinishedRun) -> Chart:
+    """One unit's percentiles over training."""
+    rows = [
+        {"percentile": name, "step": step, "value": value}
+        for name, key in (("85th", "high"), ("50th", "median"), ("15th", "low"))
+        for step, value in zip(run["step"], run[key], strict=True)
+    ]
+    kind = NAMES[run["normalization"]]
+    return lines(
+        f"Input of the last hidden activation, {kind}: {run['network']}", rows, x="step",
+        y="value", series="percentile", x_title="steps", y_title="value",
+        description="One unit over 256 training digits, normalized as in training; the first seed. "
+        "The paper's figure 1.",
+    )  # fmt: skip
+
+
+def settings(samples: int) -> list[Setting]:
+    """Three arms of two networks."""
+    return grid(network=NETWORKS, normalization=tuple(NAMES), samples=samples)
 
 
 EXPERIMENT = Experiment(
@@ -277,9 +212,6 @@ EXPERIMENT = Experiment(
     "activation moves in ten steps, relative to the spread between the 15th and 85th percentile.",
     rule="In both networks the input moves less with batch normalization than without, and a shift "
     "injected after it at least doubles the steps.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings={"quick": settings(16_000), "full": settings(32_000)}, run=run, verdict=verdict,
+    figures=figures, recipe=recipe,
+)  # fmt: skip

@@ -2,128 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits
+from steadynorm.evidence.lab import ladder
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import sentences
+from steadynorm.evidence.lab.runs import Result, Runs, Setting
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.training import Recipe, Tick
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.networks import fully_connected, initialize, normalization_1d
-from steadynorm.evidence.lab.show import table
-from steadynorm.evidence.lab.training import Recipe, Tick, train
-from steadynorm.report.charts import lines
-
-BATCH = 32
-RATE = 0.05
-ENOUGH = 0.9
-DEPTHS = (3, 10)
-
-
-def settings(profile: Profile) -> Sequence[Setting]:
-    """Scales from 2⁻⁸ to 2⁸, every second step or every step of a factor of 2."""
-    ladder = range(-8, 9, 2) if profile == "quick" else range(-8, 9)
-    return [
-        {"depth": depth, "normalization": kind, "scale": 2.0**power, "samples": 12_800}
-        for depth in DEPTHS
-        for kind in ("none", "batch")
-        for power in ladder
-    ]
+BATCH = ladder.BATCH
+RATE = 0.05  # trains both kinds
 
 
 def recipe(setting: Setting) -> Recipe:
-    """SGD at a rate that is good for both, constant, without momentum and clipping."""
-    return Recipe(
-        BATCH, setting["samples"], rate=RATE * 64 / BATCH, momentum=0.0, clip=None,
-        schedule="constant", points=1,
-    )  # fmt: skip
-
-
-def steps(setting: Setting) -> int:
-    """The length of a run, for the order."""
-    return recipe(setting).steps
+    """Plain SGD."""
+    return Recipe.constant(ladder.BATCH, setting["samples"], RATE)
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
-    """Train, and measure at the end. The last layer, which is never normalized, is not scaled."""
-    policy = None if setting["normalization"] == "none" else setting["normalization"]
-    network = fully_connected(
-        digits.train_images[0].size, normalization_1d(policy), widths=(64,) * setting["depth"]
-    )
-    initialize(network, seed)
-    initialize(network[:-1], seed, scale=setting["scale"])
-    done = train(network, digits, recipe(setting), seed=seed, tick=tick, layers=False)
-    return {"accuracy": done.accuracy, "stopped": done.stopped}
-
-
-def widths(runs: Runs, depth: int, kind: str) -> list[float]:
-    """By seed, the decades of the scale that train: rungs of the ladder that end at 90 % or
-    better, times the distance between rungs.
-    """
-    some = runs.where(depth=depth, normalization=kind)
-    scales = sorted(some.distinct("scale"))
-    rung = math.log10(scales[1] / scales[0])
-    return [
-        rung * sum(run["accuracy"] >= ENOUGH for run in some if run.seed == seed)
-        for seed in runs.seeds
-    ]
+    """Train from scaled weights."""
+    return ladder.trained(setting, seed, digits, tick, recipe(setting), setting["scale"])
 
 
 def verdict(runs: Runs) -> Verdict:
     """A wider range at both depths."""
     findings, said = [], []
-    for depth in reversed(DEPTHS):
-        with_it, without = widths(runs, depth, "batch"), widths(runs, depth, "none")
+    for depth in reversed(ladder.DEPTHS):
+        with_it, without = (ladder.widths(runs, "scale", depth, kind) for kind in ("batch", "none"))
         wider = estimates.difference(with_it, without)
         findings.append(expect(f"decades wider, {depth} layers", wider, above=0.5))
         said.append(
             f"with {depth} hidden layers scales over {estimates.mean(with_it).value:.1f} decades "
             f"train with batch normalization and over {estimates.mean(without).value:.1f} without"
         )
-    sentence = "; ".join(said)
-    return judge(sentence[0].upper() + sentence[1:] + ".", findings)
+    return judge(sentences(said, "; "), findings)
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Accuracy over the scale."""
-    names = {"none": "none", "batch": "batch normalization"}
-    return Shown(
-        [
-            table(
-                f"Accuracy at the end, %: {depth} hidden layers", runs.where(depth=depth),
-                rows="scale", columns="normalization", value=lambda run: 100 * run["accuracy"],
-                names=names | {scale: f"{scale:.2g}" for scale in runs.distinct("scale")},
-                corner="scale",
-            )
-            for depth in DEPTHS
-        ],
-        [
-            lines(
-                f"What trains, {depth} hidden layers",
-                [
-                    {
-                        "normalization": names[run["normalization"]], "seed": run.seed,
-                        "scale": run["scale"], "accuracy": run["accuracy"],
-                    }
-                    for run in runs.where(depth=depth)
-                ],
-                x="scale", y="accuracy", series="normalization", replicate="seed", log_x=True,
-                percent=True, x_title="scale of the initial weights, He's = 1",
-                y_title="accuracy on the test digits",
-                description="Mean over the seeds; the band is their range.",
-            )
-            for depth in DEPTHS
-        ],
-    )  # fmt: skip
+    return ladder.figures(runs, "scale", "scale", "scale of the initial weights, He's = 1")
 
 
 EXPERIMENT = Experiment(
@@ -139,9 +57,6 @@ EXPERIMENT = Experiment(
     measure="Decades of the scale that end at 90 % accuracy of inference or better after 400 steps "
     f"of SGD at a rate of {RATE:g} and batch {BATCH}.",
     rule="The range is wider by more than half a decade (a factor of 3) at both depths.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings=ladder.settings("scale", -8, 8), run=run, verdict=verdict, figures=figures,
+    recipe=recipe,
+)  # fmt: skip

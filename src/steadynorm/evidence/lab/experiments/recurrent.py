@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.batches import batches, tensors
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.show import curves, table
-from steadynorm.evidence.lab.training import Tick, inference_accuracy
-from steadynorm.models.calibration import calibrate
+from steadynorm.evidence.digits import Digits, batches, tensors
+from steadynorm.evidence.estimates import Estimate
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import chart, table
+from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.training import Tick, inference_accuracy
+from steadynorm.models.calibrate import calibrate
 from steadynorm.nn import BatchNormLSTM
-from steadynorm.report.charts import lines
 
 BATCH, HIDDEN, RATE, CLIP = 64, 48, 2e-3, 1.0
 LOOKS = 8
@@ -41,12 +29,10 @@ NETWORKS = {
 PERMUTATION_SEED = 2016  # the same for all runs: it belongs to the task
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
-    """All networks by rows and on permuted pixels; the full profile has pixels in order, too, but
-    γ = 1 is compared on the permuted ones.
+def settings(**lengths: int) -> list[Setting]:
+    """All networks on each task for so many steps, but γ = 1 not on pixels in order: it is compared
+    on the permuted ones.
     """
-    quick = profile == "quick"
-    lengths = {"rows": 300, "permuted": 200} if quick else dict.fromkeys(TASKS, 400)
     return [
         {"task": task, "network": network, "steps": steps}
         for task, steps in lengths.items()
@@ -55,14 +41,24 @@ def settings(profile: Profile) -> Sequence[Setting]:
     ]
 
 
+SETTINGS: dict[Profile, list[Setting]] = {
+    "quick": settings(rows=300, permuted=200),
+    "full": settings(**dict.fromkeys(TASKS, 400)),
+}
+
+
 def steps(setting: Setting) -> int:
-    """In units of a plain LSTM's short steps: more time steps and normalization take longer."""
-    long = 1 if setting["task"] == "rows" else 6
-    return int(setting["steps"]) * long * (1 if setting["network"] == "lstm" else 3)
+    """Steps of a run."""
+    return int(setting["steps"])
+
+
+def weight(setting: Setting) -> int:
+    """More time steps take longer, and so does normalization."""
+    return (1 if setting["task"] == "rows" else 6) * (1 if setting["network"] == "lstm" else 3)
 
 
 class Reader(nn.Module):
-    """Reads a digit in time steps, and says which it is from the last hidden state."""
+    """Reads a digit in time steps and classifies it from the last hidden state."""
 
     def __init__(self, task: str, network: str, height: int, width: int) -> None:
         super().__init__()
@@ -100,7 +96,6 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
     order = batches(len(labels), BATCH, seed)
     every = max(setting["steps"] // LOOKS, 1)
-    weight = steps(setting) // setting["steps"]
     at: list[int] = []
     losses: list[float] = []
     accuracy: list[float] = []
@@ -114,7 +109,7 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
         nn.utils.clip_grad_norm_(network.parameters(), CLIP)
         optimizer.step()
         total += float(loss.detach())
-        tick(weight)
+        tick(1)
         if step % every == 0:
             at.append(step)
             losses.append(total / every)
@@ -132,7 +127,7 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
 
 
 def calibrated(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network with the statistics of these images; itself where it has none."""
+    """A copy with the statistics of these images; the network itself where it has none."""
     if not any(isinstance(module, BatchNormLSTM) for module in network.modules()):
         return network
     network = copy.deepcopy(network)
@@ -144,11 +139,8 @@ def verdict(runs: Runs) -> Verdict:
     """Errors of the LSTM minus those of the batch-normalized one, and of γ = 1 minus γ = 0.1."""
     tasks = runs.distinct("task")
 
-    def fewer(task: str, other: str) -> estimates.Estimate:
-        return estimates.difference(
-            runs.values("error", task=task, network=other),
-            runs.values("error", task=task, network="0.1"),
-        )
+    def fewer(task: str, other: str) -> Estimate:
+        return runs.difference("error", "network", other, "0.1", task=task)
 
     against = {task: fewer(task, "lstm") for task in tasks}
     gain = fewer("permuted", "1")
@@ -165,39 +157,27 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Errors, and accuracy along training."""
-
-    def called(run: Run) -> str:
-        return NETWORKS[run["network"]]
-
-    return Shown(
+    lag = (
+        "Momentum 0.1: the last ten batches or so. At every time step they lag a little, and what "
+        "is off at one step goes on into the next."
+    )
+    return Figures(
         [
-            table(
-                "Error of inference at the end, %", runs, rows="network", columns="task",
-                names={**NETWORKS, **TASKS}, corner="network / task",
-                value=lambda run: run["error"],
-            ),
-            table(
-                "The same by running averages", runs, rows="network", columns="task",
-                names={**NETWORKS, **TASKS}, corner="network / task",
-                value=lambda run: run["error_by_average"],
-                note="Momentum 0.1: the last ten batches or so. At every time step they lag a "
-                "little, and what is off at one step goes on into the next.",
-            ),
-            table(
-                "Mean accuracy over training, %", runs, rows="network", columns="task",
-                names={**NETWORKS, **TASKS}, corner="network / task",
-                value=lambda run: 100 * run["mean_accuracy"],
-            ),
+            table(title, runs, rows="network", columns="task", names={**NETWORKS, **TASKS},
+                  corner="network / task", measure=measure, times=times, note=note)
+            for title, measure, times, note in (
+                ("Error of inference at the end, %", "error", 1, ""),
+                ("The same by running averages", "error_by_average", 1, lag),
+                ("Mean accuracy over training, %", "mean_accuracy", 100, ""),
+            )
         ],
         [
-            lines(
-                f"Accuracy of inference: {TASKS[task]}",
-                curves(runs.where(task=task), "step", "accuracy", called), x="step", y="accuracy",
-                series="series", replicate="seed", percent=True, order=list(NETWORKS.values()),
-                x_title="steps", y_title="accuracy on the test digits",
-                description="Mean over the seeds; the band is their range.",
+            chart(
+                f"Accuracy of inference: {TASKS[task]}", runs.where(task=task), x="step",
+                y="accuracy", series=lambda run: NETWORKS[run["network"]],
+                order=list(NETWORKS.values()),
             )
             for task in runs.distinct("task")
         ],
@@ -219,9 +199,5 @@ EXPERIMENT = Experiment(
     "hidden units, batch 64, Adam at 2e-3, gradient norm clipped at 1.",
     rule="After equally many steps it makes fewer errors than the LSTM on every task (permuted "
     "pixels first), and on permuted pixels fewer than with γ starting at 1.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings=SETTINGS, run=run, verdict=verdict, figures=figures, steps=steps, weight=weight,
+)  # fmt: skip

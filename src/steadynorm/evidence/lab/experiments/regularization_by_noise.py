@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.batches import tensors
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.layers import modes_kept
-from steadynorm.evidence.lab.networks import (
-    Normalization,
-    fully_connected,
-    initialize,
-    normalization_1d,
-)
-from steadynorm.evidence.lab.show import scaled, table
-from steadynorm.evidence.lab.training import Recipe, Tick, train
-from steadynorm.report.charts import lines
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits, tensors
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import chart, table
+from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import Statistics, build
+from steadynorm.evidence.training import Recipe, Tick, train
+from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Ghost
 
 FEW = 300  # digits to train on: few enough that the gap to the test digits is plain to see
 SIZES = (8, 32, 128)
-COMPANY = 300  # all training digits once: their statistics are the population's
 GHOST = 8
 ARMS = {
     "none": "none",
@@ -44,77 +26,64 @@ ARMS = {
     "population": "BN, population",
     "ghost": f"BN, ghosts of {GHOST}",
 }
+STATISTICS: dict[str, Statistics] = {
+    "none": None, "dropout": None, "batch": "batch", "population": "batch", "ghost": Ghost(GHOST)
+}  # fmt: skip
 
 
-class InCompany(nn.Module):
-    """A network that in training always sees all training digits besides the batch, so that the
+class WithPopulation(nn.Module):
+    """A network that in training sees the whole population beside every batch, so that the
     statistics of its layers are those of the population, gradient included, and without noise.
     """
 
-    def __init__(self, network: nn.Module, company: Tensor) -> None:
+    def __init__(self, network: nn.Module, population: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.company = company
+        self.population = population
 
     def forward(self, input: Tensor) -> Tensor:
         """The outputs of `input` alone."""
         if not self.training:
             output: Tensor = self.network(input)
             return output
-        both: Tensor = self.network(torch.cat([input, self.company]))
+        both: Tensor = self.network(torch.cat([input, self.population]))
         return both[: len(input)]
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
+def settings(samples: int) -> list[Setting]:
     """Every arm at every batch size; ghosts only where a batch holds several."""
-    samples = 6_400 if profile == "quick" else 9_600
-    return [
-        {"arm": arm, "batch": size, "samples": samples}
-        for arm in ARMS
-        for size in SIZES
-        if arm != "ghost" or size > GHOST
-    ]
+    found = grid(arm=tuple(ARMS), batch=SIZES, samples=samples)
+    return [s for s in found if s["arm"] != "ghost" or s["batch"] > GHOST]
 
 
 def recipe(setting: Setting) -> Recipe:
-    """One cycle over as many digits at every batch size, the rate the same for all: a rate in
-    proportion to the batch would change the noise of the gradient as well.
+    """One cycle over as many digits at every batch size, the rate as the square root of the batch:
+    in proportion to it the noise of the gradient would change as well.
     """
     size = setting["batch"]
     return Recipe(size, setting["samples"], rate=0.1 * (64 / size) * (size / 64) ** 0.5, points=1)
 
 
-def steps(setting: Setting) -> int:
-    """The length of a run, for the order; in company a step takes longer."""
-    return recipe(setting).steps * (4 if setting["arm"] == "population" else 1)
+def weight(setting: Setting) -> int:
+    """A step beside the population takes longer."""
+    return 4 if setting["arm"] == "population" else 1
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
-    """Train on few digits, measure loss and error on them and on the test digits."""
+    """Train on few digits; loss and error on them and on the test digits."""
     few = digits._replace(
         train_images=digits.train_images[:FEW], train_labels=digits.train_labels[:FEW]
     )
     arm = setting["arm"]
-    kinds: dict[str, Normalization | None] = {
-        "none": None, "dropout": None, "batch": normalization_1d("batch"),
-        "population": normalization_1d("batch"), "ghost": normalization_1d(Ghost(GHOST)),
-    }  # fmt: skip
-    network: nn.Module = fully_connected(
-        digits.train_images[0].size, kinds[arm],
-        activation=(lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.2))) if arm == "dropout"
-        else nn.ReLU,
+    network: nn.Module = build(
+        "fully connected", STATISTICS[arm], digits, seed,
+        activation=dropped_relu if arm == "dropout" else nn.ReLU,
     )  # fmt: skip
-    initialize(network, seed)
     images, labels, test_images, test_labels = tensors(few)
     if arm == "population":
-        network = InCompany(network, images[:COMPANY])
+        network = WithPopulation(network, images)
     torch.manual_seed(seed)  # dropout's
-    each = 4 if arm == "population" else 1
-
-    def tell(some: int) -> None:
-        tick(some * each)
-
-    train(network, few, recipe(setting), seed=seed, tick=tell, layers=False)
+    train(network, few, recipe(setting), seed=seed, tick=tick)
     loss, error = measure(network, images, labels)
     test_loss, test_error = measure(network, test_images, test_labels)
     return {
@@ -123,10 +92,15 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     }  # fmt: skip
 
 
+def dropped_relu() -> nn.Module:
+    """ReLU and dropout."""
+    return nn.Sequential(nn.ReLU(), nn.Dropout(0.2))
+
+
 @torch.no_grad()
 def measure(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Loss, and error in per cent, of inference."""
-    with modes_kept(network):
+    with untouched(network):
         network.eval()
         logits = network(images).double()
     loss = nn.functional.cross_entropy(logits, labels)
@@ -136,29 +110,31 @@ def measure(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, 
 def verdict(runs: Runs) -> Verdict:
     """Noise against no noise at the smallest batch, and a small batch against a large one."""
     small, large = SIZES[0], SIZES[-1]
-    gap = {
-        (arm, size): runs.values("gap", arm=arm, batch=size)
-        for arm in ARMS
-        for size in SIZES
-        if arm != "ghost" or size > GHOST
-    }
-    noise = estimates.difference(gap["population", small], gap["batch", small])
-    more = {
-        arm: [b - s for b, s in zip(gap[arm, large], gap[arm, small], strict=True)]
+
+    def gap(arm: str, size: int) -> float:
+        return runs.mean("gap", arm=arm, batch=size).value
+
+    noise = runs.difference("gap", "arm", "population", "batch", batch=small)
+    ghosts = runs.difference("gap", "arm", "batch", "ghost", batch=large)
+    dropout = runs.difference("gap", "arm", "none", "dropout", batch=large)
+    growth = {
+        arm: [
+            b - s
+            for b, s in zip(
+                *(runs.values("gap", arm=arm, batch=size) for size in (large, small)), strict=True
+            )
+        ]
         for arm in ("batch", "none")
     }
-    with_it = estimates.difference(more["batch"], more["none"])
-    ghosts = estimates.difference(gap["batch", large], gap["ghost", large])
-    dropout = estimates.difference(gap["none", large], gap["dropout", large])
-    means = {key: estimates.mean(values).value for key, values in gap.items()}
+    with_it = estimates.difference(growth["batch"], growth["none"])
     return judge(
-        f"Trained on {FEW} digits, the error on test digits is {means['batch', small]:.1f} points "
+        f"Trained on {FEW} digits, the error on test digits is {gap('batch', small):.1f} points "
         f"above that on training digits with batches of {small}, and "
-        f"{means['population', small]:.1f} with population statistics in their place, "
+        f"{gap('population', small):.1f} with population statistics in their place, "
         f"{noise.text(1)} more. From there to batches of {large} it grows by {with_it.text(1)} "
-        f"more than without it, to {means['batch', large]:.1f}; of those ghosts of {GHOST} "
+        f"more than without it, to {gap('batch', large):.1f}; of those ghosts of {GHOST} "
         f"take {ghosts.text(1)} off, and dropout {dropout.text(1)} off the plain network's "
-        f"{means['none', large]:.1f}.",
+        f"{gap('none', large):.1f}.",
         [
             expect(f"gap of population statistics minus batch statistics, batch {small}", noise,
                    above=0),
@@ -169,32 +145,23 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Gaps and errors by batch size."""
     measures = {
-        "gap": "Error on test digits minus error on training digits, points",
-        "test_error": "Error on the test digits, %",
-        "loss_gap": "Loss on test digits minus loss on training digits, ×100",
+        "gap": ("Error on test digits minus error on training digits, points", 1),
+        "test_error": ("Error on the test digits, %", 1),
+        "loss_gap": ("Loss on test digits minus loss on training digits, ×100", 100),
     }
-    return Shown(
+    return Figures(
         [
-            table(
-                title, runs, rows="arm", columns="batch", names=ARMS, corner="batch size",
-                value=scaled(name, 100 if name == "loss_gap" else 1),
-            )
-            for name, title in measures.items()
+            table(title, runs, rows="arm", columns="batch", names=ARMS, corner="batch size",
+                  measure=measure, times=times)
+            for measure, (title, times) in measures.items()
         ],
         [
-            lines(
-                "Gap by batch size",
-                [
-                    {"arm": ARMS[run["arm"]], "seed": run.seed, "batch": run["batch"],
-                     "gap": run["gap"]}
-                    for run in runs
-                ],
-                x="batch", y="gap", series="arm", replicate="seed", log_x=True,
-                x_title="batch size", y_title="points between test and training error",
-                description="Mean over the seeds; the band is their range.",
+            chart(
+                "Gap by batch size", runs, x="batch", y="gap", series="arm", names=ARMS,
+                log_x=True, y_title="points between test and training error",
             )
         ],
     )  # fmt: skip
@@ -216,10 +183,6 @@ EXPERIMENT = Experiment(
     rule="The gap is smaller with batch statistics than with population statistics at batch "
     f"{SIZES[0]}, grows more from there to batch {SIZES[-1]} than without batch normalization, and "
     f"is smaller with ghosts of {GHOST} than without at batch {SIZES[-1]}.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-    seeds={"quick": 4, "full": 10},
-)
+    settings={"quick": settings(6_400), "full": settings(9_600)}, run=run, verdict=verdict,
+    figures=figures, recipe=recipe, weight=weight, seeds={"quick": 4, "full": 10},
+)  # fmt: skip

@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.networks import fully_connected, initialize, normalization_1d
-from steadynorm.evidence.lab.show import curves, table
-from steadynorm.evidence.lab.training import Recipe, Tick, train
-from steadynorm.report.charts import lines
+from steadynorm.evidence.digits import Digits
+from steadynorm.evidence.lab.experiment import Experiment, Figures, one_cycle
+from steadynorm.evidence.lab.figures import chart, table
+from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import build
+from steadynorm.evidence.training import Tick, train
 
 SIZES = (64, 16, 4)
 NAMES = {"batch": "the batch", "running": "the running average"}
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
+def settings(samples: int) -> list[Setting]:
     """Both forms at every batch size, on as many digits."""
-    samples = 8_000 if profile == "quick" else 16_000
-    return [
-        {"statistics": policy, "batch": size, "samples": samples}
-        for policy in NAMES
-        for size in SIZES
-    ]
-
-
-def recipe(setting: Setting) -> Recipe:
-    """One cycle."""
-    return Recipe(setting["batch"], setting["samples"])
-
-
-def steps(setting: Setting) -> int:
-    """The length of a run."""
-    return recipe(setting).steps
+    return grid(statistics=tuple(NAMES), batch=SIZES, samples=samples)
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     """Train; errors of inference, and of the same digits normalized as in training."""
-    normalization = normalization_1d(setting["statistics"])
-    network = fully_connected(digits.train_images[0].size, normalization)
-    initialize(network, seed)
-    done = train(network, digits, recipe(setting), seed=seed, tick=tick, layers=False)
+    network = build("fully connected", setting["statistics"], digits, seed)
+    done = train(network, digits, one_cycle(setting), seed=seed, tick=tick)
     return {
         "error": done.error,
         "error_in_training": 100 * (1 - (done.accuracy_in_training or 0)),
@@ -65,10 +35,7 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
 def verdict(runs: Runs) -> Verdict:
     """Error against error at every batch size."""
     more = {
-        size: estimates.difference(
-            runs.values("error", statistics="running", batch=size),
-            runs.values("error", statistics="batch", batch=size),
-        )
+        size: runs.difference("error", "statistics", "running", "batch", batch=size)
         for size in SIZES
     }
     return judge(
@@ -82,30 +49,21 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Errors, and the loss over training."""
-
-    def called(run: Run) -> str:
-        return f"{NAMES[run['statistics']]}, {run['batch']}"
-
-    return Shown(
+    return Figures(
         [
-            table(
-                "Error of inference, %", runs, rows="statistics", columns="batch", names=NAMES,
-                corner="normalized by / batch size", value=lambda run: run["error"],
-            ),
-            table(
-                "Error on the same digits normalized as in training, %", runs, rows="statistics",
-                columns="batch", names=NAMES, corner="normalized by / batch size",
-                value=lambda run: run["error_in_training"],
-            ),
+            table(title, runs, rows="statistics", columns="batch", names=NAMES,
+                  corner="normalized by / batch size", measure=measure)
+            for title, measure in (
+                ("Error of inference, %", "error"),
+                ("Error on the same digits normalized as in training, %", "error_in_training"),
+            )
         ],
         [
-            lines(
-                "Loss in training", curves(runs, "samples_seen", "loss", called),
-                x="samples_seen", y="loss", series="series", replicate="seed", log_y=True,
-                x_title="digits seen", y_title="loss",
-                description="Mean over the seeds; the band is their range.",
+            chart(
+                "Loss in training", runs, x="samples_seen", y="loss",
+                series=lambda run: f"{NAMES[run['statistics']]}, {run['batch']}", log_y=True,
             )
         ],
     )  # fmt: skip
@@ -125,9 +83,6 @@ EXPERIMENT = Experiment(
     "SGD with momentum, one cycle; momentum 0.1 of the averages.",
     rule="The running average makes at most one point of error more than the batch, at batch 64, "
     "16 and 4.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings={"quick": settings(8_000), "full": settings(16_000)}, run=run, verdict=verdict,
+    figures=figures,
+)  # fmt: skip

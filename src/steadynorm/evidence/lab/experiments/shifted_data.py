@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.batches import tensors
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.networks import convolutional, initialize, normalization_2d
-from steadynorm.evidence.lab.show import table
-from steadynorm.evidence.lab.training import Recipe, Tick, inference_accuracy, train
-from steadynorm.models.calibration import adapt
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits, tensors
+from steadynorm.evidence.lab.experiment import Experiment, Figures, one_cycle
+from steadynorm.evidence.lab.figures import table
+from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import build
+from steadynorm.evidence.training import Tick, inference_accuracy, train
+from steadynorm.models.calibrate import adapt
 
 SHIFTS = ("none", "noise", "contrast", "brightness", "blur")
-KNOWN = {"none": "running averages", "16": "adapted to 16 digits", "all": "adapted to all"}
+STATISTICS = {"none": "running averages", "16": "adapted to 16 digits", "all": "adapted to all"}
 PRIOR = 16
-
-
-def settings(profile: Profile) -> Sequence[Setting]:
-    """One network for each seed; every shift is tried on it."""
-    return [{"samples": 8_000 if profile == "quick" else 16_000, "batch": 64}]
-
-
-def recipe(setting: Setting) -> Recipe:
-    """One cycle."""
-    return Recipe(setting["batch"], setting["samples"])
-
-
-def steps(setting: Setting) -> int:
-    """The length of a run."""
-    return recipe(setting).steps
 
 
 def shifted(images: Tensor, kind: str, seed: int) -> Tensor:
@@ -64,36 +38,33 @@ def shifted(images: Tensor, kind: str, seed: int) -> Tensor:
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
-    """Train on the digits as they are; errors on changed ones, as it is and adapted.
-
-    With 16, every 16 test digits are adapted to by themselves, from the trained statistics.
+    """Train one network on the digits as they are; its errors under every shift, as it is and
+    adapted. With 16, every 16 test digits are adapted to by themselves, from the trained
+    statistics.
     """
     _, _, test, labels = tensors(digits)
-    network = convolutional(normalization_2d("batch"))
-    initialize(network, seed)
-    train(network, digits, recipe(setting), seed=seed, tick=tick, layers=False)
+    network = build("convolutional", "batch", digits, seed)
+    train(network, digits, one_cycle(setting), seed=seed, tick=tick)
     result: dict[str, float] = {}
     for kind in SHIFTS:
         images = shifted(test, kind, seed)
         result[f"{kind}, none"] = 100 * (1 - inference_accuracy(network, images, labels))
-        for known, size in (("16", 16), ("all", len(images))):
+        for statistics, size in (("16", 16), ("all", len(images))):
             right = 0.0
             for part, own in zip(images.split(size), labels.split(size), strict=True):
                 model = copy.deepcopy(network)
                 adapt(model, [part], prior=PRIOR, progress=False)
                 right += len(own) * inference_accuracy(model, part, own)
-            result[f"{kind}, {known}"] = 100 * (1 - right / len(labels))
+            result[f"{kind}, {statistics}"] = 100 * (1 - right / len(labels))
     return result
 
 
 def verdict(runs: Runs) -> Verdict:
-    """How many points adapting takes off, for each shift; and what it costs where none is."""
+    """How many points adapting takes off, for each shift; and what it costs where there is none."""
     gains = {
-        kind: estimates.difference(
-            runs.values(f"{kind}, none"), runs.values(f"{kind}, all")
-        )
+        kind: estimates.difference(runs.values(f"{kind}, none"), runs.values(f"{kind}, all"))
         for kind in SHIFTS
-    }  # fmt: skip
+    }
     words = ", ".join(f"{gains[kind].text(1)} with {kind}" for kind in SHIFTS[1:])
     return judge(
         f"Statistics mixed with those of the shifted digits take off points of error: {words}; "
@@ -106,18 +77,18 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Errors by shift and by what was adapted to."""
-    rows = [
-        Run({"shift": kind, "statistics": KNOWN[known]}, one.seed,
-            {"error": one[f"{kind}, {known}"]})
-        for one in runs for kind in SHIFTS for known in KNOWN
-    ]  # fmt: skip
-    return Shown(
+    by_kind = Runs(
+        FinishedRun({"shift": kind, "statistics": called}, one.seed,
+                    {"error": one[f"{kind}, {name}"]})
+        for one in runs for kind in SHIFTS for name, called in STATISTICS.items()
+    )  # fmt: skip
+    return Figures(
         [
             table(
-                "Error on the test digits, %", Runs(rows), rows="statistics", columns="shift",
-                corner="statistics / shift", value=lambda run: run["error"],
+                "Error on the test digits, %", by_kind, rows="statistics", columns="shift",
+                corner="statistics / shift", measure="error",
                 note=f"adapt(prior={PRIOR}): the trained statistics count as {PRIOR} digits.",
             )
         ]
@@ -139,9 +110,6 @@ EXPERIMENT = Experiment(
     "on the digits as they are.",
     rule="Adapting to all test digits takes errors off for every shift, and adds less than a point "
     "where nothing shifted.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings={"quick": grid(samples=8_000, batch=64), "full": grid(samples=16_000, batch=64)},
+    run=run, verdict=verdict, figures=figures,
+)  # fmt: skip

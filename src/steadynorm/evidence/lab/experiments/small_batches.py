@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.estimates import Estimate
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.networks import (
-    Normalization,
-    convolutional,
-    fully_connected,
-    initialize,
-    normalization_1d,
-    normalization_2d,
-    renorm_for,
-)  # fmt: skip
-from steadynorm.evidence.lab.runs import interval
-from steadynorm.evidence.lab.training import Recipe, Tick, Watch, train
-from steadynorm.report.charts import lines
+from steadynorm.evidence.digits import Digits
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import chart, plus_minus
+from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting, grid
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import KINDS, Statistics, build, renorm_for
+from steadynorm.evidence.training import Recipe, StepCallback, Tick, train
 from steadynorm.report.page import Table
-from steadynorm.statistics import Batch, Frozen, Ghost, Policy, Running, Steady
+from steadynorm.statistics import Frozen, Ghost
 
-NETWORKS = ("fully connected", "convolutional")
 SIZES = (64, 16, 8, 4, 2, 1)
 GHOST = 8
-TAIL = 0.75  # of the run, after which "frozen tail" normalizes with what it has kept
+TAIL = 0.75  # of the run, after which "frozen tail" normalizes with its running statistics
 NAMES = {
     "none": "none",
     "outside": "LayerNorm or GroupNorm",
@@ -51,19 +30,18 @@ NAMES = {
     "running": "Running",
     "steady": "Steady",
 }
-IN_QUICK = ("outside", "batch", "running", "steady")
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
+def settings(policies: Sequence[str], sizes: Sequence[int], samples: int) -> list[Setting]:
     """Every policy at every batch size; ghosts only where a batch holds several."""
-    quick = profile == "quick"
-    return [
-        {"network": network, "policy": policy, "batch": size, "samples": 2_000 if quick else 3_000}
-        for network in NETWORKS
-        for policy in (IN_QUICK if quick else NAMES)
-        for size in ((64, 8, 2, 1) if quick else SIZES)
-        if policy != "ghost" or size > GHOST
-    ]
+    found = grid(network=KINDS, policy=tuple(policies), batch=tuple(sizes), samples=samples)
+    return [s for s in found if s["policy"] != "ghost" or s["batch"] > GHOST]
+
+
+SETTINGS: dict[Profile, list[Setting]] = {
+    "quick": settings(("outside", "batch", "running", "steady"), (64, 8, 2, 1), 2_000),
+    "full": settings(tuple(NAMES), SIZES, 3_000),
+}
 
 
 def recipe(setting: Setting) -> Recipe:
@@ -71,129 +49,88 @@ def recipe(setting: Setting) -> Recipe:
     return Recipe(setting["batch"], setting["samples"], points=1)
 
 
-def steps(setting: Setting) -> int:
-    """The length of a run; a convolution takes twice the time."""
-    return recipe(setting).steps * (2 if setting["network"] == "convolutional" else 1)
+def weight(setting: Setting) -> int:
+    """A step of the convolutional network takes twice the time."""
+    return 2 if setting["network"] == "convolutional" else 1
 
 
-def policy_of(name: str, steps: int) -> Policy:
-    """The policy that a training starts with."""
-    kinds: dict[str, Policy] = {
-        "batch": Batch(), "ghost": Ghost(GHOST), "frozen tail": Batch(),
-        "renorm": renorm_for(steps), "running": Running(), "steady": Steady(),
-    }  # fmt: skip
-    return kinds[name]
-
-
-def build(network: str, normalize: Normalization | None, inputs: int, seed: int) -> nn.Module:
-    """The tour's network, fully connected or convolutional."""
-    made = (
-        fully_connected(inputs, normalize)
-        if network == "fully connected"
-        else convolutional(normalize)
+def statistics(setting: Setting) -> Statistics:
+    """What normalizes at the start of training."""
+    outside: Statistics = (
+        nn.LayerNorm if setting["network"] == "fully connected" else partial(nn.GroupNorm, 8)
     )
-    initialize(made, seed)
-    return made
+    special: dict[str, Statistics] = {
+        "outside": outside, "ghost": Ghost(GHOST), "frozen tail": "batch",
+        "renorm": renorm_for(recipe(setting).steps),
+    }  # fmt: skip
+    return special.get(setting["policy"], setting["policy"])
 
 
-def normalization(network: str, policy: Policy | str) -> Normalization | None:
-    """The layers of a policy, or of "none" and "outside"."""
-    flat = network == "fully connected"
-    if policy == "none":
-        return None
-    if policy == "outside":
-        return nn.LayerNorm if flat else partial(nn.GroupNorm, 8)
-    return (normalization_1d if flat else normalization_2d)(policy)
+def frozen_tail(setting: Setting) -> StepCallback:
+    """Freezes the statistics of all layers after `TAIL` of the run."""
+    start = int(TAIL * recipe(setting).steps)
+
+    def freeze(step: int, network: nn.Module) -> None:
+        for module in network.modules():
+            if step == start and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.statistics = Frozen()  # type: ignore[assignment]
+
+    return freeze
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     """Train and measure."""
-    plan = recipe(setting)
-    name = setting["policy"]
-    policy = name if name in ("none", "outside") else policy_of(name, plan.steps)
-    layers = normalization(setting["network"], policy)
-    network = build(setting["network"], layers, digits.train_images[0].size, seed)
-    return trained(setting, network, digits, plan, seed, tick,
-                   freeze if name == "frozen tail" else None)  # fmt: skip
-
-
-def freeze(network: nn.Module) -> None:
-    """Every batch normalization normalizes with what it has kept from now on."""
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.statistics = Frozen()  # type: ignore[assignment]
+    network = build(setting["network"], statistics(setting), digits, seed)
+    freeze = frozen_tail(setting) if setting["policy"] == "frozen tail" else None
+    return trained(setting, network, digits, seed, tick, freeze)
 
 
 def trained(
-    setting: Setting, network: nn.Module, digits: Digits, plan: Recipe, seed: int, tick: Tick,
-    late: Callable[[nn.Module], None] | None = None,
+    setting: Setting, network: nn.Module, digits: Digits, seed: int, tick: Tick,
+    after_step: StepCallback | None = None,
 ) -> Result:  # fmt: skip
-    """Train `network`, with `late` called on it after `TAIL` of the run."""
-    each = 2 if setting["network"] == "convolutional" else 1
-
-    def watch(step: int, watched: nn.Module) -> None:
-        if late is not None and step == int(TAIL * plan.steps):
-            late(watched)
-
-    followed: Watch | None = watch if late is not None else None
-
-    def tell(some: int) -> None:
-        tick(some * each)
-
-    done = train(network, digits, plan, seed=seed, tick=tell, watch=followed, layers=False)
-    in_training = done.accuracy_in_training
+    """The errors of a network once it is trained."""
+    done = train(network, digits, recipe(setting), seed=seed, tick=tick, after_step=after_step)
     return {
         "error": None if done.stopped else done.error,
-        "error_in_training": None if in_training is None else 100 * (1 - in_training),
+        "error_in_training": done.error_in_training,
         "stopped": done.stopped,
     }
 
 
-def rise(runs: Runs, network: str, policy: str, small: int, large: int = 8) -> Estimate:
-    """Points of error that the small batch has more than the large one."""
-    first, second = (
-        runs.values("error", network=network, policy=policy, batch=size) for size in (small, large)
-    )
-    return estimates.difference(first, second)
-
-
-def against_batch(runs: Runs, network: str, size: int) -> Estimate:
-    """Points of error that Steady has more than Batch."""
-    first, second = (
-        runs.values("error", network=network, policy=policy, batch=size)
-        for policy in ("steady", "batch")
-    )
-    return estimates.difference(first, second)
-
-
 def verdict(runs: Runs) -> Verdict:
     """Batch rises from 8 to 2 where a channel has few values; Steady is flat down to 1."""
-    flat, conv = NETWORKS
-    falls = rise(runs, flat, "batch", 2)
+    flat, conv = KINDS
+    falls = runs.difference("error", "batch", 2, 8, network=flat, policy="batch")
     findings = [expect(f"Batch at 2 minus at 8, {flat}", falls, above=5)]
-    flatness = {}
-    for network in NETWORKS:
-        for small in (2, 1):
-            flatness[network, small] = rise(runs, network, "steady", small)
-            words = f"Steady at {small} minus at 8, {network}"
-            findings.append(expect(words, flatness[network, small], below=2))
-    for network in NETWORKS:
-        same = against_batch(runs, network, 64)
+    rise = {
+        (network, small): runs.difference(
+            "error", "batch", small, 8, network=network, policy="steady"
+        )
+        for network in KINDS
+        for small in (2, 1)
+    }
+    findings += [
+        expect(f"Steady at {small} minus at 8, {network}", more, below=2)
+        for (network, small), more in rise.items()
+    ]
+    for network in KINDS:
+        same = runs.difference("error", "policy", "steady", "batch", network=network, batch=64)
         findings.append(expect(f"Steady minus Batch at 64, {network}", same, above=-1, below=1))
     return judge(
         f"From batch 8 to batch 2 the error of Batch rises by {falls.text(1)} points in the fully "
-        f"connected network, that of Steady by {flatness[flat, 2].text(1)}, and down to batch 1, "
-        f"where Batch cannot train, by {flatness[flat, 1].text(1)}. In the convolutional network, "
+        f"connected network, that of Steady by {rise[flat, 2].text(1)}, and down to batch 1, "
+        f"where Batch cannot train, by {rise[flat, 1].text(1)}. In the convolutional network, "
         f"where a channel has 64 times the values, that of Steady rises by "
-        f"{flatness[conv, 2].text(1)} and {flatness[conv, 1].text(1)} points.",
+        f"{rise[conv, 2].text(1)} and {rise[conv, 1].text(1)} points.",
         findings,
     )
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """Errors by batch size."""
     tables, charts = [], []
-    for network in NETWORKS:
+    for network in KINDS:
         some = runs.where(network=network)
         sizes = some.distinct("batch")
         body = [
@@ -205,21 +142,13 @@ def show(runs: Runs) -> Shown:
         bold = [index for index, row in enumerate(body) if row[0] == "Steady"]
         tables.append(Table(title, head, body, emphasis=bold))
         charts.append(
-            lines(
-                title,
-                [
-                    {"policy": NAMES[run["policy"]], "seed": run.seed, "batch": run["batch"],
-                     "error": run["error"]}
-                    for run in some
-                    if run["error"] is not None
-                ],
-                x="batch", y="error", series="policy", replicate="seed", log_x=True,
-                order=list(NAMES.values()), highlight="Steady", log_y=True, x_title="batch size",
+            chart(
+                title, some, x="batch", y="error", series="policy", names=NAMES, log_x=True,
+                order=list(NAMES.values()), highlight="Steady", log_y=True,
                 y_title="error on the test digits, %",
-                description="Mean over the seeds; the band is their range.",
             )
         )  # fmt: skip
-    return Shown(tables, charts, refusals(runs))
+    return Figures(tables, charts, refusals(runs))
 
 
 def cell(runs: Runs) -> str:
@@ -227,11 +156,11 @@ def cell(runs: Runs) -> str:
     errors = [run["error"] for run in runs]
     if not errors:
         return "–"
-    return "cannot train" if None in errors else str(interval(errors))
+    return "cannot train" if None in errors else plus_minus(errors)
 
 
-def refusals(runs: Sequence[Run]) -> list[str]:
-    """What layers said that refused to train."""
+def refusals(runs: Sequence[FinishedRun]) -> list[str]:
+    """The message of a layer that refused to train."""
     said = sorted({f"{NAMES[r['policy']]}: “{r['stopped']}”" for r in runs if r["stopped"]})
     return [f"Where a policy cannot train, it says so. {line}" for line in said[:1]]
 
@@ -250,9 +179,5 @@ EXPERIMENT = Experiment(
     rule="In the fully connected network the error of Batch rises by more than 5 points from 8 to "
     "2; in both networks that of Steady rises by less than 2 points from 8 to 2 and from 8 to 1, "
     "and lies within 1 point of Batch at 64.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe, weight=weight,
+)  # fmt: skip

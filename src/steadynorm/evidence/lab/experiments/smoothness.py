@@ -2,66 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.batches import batches, tensors
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.estimates import Estimate
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Run,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.experiments import convergence
-from steadynorm.evidence.lab.layers import modes_kept
-from steadynorm.evidence.lab.show import curves, scaled, table
-from steadynorm.evidence.lab.training import Recipe, Tick, train
-from steadynorm.report.charts import lines
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits, batches, tensors
+from steadynorm.evidence.estimates import Estimate
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.figures import chart, sentences, table
+from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
+from steadynorm.evidence.lab.two_networks import BATCH, GOOD_RATES, NETWORKS, build, recipe
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.training import Tick, train
+from steadynorm.models.untouched import untouched
 
-BATCH = 32
-# Of the plain network's good rates, so that both arms walk at a pace that both can bear.
-RATES = {convergence.SIGMOID: 0.9, convergence.RELU: 0.09}
 LENGTHS = (0.5, 1.0, 2.0, 4.0)  # of the step, in multiples of the learning rate
-
-
-def settings(profile: Profile) -> Sequence[Setting]:
-    """Both networks, with and without, at the same learning rate."""
-    samples = 9_600 if profile == "quick" else 19_200
-    return [
-        {"network": network, "normalization": kind, "samples": samples}
-        for network in RATES
-        for kind in ("none", "batch")
-    ]
-
-
-def recipe(setting: Setting) -> Recipe:
-    """SGD at a constant rate, without momentum and clipping."""
-    return Recipe(
-        BATCH, setting["samples"], rate=RATES[setting["network"]] * 64 / BATCH, momentum=0.0,
-        clip=None, schedule="constant", points=1,
-    )  # fmt: skip
-
-
-def steps(setting: Setting) -> int:
-    """The length of a run, for the order."""
-    return recipe(setting).steps
+NAMES = {"none": "no normalization", "batch": "batch normalization"}
+MEASURES = {
+    "range": "range of the loss along the step",
+    "mean_turn": "change of the gradient along the step",
+    "mean_smoothness": "change of the gradient over the length walked",
+}
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
-    """Train; thirty times on the way look along the gradient of a batch."""
-    network = convergence.build(setting, digits.train_images[0].size, seed)
+    """Train at a rate that both arms tolerate; thirty times on the way, measure along the gradient
+    of a batch.
+    """
+    rate = GOOD_RATES[setting["network"]]
+    network = build(setting["network"], setting["normalization"], digits, seed)
     images, labels, _, _ = tensors(digits)
     order = batches(len(labels), BATCH, seed + 10_000)
     every = max(recipe(setting).steps // 30, 1)
@@ -69,35 +39,36 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
         name: [] for name in ("step", "lowest", "highest", "turn", "smoothness")
     }
 
-    def watch(step: int, _: nn.Module) -> None:
+    def look(step: int, _: nn.Module) -> None:
         if step % every == 0:
             batch = next(order)
-            look = along(network, images[batch], labels[batch], RATES[setting["network"]])
-            found["step"].append(step)
-            for name, value in look.items():
+            measured = along(network, images[batch], labels[batch], rate)
+            for name, value in ({"step": step} | measured).items():
                 found[name].append(value)
 
-    done = train(network, digits, recipe(setting), seed=seed, tick=tick, watch=watch, layers=False)
-
-    def middle(values: list[float]) -> float:
-        return float(torch.tensor(values).median())
-
+    done = train(network, digits, recipe(setting), seed=seed, tick=tick, after_step=look)
     span = [high - low for low, high in zip(found["lowest"], found["highest"], strict=True)]
     return {
-        "accuracy": done.accuracy, "range": middle(span), "mean_turn": middle(found["turn"]),
-        "mean_smoothness": middle(found["smoothness"]), **found,
+        "accuracy": done.accuracy, "range": middle(span),
+        "mean_turn": middle(found["turn"]), "mean_smoothness": middle(found["smoothness"]),
+        **found,
     }  # fmt: skip
 
 
+def middle(values: list[float]) -> float:
+    """The lower median."""
+    return float(torch.tensor(values).median())
+
+
 def along(network: nn.Module, images: Tensor, labels: Tensor, rate: float) -> dict[str, float]:
-    """From the present weights along the step that gradient descent would take on this batch, at
-    several lengths: the lowest and the highest loss, the largest distance of the gradient from the
-    one at the start ("turn"), and the largest of that distance over the length walked
-    ("smoothness", from below the Lipschitz constant of the gradient). Weights and buffers are left
-    as they were.
+    """What changes from the present weights along the step that gradient descent would take on this
+    batch, at several lengths: the lowest and the highest loss, the largest distance of the gradient
+    from the one at the start ("turn"), and the largest ratio of that distance to the length walked
+    ("smoothness", a lower bound of the gradient's Lipschitz constant). Weights and buffers are
+    restored.
     """
     parameters = list(network.parameters())
-    kept = {name: value.clone() for name, value in network.state_dict().items()}
+    before = {name: value.clone() for name, value in network.state_dict().items()}
 
     def at() -> tuple[float, Tensor]:
         loss = F.cross_entropy(network(images), labels)
@@ -106,7 +77,7 @@ def along(network: nn.Module, images: Tensor, labels: Tensor, rate: float) -> di
 
     losses, turns, ratios = [], [], []
     try:
-        with modes_kept(network):
+        with untouched(network):
             network.train()
             _, start = at()
             origin = nn.utils.parameters_to_vector(parameters).detach().clone()
@@ -119,25 +90,18 @@ def along(network: nn.Module, images: Tensor, labels: Tensor, rate: float) -> di
                 turns.append(turn)
                 ratios.append(turn / max(length * rate * float(start.norm()), 1e-30))
     finally:
-        network.load_state_dict(kept)
+        network.load_state_dict(before)
     return {
         "lowest": min(losses), "highest": max(losses), "turn": max(turns),
         "smoothness": max(ratios),
     }  # fmt: skip
 
 
-MEASURES = {
-    "range": "range of the loss along the step",
-    "mean_turn": "change of the gradient along the step",
-    "mean_smoothness": "change of the gradient over the length walked",
-}
-
-
 def ratio(runs: Runs, network: str, measure: str) -> Estimate:
     """The measure without batch normalization over that with it."""
     without, with_it = (
         [max(v, 1e-12) for v in runs.values(measure, network=network, normalization=kind)]
-        for kind in ("none", "batch")
+        for kind in NAMES
     )
     return estimates.ratio(without, with_it)
 
@@ -145,7 +109,7 @@ def ratio(runs: Runs, network: str, measure: str) -> Estimate:
 def verdict(runs: Runs) -> Verdict:
     """All three measures must be smaller with it, in both networks."""
     findings, said = [], []
-    for network in RATES:
+    for network in NETWORKS:
         ratios = {measure: ratio(runs, network, measure) for measure in MEASURES}
         findings += [
             expect(f"{words}, without / with, {network}", ratios[measure], above=1)
@@ -157,47 +121,37 @@ def verdict(runs: Runs) -> Verdict:
             f"along the step, the gradient changes {turn.text(2)} times as much, and "
             f"{smooth.text(2)} times as much for the length walked"
         )
-    sentence = ". ".join(said)
-    return judge(f"{sentence[0].upper()}{sentence[1:]}.", findings)
+    return judge(sentences(said), findings)
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """The measures, and their course over training."""
-    names = {"none": "no normalization", "batch": "batch normalization"}
-
-    def called(run: Run) -> str:
-        return names[run["normalization"]]
-
-    charts = []
-    for network in RATES:
-        some = runs.where(network=network)
-        span = [
-            {"series": called(run), "seed": run.seed, "step": step, "range": high - low}
-            for run in some
-            for step, low, high in zip(run["step"], run["lowest"], run["highest"], strict=True)
-        ]
-        for title, rows, y in (
-            ("Range of the loss along the step", span, "range"),
-            ("Change of the gradient along the step", curves(some, "step", "turn", called), "turn"),
-        ):
-            charts.append(
-                lines(
-                    f"{title}: {network}", [row for row in rows if row[y] > 0], x="step", y=y,
-                    series="series", replicate="seed", log_y=True, x_title="steps", y_title=y,
-                    description="Mean over the seeds; the band is their range.",
-                )
-            )  # fmt: skip
-    return Shown(
+    spans = runs.derived(
+        range=lambda run: [h - lo for lo, h in zip(run["lowest"], run["highest"], strict=True)]
+    )
+    return Figures(
         [
-            table(
-                f"{words[0].upper()}{words[1:]}, ×1000", runs, rows="network",
-                columns="normalization", value=scaled(measure, 1000),
-                names=names,
-            )
+            table(f"{words[0].upper()}{words[1:]}, ×1000", runs, rows="network",
+                  columns="normalization", measure=measure, times=1000, names=NAMES)
             for measure, words in MEASURES.items()
         ],
-        charts,
+        [
+            chart(
+                f"{title}: {network}", spans.where(network=network), x="step", y=y,
+                series=lambda run: NAMES[run["normalization"]], log_y=True,
+            )
+            for network in NETWORKS
+            for title, y in (
+                ("Range of the loss along the step", "range"),
+                ("Change of the gradient along the step", "turn"),
+            )
+        ],
     )  # fmt: skip
+
+
+def settings(samples: int) -> list[Setting]:
+    """Both networks, with and without, at the same learning rate."""
+    return grid(network=NETWORKS, normalization=tuple(NAMES), samples=samples)
 
 
 EXPERIMENT = Experiment(
@@ -213,9 +167,6 @@ EXPERIMENT = Experiment(
     "learning rate: the range of the loss, the gradient's largest change, and the same over the "
     "length walked; the median of the thirty.",
     rule="All three are smaller with batch normalization, in both networks.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings={"quick": settings(9_600), "full": settings(19_200)}, run=run, verdict=verdict,
+    figures=figures, recipe=recipe,
+)  # fmt: skip

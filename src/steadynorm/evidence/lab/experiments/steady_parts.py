@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from steadynorm.evidence.lab import estimates
-from steadynorm.evidence.lab.data import Digits
-from steadynorm.evidence.lab.experiment import (
-    Experiment,
-    Profile,
-    Result,
-    Runs,
-    Setting,
-    Shown,
-    Verdict,
-    expect,
-    judge,
-)  # fmt: skip
-from steadynorm.evidence.lab.experiments.small_batches import (
-    NETWORKS,
-    build,
-    cell,
-    normalization,
-    trained,
-)
-from steadynorm.evidence.lab.show import table
-from steadynorm.evidence.lab.training import Recipe, Tick
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import Digits
+from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiments.small_batches import cell, recipe, trained, weight
+from steadynorm.evidence.lab.figures import table
+from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting, grid
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
+from steadynorm.evidence.networks import KINDS, build
+from steadynorm.evidence.training import Tick
 from steadynorm.report.page import Table
-from steadynorm.statistics import (
-    Context,
-    Moments,
-    Normalizer,
-    Policy,
-    RunningStatistics,
-    Steady,
-)  # fmt: skip
+from steadynorm.statistics import Context, Moments, Normalizer, RunningStatistics, Steady
 
 SIZES = (2, 1)
 PARTS = {
@@ -60,20 +39,19 @@ class WithoutGradient(Steady):
 
 
 @dataclass(frozen=True)
-class InBatches(Steady):
-    """Steady whose running statistics forget by the batch, with weight 0.1, whatever its size."""
+class HorizonInBatches(Steady):
+    """Steady whose running statistics give every batch the weight 0.1, whatever its size."""
 
     def update(
         self, batch: Moments, running: RunningStatistics, context: Context
     ) -> RunningStatistics:
-        samples = context.samples
-        forgetful = Steady(self.prior, 9 * samples)  # N/(N + 9N) = 0.1
-        return forgetful.update(batch, running, context)
+        by_batch = Steady(self.prior, 9 * context.samples)  # N/(N + 9N) = 0.1
+        return by_batch.update(batch, running, context)
 
 
 @dataclass(frozen=True)
 class WithoutSpread(Steady):
-    """Steady without k(1 - k)·δ², in what normalizes and in what is kept."""
+    """Steady without k(1 - k)·δ², both in the normalizer and in the running variance."""
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
@@ -91,48 +69,33 @@ class WithoutSpread(Steady):
         return after._replace(var=(1 - weight) * running.var + weight * batch.var)
 
 
-KINDS = {
-    "whole": Steady, "gradient": WithoutGradient, "horizon": InBatches, "spread": WithoutSpread
+POLICIES = {
+    "whole": Steady, "gradient": WithoutGradient, "horizon": HorizonInBatches,
+    "spread": WithoutSpread,
 }  # fmt: skip
 
 
-def settings(profile: Profile) -> Sequence[Setting]:
-    """The parts at batch 2 and 1 in both networks; the settings in the fully connected one."""
-    samples = 2_000 if profile == "quick" else 3_000
-    default = {"prior": 4, "horizon": 640}
-    parts = [
-        {"network": network, "part": part, "batch": size, "samples": samples, **default}
-        for network in NETWORKS
-        for part in PARTS
-        for size in SIZES
-    ]
-    if profile == "quick":
-        return parts
-    return parts + [
-        {"network": NETWORKS[0], "part": "whole", "batch": 2, "samples": samples, "prior": prior,
-         "horizon": horizon}
-        for prior in PRIORS
-        for horizon in HORIZONS
-        if (prior, horizon) != (4, 640)
-    ]  # fmt: skip
+def parts(samples: int) -> list[Setting]:
+    """The parts at batch 2 and 1 in both networks."""
+    return grid(
+        network=KINDS, part=tuple(PARTS), batch=SIZES, samples=samples, prior=4, horizon=640
+    )
 
 
-def recipe(setting: Setting) -> Recipe:
-    """That of the experiment with small batches."""
-    return Recipe(setting["batch"], setting["samples"], points=1)
-
-
-def steps(setting: Setting) -> int:
-    """The length of a run; a convolution takes twice the time."""
-    return recipe(setting).steps * (2 if setting["network"] == "convolutional" else 1)
+SWEEP = grid(
+    network=KINDS[0], part="whole", batch=2, samples=3_000, prior=PRIORS, horizon=HORIZONS
+)  # fmt: skip
+SETTINGS: dict[Profile, list[Setting]] = {
+    "quick": parts(2_000),
+    "full": parts(3_000) + [s for s in SWEEP if (s["prior"], s["horizon"]) != (4, 640)],
+}
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     """Train and measure."""
-    policy: Policy = KINDS[setting["part"]](setting["prior"], setting["horizon"])
-    layers = normalization(setting["network"], policy)
-    network = build(setting["network"], layers, digits.train_images[0].size, seed)
-    return trained(setting, network, digits, recipe(setting), seed, tick)
+    policy = POLICIES[setting["part"]](setting["prior"], setting["horizon"])
+    network = build(setting["network"], policy, digits, seed)
+    return trained(setting, network, digits, seed, tick)
 
 
 def errors(runs: Runs, part: str) -> list[float]:
@@ -150,40 +113,38 @@ def verdict(runs: Runs) -> Verdict:
     """Without a part the error must be higher, on average over the four places."""
     whole = errors(runs, "whole")
     worse = {
-        part: estimates.difference(errors(runs, part), whole) for part in PARTS if part != "whole"
+        words: estimates.difference(errors(runs, part), whole)
+        for part, words in PARTS.items()
+        if part != "whole"
     }
-    said = [f"{more.text(1)} points more {PARTS[part]}" for part, more in worse.items()]
+    said = [f"{more.text(1)} points more {words}" for words, more in worse.items()]
     return judge(
         f"On average over batch 2 and batch 1 in two networks Steady makes "
         f"{estimates.mean(whole).value:.1f} % errors; {', '.join(said)}.",
-        [expect(f"points more error {PARTS[part]}", more, above=0) for part, more in worse.items()],
+        [expect(f"points more error {words}", more, above=0) for words, more in worse.items()],
     )
 
 
-def show(runs: Runs) -> Shown:
+def figures(runs: Runs) -> Figures:
     """The parts, and the sweep."""
     default = runs.where(prior=4, horizon=640)
-    places = [(network, size) for network in NETWORKS for size in SIZES]
+    places = [(network, size) for network in KINDS for size in SIZES]
     body = [
-        [
-            words,
-            *(cell(default.where(part=part, network=n, batch=size)) for n, size in places),
-        ]
+        [words, *(cell(default.where(part=part, network=n, batch=size)) for n, size in places)]
         for part, words in PARTS.items()
     ]
     head = ["Steady", *(f"{network}, batch {size}" for network, size in places)]
     tables = [Table("Error of inference, %, a part taken away", head, body, emphasis=[0])]
-    sweep = runs.where(network=NETWORKS[0], part="whole", batch=2)
+    sweep = runs.where(network=KINDS[0], part="whole", batch=2)
     if len(sweep.distinct("prior")) > 1:
         ordered = Runs(sorted(sweep, key=lambda run: (run["prior"], run["horizon"])))
         tables.append(
             table(
                 "Error of inference, %, batch 2, fully connected: prior and horizon", ordered,
-                rows="prior", columns="horizon", value=lambda run: run["error"],
-                corner="prior, horizon",
+                rows="prior", columns="horizon", measure="error", corner="prior, horizon",
             )
         )  # fmt: skip
-    return Shown(tables)
+    return Figures(tables)
 
 
 EXPERIMENT = Experiment(
@@ -200,9 +161,5 @@ EXPERIMENT = Experiment(
     measure="Error of inference on the test digits, in per cent.",
     rule="Without any one of the three the error is higher, on average over batch 2 and batch 1 in "
     "both networks.",
-    settings=settings,
-    run=run,
-    verdict=verdict,
-    show=show,
-    steps=steps,
-)
+    settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe, weight=weight,
+)  # fmt: skip

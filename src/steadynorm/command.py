@@ -1,0 +1,60 @@
+"""What the commands share: errors in one line, plain output, progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich import progress as bars
+from rich.console import Console
+
+
+@contextmanager
+def errors_in_one_line(command: str, interrupted: str = "nothing was written.") -> Iterator[None]:
+    """Turns an error about what was given into one line without control characters, exit code 2.
+
+    Ctrl-C ends with 130. A package that is missing passes through: the group of all commands says
+    which extra brings it.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+        typer.echo(f"steadynorm {command}: {line}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo(f"steadynorm {command}: interrupted; {interrupted}", err=True)
+        raise typer.Exit(130) from None
+
+
+def say(text: str, *, stderr: bool = False) -> None:
+    """Print `text` as it is, without markup, colours or wrapping."""
+    Console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class GroupBars(bars.Progress):
+    """A progress bar for each group of jobs. `stderr`: where they are drawn. `auto_refresh`: by a
+    thread, or only when something is reported.
+    """
+
+    def __init__(self, *, stderr: bool = False, auto_refresh: bool = True) -> None:
+        super().__init__(
+            bars.TextColumn("{task.description}"), bars.BarColumn(),
+            bars.TextColumn("{task.percentage:>3.0f} %"), bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(), console=Console(stderr=stderr), transient=True,
+            auto_refresh=auto_refresh,
+        )  # fmt: skip
+        self.groups: dict[str, bars.TaskID] = {}
+
+    def begin(self, group: str, steps: int, done: int = 0, title: str = "") -> None:
+        """Add a group of so many steps."""
+        self.groups[group] = self.add_task(title or group, total=steps, completed=done)
+
+    def reached(self, group: str, steps: int) -> None:
+        """Steps done in a group so far."""
+        self.update(self.groups[group], completed=steps)
+
+    def step(self, group: str) -> None:
+        """One more step of a group."""
+        self.update(self.groups[group], advance=1, refresh=True)

@@ -1,0 +1,170 @@
+"""What batches show of a model: its batch norms in training, in inference and after calibration.
+
+Each batch is read once. The model is called on it three times: in inference; with every batch norm
+normalizing as in training; and in inference with the statistics that calibration would keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from steadynorm.doctor.evidence.divergence import divergence
+from steadynorm.doctor.evidence.gradients import gradients, saturations
+from steadynorm.doctor.evidence.inputs import InputStatistics, trains
+from steadynorm.doctor.evidence.moments import mean_and_var
+from steadynorm.doctor.evidence.passes import Exact, Passes, PassResult, feeding, read, samples_of
+from steadynorm.doctor.evidence.records import LossByMode, ModelData, NormData
+from steadynorm.doctor.evidence.resampling import resample
+from steadynorm.models.layers import NormLayer, batch_norms
+from steadynorm.models.observe import eagerly
+from steadynorm.models.untouched import Original
+from steadynorm.statistics import Ghost
+
+GROUPS = 64  # of samples in each of two sets, to resample
+
+
+def measure(
+    model: nn.Module,
+    original: Original,
+    batches: Iterable[Any],
+    *,
+    loss: Any = None,
+    forward: Any = None,
+    against: Iterable[Any] | None = None,
+    max_batches: int | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> tuple[dict[str, NormData], ModelData]:
+    """What the batches show of each layer, by name as in `Evidence`, and of the model.
+
+    The caller restores the model. Arguments as for `diagnose`; by default 32 batches are read, or
+    more until they hold 256 samples.
+    """
+    feeds = [feeding(b, model, forward, max_batches) for b in (batches, against) if b is not None]
+    held = read(feeds[0], "batches")
+    layers = [
+        layer._replace(name="" if layer.module is model else layer.name)
+        for layer in batch_norms(model, "diagnose")
+    ]
+    reference: PassResult | None = None
+    resampled: dict[str, dict[str, float]] = {}
+    cures: dict[str, np.ndarray] = {}
+    with eagerly():
+        passes = Passes(model, original, feeds[0], held, layers, loss, advance)
+        two = len(feeds) > 1
+        inference = passes.run(by_sample=two, groups=GROUPS * two)
+        training = passes.run(training=True)
+        calibrated, exact = passes.calibrated(training)
+        saturated = saturations(layers, lambda: passes.forward(held[0]))
+        original.restore_buffers()
+        depth = gradients(model, layers, passes.differentiable)
+        original.restore_buffers()
+        if two:
+            second = read(feeds[1], "against")
+            reference = passes.run(by_sample=True, groups=GROUPS, batches=second)
+            resampled = resample(inference.inputs, reference.inputs)
+            if reference.losses:
+                cures = {"none": np.array(reference.losses), **passes.cures(second)}
+    by_name = {layer.name: layer for layer in layers}
+    found = {}
+    for order, (name, seen) in enumerate(training.inputs.items()):
+        data = _norm_data(
+            by_name[name], order, seen, inference.inputs.get(name, seen),
+            calibrated.inputs.get(name, seen), exact,
+        )  # fmt: skip
+        data = replace(data, saturation=saturated.get(name))
+        if reference is not None and name in reference.inputs:
+            mean, var = reference.inputs[name].mean_and_var()
+            data = replace(data, reference_mean=mean, reference_var=var, **resampled.get(name, {}))
+        found[name] = data
+    return found, ModelData(
+        batches=len(held),
+        samples=sum(samples_of(batch) for batch in held),
+        loss=_losses(training, inference, calibrated),
+        gap=_distance(inference, training),
+        mended=_distance(inference, calibrated),
+        gradients=depth,
+        last_batch=_last_batch(batches),
+        outputs_finite=all(bool(np.isfinite(o).all()) for o in inference.outputs),
+        cures=cures,
+        first_nonfinite=training.observer.first_nonfinite,
+    )
+
+
+def _norm_data(
+    layer: NormLayer, order: int, training: InputStatistics, inference: InputStatistics,
+    calibrated: InputStatistics, exact: Exact,
+) -> NormData:  # fmt: skip
+    """What the passes say of one layer. Samples are compared once statistics fit: wrong ones make
+    a few extreme channels or samples decide.
+    """
+    mean, var = exact.get(layer.name) or training.mean_and_var()
+    inference_mean, inference_var = inference.mean_and_var()
+    worth = calibrated.worth() or (None, None)
+    return NormData(
+        order=order,
+        trains=trains(layer),
+        samples=_normalized_together(layer, training),
+        positions=calibrated.positions,
+        values=training.values,
+        calls=len(training.batch_means),
+        mean=mean,
+        var=var,
+        var_of_means=training.var_of_means(),
+        inference_mean=inference_mean,
+        inference_var=inference_var,
+        worth_of_mean=worth[0],
+        worth_of_var=worth[1],
+        effective=calibrated.effective(),
+        single=training.single,
+        nonfinite=training.nonfinite,
+        masked=calibrated.masked,
+        padding=calibrated.padding.result(),
+        calls_divergence=_calls_divergence(calibrated),
+    )
+
+
+def _calls_divergence(seen: InputStatistics) -> float | None:
+    """How far the inputs of the calls in a forward lie from all of them together, at most."""
+    if len(seen.by_call) < 2:
+        return None
+    mixed = seen.mean_and_var()
+    return max(divergence(*mixed, *mean_and_var(call)).mean_kl for call in seen.by_call.values())
+
+
+def _normalized_together(layer: NormLayer, seen: InputStatistics) -> int:
+    samples = int(np.median(seen.samples))
+    policy = getattr(layer.module, "statistics", None)
+    return min(samples, policy.size) if isinstance(policy, Ghost) else samples
+
+
+def _distance(inference: PassResult, other: PassResult) -> float | None:
+    """Root mean square of the difference, over the other's standard deviation."""
+    ours, theirs = np.concatenate(inference.outputs), np.concatenate(other.outputs)
+    if not ours.size or ours.shape != theirs.shape or not np.isfinite([ours, theirs]).all():
+        return None
+    spread = float(np.std(theirs))
+    return float(np.sqrt(np.mean((ours - theirs) ** 2)) / max(spread, 1e-12))
+
+
+def _losses(
+    training: PassResult, inference: PassResult, calibrated: PassResult
+) -> LossByMode | None:
+    if not inference.losses:
+        return None
+    return LossByMode(*(np.array(done.losses) for done in (training, inference, calibrated)))
+
+
+def _last_batch(batches: Any) -> int | None:
+    """How many samples the last batch of an epoch holds, where a DataLoader tells."""
+    size, dataset = getattr(batches, "batch_size", None), getattr(batches, "dataset", None)
+    if not isinstance(size, int) or getattr(batches, "drop_last", True):
+        return None
+    try:
+        return (len(dataset) - 1) % size + 1 if dataset is not None and len(dataset) else None
+    except TypeError:
+        return None

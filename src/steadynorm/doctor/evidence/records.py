@@ -1,0 +1,290 @@
+"""The records of evidence. Arrays are float64, one value per channel, unless said otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from steadynorm.doctor.evidence.training import TrainingRun
+from steadynorm.statistics import CONVENTIONS
+
+HALF = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, eq=False)
+class NormState:
+    """The parameters, statistics and settings of one batch norm.
+
+    `framework`: "torch", "keras" or "flax", whose conventions momentum and the variance follow.
+    `eps`, `momentum`: None where a checkpoint does not say; `momentum` also where the layer
+    averages over all batches. `weight`, `bias`, `running_mean`, `running_var`: None where the
+    layer has none. `dtypes`: the stored type of each, such as {"running_mean": "float32"}.
+    `num_batches_tracked`: None where it is not counted.
+    """
+
+    num_features: int
+    framework: str
+    eps: float | None
+    momentum: float | None
+    weight: np.ndarray | None
+    bias: np.ndarray | None
+    running_mean: np.ndarray | None
+    running_var: np.ndarray | None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    num_batches_tracked: int | None = None
+
+    @property
+    def known_eps(self) -> float:
+        """eps; the framework's default where a checkpoint does not say."""
+        return CONVENTIONS[self.framework].eps if self.eps is None else self.eps
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The existing ones of weight, bias, running_mean and running_var, by name."""
+        names = ("weight", "bias", "running_mean", "running_var")
+        found = {name: getattr(self, name) for name in names}
+        return {name: array for name, array in found.items() if array is not None}
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A layer before or after a batch norm in the graph of calls.
+
+    `trained`: whether any of its parameters requires a gradient; None if it has none.
+    `probability`: of a dropout. `activated`: a batch norm that applies an activation itself.
+    """
+
+    name: str
+    kind: str
+    trained: bool | None = None
+    probability: float | None = None
+    activated: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class NormUsage:
+    """How a model uses a batch norm.
+
+    `training`: its own mode. `policy`: the statistics it trains with, such as "Batch" or "Steady".
+    `moves`: whether a training forward would update its statistics. `trained`: whether weight and
+    bias, where they exist, require a gradient. `decay`: weight decay of each, where an optimizer is
+    known and has it. `synchronized`: pools moments over replicas. `ours`: a layer of this package.
+
+    From the graph of calls, None where it is not known: `calls` in one forward, on how many
+    different `inputs`; `before` and `after`, the layers that produce its input and take its output,
+    directly or through operators that only rearrange; `redundant_bias`, the name of the bias that
+    it cancels; `host_peak`, the largest weight of each output channel of the one layer before it.
+
+    From running the model, None without batches: `recomputed`, inside activation checkpointing;
+    `samples` in its batch, the smallest if called several times.
+    """
+
+    training: bool
+    policy: str
+    moves: bool
+    trained: Mapping[str, bool]
+    track_running_stats: bool = True
+    synchronized: bool = False
+    ours: bool = False
+    decay: Mapping[str, float] = field(default_factory=dict)
+    calls: int | None = None
+    inputs: int | None = None
+    before: tuple[Neighbour, ...] | None = None
+    after: tuple[Neighbour, ...] | None = None
+    redundant_bias: str | None = None
+    host_peak: np.ndarray | None = None
+    recomputed: bool | None = None
+    samples: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Padded positions in a layer's input, in the first calls.
+
+    `share`: of all positions. `mean`, `var`: of the values at valid positions; `counted_mean`,
+    `counted_var`: of all values. `known`: a mask in the batch says so; otherwise the positions
+    were found by their equal values.
+    """
+
+    share: float
+    mean: np.ndarray
+    var: np.ndarray
+    counted_mean: np.ndarray
+    counted_var: np.ndarray
+    known: bool
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """The activation after a layer, "sigmoid" or "tanh", and the share of its outputs where its
+    slope is below a twentieth of the largest. `idle`: the share of channels where nearly all are.
+    """
+
+    function: str
+    share: float
+    idle: float
+
+
+@dataclass(frozen=True, eq=False)
+class NormData:
+    """What the batches show of the input of one layer.
+
+    `order`: rank by first call. `trains`: it normalized with batches in the training pass.
+    `samples`: normalized together, the median over calls; for `Ghost` the size of a group.
+    `positions`: values per channel and sample. `values`: per channel, in all calls. `calls`: in all
+    batches.
+
+    `mean`, `var`: of all values, with the layers before normalizing each batch as in training; or,
+    where batches hold less than 8 independent values, as inference will be once all layers are
+    calibrated. Either way: what the running statistics should be. `var_of_means`: variance of the
+    means of single batches in training.
+    `inference_mean`, `inference_var`: in inference, with the errors of the layers before.
+    `reference_mean`, `reference_var`: the same for a second set of data, where one is given.
+
+    `worth_of_mean`, `worth_of_var`: how many independent values a sample counts for, from the
+    scatter of the samples' own means m and mean squares q about `mean`: var/Var(m), 2·var²/Var(q);
+    harmonic means over channels. `effective`: the first for a whole batch, from the scatter of the
+    batches' means, where there are enough batches. None where not known.
+
+    `single`: the shape of an input with one value per channel, which training refuses.
+    `nonfinite`: calls whose values were not all finite; they are excluded from everything else.
+    `masked`: it is given a mask. `calls_divergence`: of a layer called several times in a forward,
+    the largest divergence of one call's inputs from all of them.
+    `reference_noise`, `reference_limit`: the divergence between the two sets that their samples
+    give if dealt out at random, in the mean and at most.
+    """
+
+    order: int
+    trains: bool
+    samples: int
+    positions: int
+    values: int
+    calls: int
+    mean: np.ndarray
+    var: np.ndarray
+    var_of_means: np.ndarray
+    inference_mean: np.ndarray
+    inference_var: np.ndarray
+    worth_of_mean: float | None
+    worth_of_var: float | None
+    effective: float | None = None
+    reference_mean: np.ndarray | None = None
+    reference_var: np.ndarray | None = None
+    single: tuple[int, ...] | None = None
+    nonfinite: int = 0
+    masked: bool = False
+    calls_divergence: float | None = None
+    reference_noise: float = 0.0
+    reference_limit: float = 0.0
+    padding: Padding | None = None
+    saturation: Saturation | None = None
+
+    @property
+    def worth(self) -> float | None:
+        """How many independent values a sample counts for, for mean and variance alike.
+
+        At least 1, whatever the distribution, and at most one for each position.
+        """
+        if self.worth_of_mean is None or self.worth_of_var is None:
+            return None
+        return sample_worth(self.worth_of_mean, self.worth_of_var, self.positions)
+
+
+def sample_worth(of_mean: float, of_var: float, positions: int) -> float:
+    """How many independent values a sample counts for; see `NormData.worth`."""
+    return min(max(1.0, min(of_mean, of_var)), positions)
+
+
+@dataclass(frozen=True, eq=False)
+class NormEvidence:
+    """One batch norm: `name` in the model, `kind` its class; None where nothing is known."""
+
+    name: str
+    kind: str
+    state: NormState
+    usage: NormUsage | None = None
+    data: NormData | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of the model as a whole.
+
+    `wrapper`: "DistributedDataParallel", "DataParallel" or "". `replicas`: how many processes or
+    devices share a batch. `optimizer`: its class, "" where none is known. `exporting`: the model is
+    about to be shipped.
+    """
+
+    kind: str
+    training: bool
+    parameters: int
+    trained_parameters: int
+    wrapper: str = ""
+    replicas: int = 1
+    optimizer: str = ""
+    exporting: bool = False
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """Norm of the gradient of a weight times the norm of the weight: |∂L/∂W|·|W|.
+
+    It does not depend on the scale of a weight that a batch norm follows, so layers compare.
+    """
+
+    layer: str
+    size: float
+
+
+@dataclass(frozen=True, eq=False)
+class LossByMode:
+    """One number per batch: with each batch normalized as in training, in inference, and in
+    inference after calibration on these batches.
+    """
+
+    training: np.ndarray
+    inference: np.ndarray
+    calibrated: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ModelData:
+    """What the batches show of the model as a whole.
+
+    `batches`, `samples`: how many were read. `loss`: where one was given, or the model returns one.
+    `gap`: distance of the outputs in inference from those normalized as in training, root mean
+    square over their standard deviation; `mended`: from those after calibration.
+    `gradients`: by weight, in the order of the forward; empty where the model gives none.
+    `last_batch`: samples in the last batch of an epoch, where the loader tells.
+    `first_nonfinite`: the layer that NaN or infinity reaches first, None where all is finite.
+    `outputs_finite`: in inference. `cures`: losses on a second set of data, by batch, with the
+    statistics that there are ("none"), and after "calibrate" and "adapt" on that set.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    loss: LossByMode | None = None
+    gap: float | None = None
+    mended: float | None = None
+    gradients: tuple[WeightGradient, ...] = ()
+    last_batch: int | None = None
+    first_nonfinite: str | None = None
+    outputs_finite: bool = True
+    cures: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """All that is known of a target. `remarks`: what could not be examined, and why.
+
+    `layers` are in the model's order. `model` is None for a checkpoint alone, `data` where no
+    batches were given, `run` where no training was monitored.
+    """
+
+    target: str
+    layers: tuple[NormEvidence, ...]
+    model: ModelFacts | None = None
+    data: ModelData | None = None
+    remarks: tuple[str, ...] = ()
+    run: TrainingRun | None = None

@@ -1,0 +1,54 @@
+"""The batches of the run held too few independent values per channel to normalize by.
+
+The mean of n independent values is off by 1/√n standard deviations and their variance by √(2/n) of
+itself; training normalizes by that noise, inference does not. It happens with few samples, as in
+micro-batches whose gradients are accumulated, and with many that are alike: batches sorted by
+class, frames of one video, crops of one picture.
+
+When: From at least 8 readings in the run's second half: the variance of a channel's values over the
+variance of (batch mean − running mean), harmonic mean over channels, is the number of independent
+values that a batch counts for. A warning below 4, where the mean is off by half a standard
+deviation and digit classifiers lose 10 to 20 points. Policies that use running statistics too are
+left out. `diagnose` with batches tells small batches (SN303) from alike ones (SN309).
+
+Cure: Train with larger batches, or mix the samples better; accumulating gradients over small
+batches does not help.
+
+Code: loader = DataLoader(dataset, batch_size=..., shuffle=True)
+
+Source: Wu & He 2018, figure 1; Wu & Johnson 2021, sections 4 and 6.
+"""
+
+from __future__ import annotations
+
+from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule, first_of
+
+TOO_FEW = 4
+
+rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN402",))
+
+
+@rule.whole
+def _check(evidence: Evidence) -> Findings:
+    run = evidence.run
+    found = []
+    for layer in evidence.layers:
+        trend = None if run is None else run.trends.get(layer.name)
+        by_batch = layer.usage is None or layer.usage.policy in ("Batch", "Ghost")
+        if trend is not None and trend.readings >= 8 and by_batch and trend.independent < TOO_FEW:
+            found.append((layer, trend))
+    if not found:
+        return
+    layer, trend = found[0]
+    yield rule.finding(
+        layer,
+        f"a batch of {trend.samples} samples counts for {trend.independent:.2g} independent "
+        f"values: its mean is off by {trend.independent**-0.5:.2g} standard deviations"
+        f"{first_of(len(found))}",
+        {
+            "samples": trend.samples,
+            "independent_values": trend.independent,
+            "readings": trend.readings,
+            "layers_concerned": len(found),
+        },
+    )

@@ -1,0 +1,151 @@
+"""The small networks of tour and lab, with any normalization or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from steadynorm.evidence.digits import Digits
+from steadynorm.statistics import Policy, Renorm
+
+Kind = Literal["fully connected", "convolutional"]
+KINDS: tuple[Kind, Kind] = ("fully connected", "convolutional")
+Normalization = Callable[[int], nn.Module]
+"""Makes the layer that normalizes so many features."""
+Statistics = Policy | str | Normalization | None
+
+
+def fully_connected(
+    inputs: int,
+    normalization: Normalization | None,
+    *,
+    widths: Sequence[int] = (128, 128, 128),
+    classes: int = 10,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """Linear, normalization, activation for each of `widths`; then Linear to the classes.
+
+    Takes (N, `inputs`) or anything that flattens to it. A Linear that is normalized has no bias,
+    since the normalization would cancel it.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width in widths:
+        layers.append(nn.Linear(inputs, width, bias=normalization is None))
+        if normalization is not None:
+            layers.append(normalization(width))
+        layers.append(activation())
+        inputs = width
+    layers.append(nn.Linear(inputs, classes))
+    return nn.Sequential(*layers)
+
+
+def convolutional(
+    normalization: Normalization | None,
+    *,
+    channels: Sequence[int] = (16, 32, 32),
+    classes: int = 10,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """3×3 convolutions, each with normalization and activation, all but the first of stride 2;
+    then the mean over positions and Linear to the classes. Takes (N, 1, H, W).
+    """
+    layers: list[nn.Module] = []
+    inputs = 1
+    for index, width in enumerate(channels):
+        stride = 1 if index == 0 else 2
+        bias = normalization is None
+        layers.append(nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=bias))
+        if normalization is not None:
+            layers.append(normalization(width))
+        layers.append(activation())
+        inputs = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return nn.Sequential(*layers)
+
+
+def initialize(
+    network: nn.Module,
+    seed: int,
+    *,
+    nonlinearity: str = "relu",
+    scale: float = 1.0,
+    std: float | None = None,
+) -> None:
+    """He's normal weights and zero biases: the same for a seed, whatever normalizes the network.
+
+    `nonlinearity`: whose gain the weights have (torch.nn.init.calculate_gain); with "sigmoid" and
+    "tanh" they are Glorot's. `scale` multiplies them. `std`: their standard deviation instead.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            if std is not None:
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            else:
+                nn.init.kaiming_normal_(
+                    module.weight,
+                    nonlinearity=nonlinearity,  # type: ignore[arg-type]
+                    generator=generator,
+                )
+            if scale != 1.0:
+                with torch.no_grad():
+                    module.weight.mul_(scale)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def build(
+    kind: Kind,
+    statistics: Statistics,
+    digits: Digits,
+    seed: int,
+    *,
+    momentum: float = 0.1,
+    **options: Any,
+) -> nn.Sequential:
+    """The small network of a kind for these digits, initialized by `seed`. `statistics`: what
+    `normalization_1d` takes. `options` go to `fully_connected` or `convolutional`.
+    """
+    if kind == "convolutional":
+        network = convolutional(normalization_2d(statistics, momentum=momentum), **options)
+    else:
+        normalization = normalization_1d(statistics, momentum=momentum)
+        network = fully_connected(digits.pixels, normalization, **options)
+    initialize(network, seed)
+    return network
+
+
+def normalization_1d(statistics: Statistics, *, momentum: float = 0.1) -> Normalization | None:
+    """A maker of layers for (N, C). `statistics`: a policy or its name, "torch" for torch's own
+    layer, None or "none" for no normalization; another maker of layers is returned as it is.
+    """
+    return _normalization(statistics, momentum, "BatchNorm1d")
+
+
+def normalization_2d(statistics: Statistics, *, momentum: float = 0.1) -> Normalization | None:
+    """The same for (N, C, H, W)."""
+    return _normalization(statistics, momentum, "BatchNorm2d")
+
+
+def _normalization(statistics: Statistics, momentum: float, layer: str) -> Normalization | None:
+    if statistics is None or statistics == "none":
+        return None
+    if callable(statistics):
+        return statistics
+    if statistics == "torch":
+        return partial(getattr(nn, layer), momentum=momentum)
+    from steadynorm import nn as ours
+
+    # Synchronized only where several processes train together (see `data_parallel`).
+    return partial(getattr(ours, layer), momentum=momentum, statistics=statistics, synchronize=True)
+
+
+def renorm_for(steps: int) -> Renorm:
+    """Ioffe's schedule of 40,000 steps, compressed into the first quarter of a run of `steps`."""
+    quarter = max(steps // 4, 1)
+    warmup = quarter // 8
+    return Renorm(warmup=warmup, r_ramp=quarter - warmup, d_ramp=quarter // 2)

@@ -1,0 +1,71 @@
+"""What a demonstration of the tour is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from steadynorm.evidence import estimates
+from steadynorm.evidence.workers import Job
+from steadynorm.report.page import Card, Chart, Table
+
+Outcomes = Mapping[tuple[Any, ...], Any]
+"""What the runs of a demonstration returned, by `Job.key`."""
+
+
+@dataclass(frozen=True)
+class TourOptions:
+    """What the user asked for. `short` is a version of under half a minute."""
+
+    data_dir: str | None
+    seeds: tuple[int, ...]
+    short: bool
+
+    @property
+    def seeds_in_words(self) -> str:
+        """How many seeds."""
+        return f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demonstration shows: a sentence for the terminal, more text and cards for the page,
+    tables, charts, and all figures as plain dicts and lists for `report.json`.
+    """
+
+    sentence: str
+    tables: Sequence[Table]
+    charts: Sequence[Chart] = ()
+    text: Sequence[str] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    cards: Sequence[Card] = ()
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One thing to see. To add one, write it in a file of its own in `demos/`, as `DEMO`, and list
+    it in `demos/__init__.py`.
+
+    `name`: its key in `report.json`. `jobs(options)`: the independent runs it needs, whose group is
+    its name; one that takes times has `alone=True`. `result(options, outcomes)`: what they show.
+    """
+
+    name: str
+    title: str
+    jobs: Callable[[TourOptions], Sequence[Job]]
+    result: Callable[[TourOptions, Outcomes], DemoResult]
+
+
+def error_of(accuracies: Sequence[float]) -> estimates.Estimate:
+    """The error in per cent, from accuracies by seed."""
+    return estimates.mean(100 * (1 - accuracy) for accuracy in accuracies)
+
+
+def spread(accuracies: Sequence[float]) -> dict[str, float]:
+    """Mean and range over the seeds, for `report.charts.intervals`."""
+    return {
+        "accuracy": sum(accuracies) / len(accuracies),
+        "lowest": min(accuracies),
+        "highest": max(accuracies),
+    }

@@ -1,0 +1,95 @@
+"""The one writer: a file is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+# On Windows stale files stay.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+STALE_AFTER = 60.0
+"""Seconds after which an unlocked temporary file is one that a killed process left behind."""
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file to write to, put in the place of `path` once it is whole and on disk.
+
+    A reader, and a kill at any moment, meets the old file or the new one, never a part. The
+    temporary file lies in the same folder under an unpredictable name, made exclusively, so that
+    no planted link is followed; what earlier kills left is removed. Missing folders are made. A
+    link is followed: what it points to is replaced, and the link stays. An existing file keeps its
+    permissions.
+
+    Raises ValueError where something other than a file is in that place.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is no regular file, and cannot be replaced by one.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    part = Path(name)
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # says that a living process writes it
+        yield part
+        part.chmod(_mode(target))
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        part.replace(target)
+        _sync_folder(target.parent)
+    finally:
+        os.close(handle)
+        part.unlink(missing_ok=True)
+
+
+def replace_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Writes `content`, text as UTF-8, in the place of `path`; see `replacing`."""
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes temporary files for `target` that no living process holds."""
+    if fcntl is None:
+        return
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????.part"):
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                found = os.fstat(handle)
+                if stat.S_ISREG(found.st_mode) and found.st_mtime < time.time() - STALE_AFTER:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+            finally:
+                os.close(handle)
+
+
+def _mode(path: Path) -> int:
+    """The file's permissions, or those of a new file: mkstemp's are for its owner alone."""
+    try:
+        return path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the new name outlives a power cut, where the system can say so of a folder."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,35 @@
+"""Arguments that every framework's layer refuses with the same words: what came, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steadynorm.kernels.activations import ACTIVATIONS
+
+
+def activation_name(activation: Any, owner: str) -> Any:
+    """`activation`, if it is None or the name of one that runs inside the layer."""
+    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+        return activation
+    kind = ValueError if isinstance(activation, str) else TypeError
+    raise kind(
+        f"{owner}: `activation` must be None or one of {', '.join(ACTIVATIONS)}; "
+        f"got {activation!r}. Apply any other activation after the layer."
+    )
+
+
+def nonfinite_name(nonfinite: Any, owner: str) -> Any:
+    """`nonfinite`, if it is "propagate" or "skip"."""
+    if nonfinite not in ("propagate", "skip"):
+        raise ValueError(f"{owner}: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}.")
+    return nonfinite
+
+
+def residual_shape(
+    residual: tuple[object, ...], input: tuple[object, ...], name: str, owner: str
+) -> None:
+    """`residual` has the shape of the input, which the layer calls `name`."""
+    if residual != input:
+        raise ValueError(
+            f"{owner}: `residual` must have the shape of `{name}`, {input}; got {residual}."
+        )

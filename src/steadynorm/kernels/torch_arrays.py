@@ -1,0 +1,89 @@
+"""PyTorch as the array namespace of the reference and of the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from steadynorm.kernels import compat
+from steadynorm.kernels.reference import Reference
+
+
+def _may_overwrite() -> bool:
+    """Whether a fresh intermediate may be reused: nobody differentiates or transforms this call."""
+    return not (
+        torch.is_grad_enabled() or compat.is_transforming() or torch.compiler.is_compiling()
+    )
+
+
+class TorchArrays:
+    """The functions that `ArrayNamespace` asks for, over tensors."""
+
+    int32 = torch.int32
+    where = staticmethod(torch.where)
+    square = staticmethod(torch.square)
+    isfinite = staticmethod(torch.isfinite)
+    reshape = staticmethod(torch.reshape)
+    expand_dims = staticmethod(torch.unsqueeze)
+    concatenate = staticmethod(torch.cat)
+    promote_types = staticmethod(torch.promote_types)
+    stop_gradient = staticmethod(torch.detach)
+    sigmoid = staticmethod(torch.sigmoid)
+    tanh = staticmethod(torch.tanh)
+    erf = staticmethod(torch.erf)
+    exp = staticmethod(torch.exp)
+    expm1 = staticmethod(torch.expm1)
+    own = F  # one pass and one tensor saved, and exporters know them
+
+    @staticmethod
+    def const(number: float, like: Tensor) -> float:
+        """Beside a plain number, torch's operators keep the tensor's type."""
+        return number
+
+    @staticmethod
+    def statistics_dtype(x: Tensor) -> torch.dtype:
+        """float64 for float64, else float32."""
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    @staticmethod
+    def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype)
+
+    @staticmethod
+    def constant(numbers: Sequence[int], like: Tensor) -> Tensor:
+        return torch.tensor(numbers, dtype=like.dtype, device=like.device)
+
+    @staticmethod
+    def shape(x: Tensor) -> torch.Size:
+        return x.shape
+
+    @staticmethod
+    def size(x: Tensor, axes: tuple[int, ...]) -> int:
+        size = 1
+        for axis in axes:
+            size = size * x.shape[axis]
+        return size
+
+    @staticmethod
+    def sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return x.sum(axes, keepdim=True)
+
+    @staticmethod
+    def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        # An empty batch is summed too: replicas then meet in its backward.
+        return x.mean(axes, keepdim=True) if x.numel() else x.sum(axes, keepdim=True)
+
+    @staticmethod
+    def add(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        return torch.add(a, b, out=out) if _may_overwrite() else a + b
+
+    @staticmethod
+    def addcmul(a: Tensor, b: Tensor, c: Tensor, *, out: Tensor) -> Tensor:
+        return torch.addcmul(a, b, c, out=out if _may_overwrite() else None)
+
+
+xp = TorchArrays()
+reference = Reference(xp)

@@ -1,0 +1,66 @@
+"""Split a model's parameters into those that weight decay suits and those it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from steadynorm.models.layers import recognize
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: weights that decay; biases, γ and β that do not.
+
+    A batch norm undoes the scale of the weights before it, so decaying those only tunes the step
+    size, but decaying its own γ and β pulls the outputs themselves towards zero.
+
+    Without decay: every parameter of a normalization layer, and every parameter whose name begins
+    with "bias". With decay: all others. A parameter shared by several layers comes once, and
+    without decay if any of them asks for that; parameters that need no gradient are left out.
+
+    Arguments:
+        weight_decay: of the first group, per step, as the optimizer understands it; at least 0.
+
+    Returns a list of dicts with the keys `params` and `weight_decay`, the decaying ones first, each
+    in the order of the model; an empty group is left out.
+
+    Raises ValueError for a negative `weight_decay`, TypeError for a model that is none.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    >>> [(len(g["params"]), g["weight_decay"]) for g in parameter_groups(model, weight_decay=0.1)]
+    [(1, 0.1), (3, 0.0)]
+
+    Source: He et al. 2019, "Bag of Tricks for Image Classification", section 3.1 (no bias decay).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"parameter_groups: `model` must be a torch.nn.Module; got {type(model).__name__}."
+        )
+    if not weight_decay >= 0:
+        raise ValueError(
+            f"parameter_groups: `weight_decay` must be at least 0; got {weight_decay!r}."
+        )
+    spared = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (name.startswith("bias") or _normalizes(module))
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _normalizes(module: nn.Module) -> bool:
+    return (
+        isinstance(module, NORMS)
+        or recognize(module) is not None
+        or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    )

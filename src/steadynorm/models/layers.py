@@ -1,0 +1,300 @@
+"""The layers that these tools deal with, recognized by what they are made of."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from steadynorm.kernels import activations
+from steadynorm.nn.batchnorm import SteadyNorm
+from steadynorm.statistics import Frozen, Policy, RunningStatistics
+from steadynorm.statistics import fold as scale_and_shift
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+)  # fmt: skip
+TORCH_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+
+
+class Norm(NamedTuple):
+    """What a batch norm is made of, whoever wrote it.
+
+    `kind`: "ours", "torch", or "other" for a class with a forward of its own.
+    `activation`: the module it applies last, None if none. `frozen`: its statistics never move.
+    """
+
+    kind: str
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    activation: nn.Module | None
+    frozen: bool
+
+    def in_inference(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift per channel in float64, `y = scale·x + shift`."""
+        mean, var, weight, bias = (
+            None if t is None else exact(t)
+            for t in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return scale_and_shift(mean, var, weight, bias, self.eps)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU, since not every device has it."""
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def recognize(module: nn.Module) -> Norm | None:
+    """A batch norm of any make, else None; judged by structure, so that none is imported."""
+    frozen = False
+    if isinstance(module, _BatchNorm):
+        kind = "torch" if type(module).forward in TORCH_FORWARDS else "other"
+        if isinstance(module, SteadyNorm):
+            kind, frozen = "ours", isinstance(module.statistics, Frozen)
+        if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():
+            return Norm(kind, module.eps, None, None, None, None, None, frozen)
+    elif "BatchNorm" in type(module).__name__ and _holds_statistics(module):
+        # Frozen ones keep weight and bias as buffers, or not at all.
+        kind, frozen = "other", "weight" not in module._parameters
+    else:
+        return None
+    eps: Any = getattr(module, "eps", 1e-5)  # DETR's is in its forward; `behaves` checks it
+    weight, bias, mean, var = (
+        getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    return Norm(kind, eps, weight, bias, mean, var, _activation(module), frozen)
+
+
+def _holds_statistics(module: nn.Module) -> bool:
+    mean, var = (module._buffers.get(name) for name in ("running_mean", "running_var"))
+    return mean is not None and var is not None and mean.ndim == 1 and mean.shape == var.shape
+
+
+# What a module must have set to be the activation that runs inside a layer.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "relu6": {"min_val": 0.0, "max_val": 6.0},
+    "leaky_relu": {"negative_slope": activations.LEAKY_SLOPE},
+    "gelu": {"approximate": "none"},
+    "elu": {"alpha": 1.0},
+}
+ACTIVATIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    name: (getattr(nn, row.module), _SETTINGS.get(name, {}))
+    for name, row in activations.ACTIVATIONS.items()
+}
+"""By the layers' own names: the module, and the settings that it must have."""
+_NAME_OF = {kind: name for name, (kind, _) in ACTIVATIONS.items()}
+
+
+def _activation(module: nn.Module) -> nn.Module | None:
+    """The activation a batch norm applies itself: ours by its name, timm's as a submodule."""
+    name = getattr(module, "activation", None)
+    if isinstance(name, str) and name in ACTIVATIONS:
+        return ACTIVATIONS[name][0]()
+    inner = getattr(module, "act", None)
+    return inner if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity) else None
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The layers' name for an activation module, None where they have none for it."""
+    name = _NAME_OF.get(type(module))
+    if name is None or "forward" in vars(module):
+        return None
+    settings = ACTIVATIONS[name][1]
+    return name if all(getattr(module, key) == value for key, value in settings.items()) else None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_host(module: nn.Module) -> bool:
+    """A layer whose weight can take a scale per channel: convolution, transposed, linear."""
+    return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
+
+
+def why_untouchable(module: nn.Module) -> str | None:
+    """Why the weights of a layer cannot be rewritten, None where they can."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which would see other values"
+    if parametrize.is_parametrized(module):
+        return "its weights are parametrized"
+    if not is_host(module):
+        return None
+    if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):
+        return "it is lazy and has not seen an input yet"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed, not a parameter"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    kind = next(k for k in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear) if isinstance(module, k))
+    parts = {"forward", "_conv_forward"} if isinstance(module, CONVOLUTIONS) else {"forward"}
+    if any(getattr(type(module), part) is not getattr(kind, part) for part in parts):
+        return f"{type(module).__name__} has its own forward"
+    return None
+
+
+def channel_axis(host: nn.Module, axes: int) -> int:
+    """The axis of its channels in a tensor with that many axes."""
+    return axes - 1 - (len(host.kernel_size) if isinstance(host, _ConvNd) else 0)
+
+
+def channels(module: nn.Module) -> tuple[int, int]:
+    """Channels in and channels out."""
+    if isinstance(module, _ConvNd):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    mean = recognize(module).running_mean  # type: ignore[union-attr]
+    return (0, 0) if mean is None else (len(mean), len(mean))
+
+
+def behaves(module: nn.Module, norm: Norm) -> bool:
+    """Whether a batch norm with its own forward computes in inference what its parts say.
+
+    It is called with random numbers, in inference, past its hooks, and left as it was.
+    """
+    if norm.running_mean is None:
+        return False
+    rank = {"1d": 2, "2d": 4, "3d": 5}.get("".join(re.findall(r"\dd", type(module).__name__)), 4)
+    shape = (3, len(norm.running_mean), *(2 for _ in range(rank - 2)))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(norm.running_mean)
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad():
+            got = exact(module.forward(x.clone()))
+            scale, shift = (t.view(-1, *(1 for _ in range(rank - 2))) for t in norm.in_inference())
+            expected = exact(x) * scale + shift
+            if norm.activation is not None:
+                expected = copy.deepcopy(norm.activation).to("cpu", torch.float64)(expected)
+    except Exception:  # noqa: BLE001 - whatever a stranger raises, it is none of these
+        return False
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    tolerance = 100 * torch.finfo(x.dtype).eps * float(expected.abs().max().clamp(min=1))
+    return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance)
+
+
+def describe(module: nn.Module) -> str:
+    """A batch norm in a table: its class and number of channels."""
+    mean = recognize(module).running_mean  # type: ignore[union-attr]
+    size = getattr(module, "num_features", None) if mean is None else len(mean)
+    return f"{type(module).__name__}({size})"
+
+
+def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, by its first name in the model; the model itself is "(model)"."""
+    for name, module in model.named_modules():
+        yield name or "(model)", module
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Puts `new` wherever `old` stands, under every name it has; returns the model."""
+    if model is old:
+        return new
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+    return model
+
+
+# --- the batch norms of a model whose statistics can be measured
+
+
+class NormLayer(NamedTuple):
+    """A batch norm of a model; `left` says why its statistics stay as they are, None if they move.
+
+    `unbiased`: whether it keeps the unbiased variance.
+    """
+
+    name: str
+    module: nn.Module
+    left: str | None
+    unbiased: bool
+
+    @property
+    def statistics(self) -> RunningStatistics:
+        """A copy of its running statistics in float64, on the CPU: not every device has it."""
+        mean, var = (
+            getattr(self.module, name).detach().to("cpu", torch.float64, copy=True)
+            for name in ("running_mean", "running_var")
+        )
+        return RunningStatistics(mean, var, None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper.
+
+    DistributedDataParallel would broadcast buffers in every forward: overwriting what is measured,
+    and waiting for ever where replicas hold different numbers of batches.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def batch_norms(model: nn.Module, owner: str) -> list[NormLayer]:
+    """Every batch norm once, in the order of the model.
+
+    Raises ValueError for a model with parts that have not seen an input yet: the first batch would
+    create parameters, which an interruption could not undo.
+    """
+    lazy = next((name for name, part in named(model) if _uninitialized(part)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"{owner}: every part of `model` must have its parameters; {lazy!r} is lazy and has "
+            f"not seen an input yet. Run the model on one batch first."
+        )
+    found = []
+    for name, module in named(model):
+        norm = recognize(module)
+        if norm is None:
+            continue
+        policy = getattr(module, "statistics", None)
+        unbiased = policy.unbiased if isinstance(policy, Policy) else True
+        frozen = norm.frozen or isinstance(policy, Frozen)
+        found.append(NormLayer(name, module, _why_left(model, module, frozen), unbiased))
+    return found
+
+
+def _why_left(model: nn.Module, module: nn.Module, frozen: bool) -> str | None:
+    if frozen:
+        return "frozen"
+    if not isinstance(module, _BatchNorm):
+        return "no torch.nn batch norm; convert the model first"
+    if module.running_mean is None or module.running_var is None:
+        return "keeps no running statistics"
+    if model.training and not module.training:
+        return "held in inference mode while the model is in training mode"
+    return None
+
+
+def _uninitialized(module: nn.Module) -> bool:
+    parts = [*module._parameters.values(), *module._buffers.values()]
+    return any(part is not None and is_lazy(part) for part in parts)

@@ -1,0 +1,32 @@
+"""Which tests are slow: `make test` leaves them to `make test-slow`."""
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# The longest folders and files of `pytest --durations=0`: they train, compile with Inductor, take
+# real networks, or start processes and browsers.
+SLOW = (
+    "contract",
+    "doctor/report/test_browser.py",
+    "doctor/test_gallery.py",
+    "evidence",
+    "keras/test_backends.py",
+    "models/surgery/test_models.py",
+    "nn/test_compile.py",
+    "nn/test_distributed_wrappers.py",
+    "nn/test_export.py",
+    "nn/test_synchronize.py",
+    "report/test_browser.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies under one of `SLOW`."""
+    slow = [HERE / path for path in SLOW]
+    if gone := [str(path) for path in slow if not path.exists()]:
+        raise pytest.UsageError(f"tests/conftest.py: SLOW names what does not exist: {gone}")
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker(pytest.mark.slow)

@@ -1,0 +1,108 @@
+"""The benchmark: what is timed, what the tables and files say of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+pytest.importorskip("altair", reason="charts need the extra lab")
+
+from steadynorm.evidence.bench.measure import Measurement, measure
+from steadynorm.evidence.bench.results import charts, rows, tables, write
+from steadynorm.evidence.bench.workloads import SMALL, Workload, workloads
+from steadynorm.report.page import Table
+
+TRAINING = Workload("small", (8, 4, 2, 2), "nchw", "float32", "bn+add+relu", True)
+
+
+def measured(shape, contender, copies, load=TRAINING):
+    """Measurements of all directions, forward a quarter of the time."""
+    shares = {"forward": 0.25, "backward": 0.75, "both": 1.0} if load.training else {"forward": 1}
+    return [
+        Measurement(load._replace(shape=shape), contender, direction, 1.0, copies * share,
+                    copies * share / 2, copies * share * 2, copies * share / 3.5)
+        for direction, share in shares.items()
+    ]  # fmt: skip
+
+
+FOUND = [
+    *measured((8, 4, 2, 2), "ours", 2.0),
+    *measured((8, 4, 2, 2), "eager", 6.0),
+    *measured((2, 4, 2, 2), "ours", 1.0),
+    *measured((2, 4, 2, 2), "eager", 2.0),
+    *measured((2, 4, 2, 2), "ours", 1.0, TRAINING._replace(training=False)),
+    *measured((2, 4, 2, 2), "eager", 5.0, TRAINING._replace(training=False)),
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_contender_is_timed_in_every_direction(training):
+    ticks = []
+    load = TRAINING._replace(training=training)
+    found = list(measure(load, ["ours", "eager"], 4, lambda: ticks.append(1)))
+    directions = ["forward", "backward", "both"] if training else ["forward"]
+    assert [(m.contender, m.direction) for m in found] == [
+        (name, direction) for name in ("ours", "eager") for direction in directions
+    ]
+    assert len(ticks) == 4
+    limits = {"forward": 1.5, "backward": 2.0, "both": 3.5}
+    for m in found:
+        assert m.workload == load
+        assert m.milliseconds > 0
+        assert m.low <= m.copies <= m.high
+        assert m.of_limit == pytest.approx(m.copies / limits[m.direction])
+
+
+def test_only_positions_have_layouts():
+    found = list(workloads(["small"], ["bn"], ["nchw", "nhwc"], ["float32"], ["training"]))
+    shapes = [load.shape for load in found if load.layout == "nhwc"]
+    assert shapes == [shape for shape in SMALL if len(shape) == 4]
+    assert len(found) == len(SMALL) + len(shapes)
+
+
+def test_tables_compare_ours_with_the_others():
+    training, inference = tables(FOUND)
+    assert training.title == "bn+add+relu, training, small, nchw, float32"
+    assert list(training.columns) == [
+        "shape", "ours, forward", "ours, backward", "eager, both", "ours against eager"
+    ]  # fmt: skip
+    assert [list(row) for row in training.rows] == [
+        ["8x4x2x2", 0.5, 1.5, 6.0, "3.00x"],
+        ["2x4x2x2", 0.25, 0.75, 2.0, "2.00x"],
+        ["geometric mean", None, None, None, "2.45x"],
+        ["lowest", None, None, None, "2.00x"],
+    ]
+    assert "least memory traffic: 3.5 copies (forward + backward)" in training.note
+    assert list(inference.rows[0]) == ["2x4x2x2", 1.0, 5.0, "5.00x"]
+
+
+def test_charts_show_the_whole_step():
+    training, _ = charts(FOUND)
+    points = next(rows for rows in training.spec["datasets"].values() if len(rows) > 1)
+    assert [(p["shape"], p["contender"], p["copies"]) for p in points] == [
+        ("8x4x2x2", "ours", 2.0), ("8x4x2x2", "eager", 6.0),
+        ("2x4x2x2", "ours", 1.0), ("2x4x2x2", "eager", 2.0),
+    ]  # fmt: skip
+
+
+def test_files_hold_every_measurement_and_the_machine(tmp_path):
+    machine = {"processor": "one", "commit": "abc"}
+    networks = Table("N", ("network", "faster"), [("net", "2.00x")])
+    paths = write(tmp_path, FOUND, machine, networks)
+    assert [path.name for path in paths] == ["bench.csv", "bench.json", "bench.html"]
+    record = json.loads(paths[1].read_text())
+    assert record["machine"] == machine
+    assert record["measurements"] == rows(FOUND, machine)
+    assert record["networks"] == [{"network": "net", "faster": "2.00x"}]
+    assert record["measurements"][2] == {
+        "suite": "small", "shape": "8x4x2x2", "layout": "nchw", "dtype": "float32",
+        "case": "bn+add+relu", "mode": "training", "contender": "ours", "direction": "both",
+        "milliseconds": 1.0, "copies": 2.0, "copies_low": 1.0, "copies_high": 4.0,
+        "of_limit": 0.571, **machine,
+    }  # fmt: skip
+    with paths[0].open() as stream:
+        assert len(list(csv.DictReader(stream))) == len(FOUND)
+    page = paths[2].read_text()
+    assert page.count("<caption") == 3

@@ -1,0 +1,50 @@
+"""PyTorch's own operator, where overhead rules: as accurate as what serves more values."""
+
+import pytest
+import torch
+
+import steadynorm as sn
+from steadynorm.kernels import dispatch
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("samples", [16, 128, 1600])
+@pytest.mark.parametrize(("dtype", "value"), [(torch.bfloat16, 1e6), (torch.float16, 6e4)])
+def test_a_constant_channel_is_zero_whatever_the_size(dtype, value, samples):
+    x = torch.full((samples, 8), value, dtype=dtype)
+    layer = sn.BatchNorm1d(8)
+    assert layer(x).abs().max() == 0
+    layer.running_mean.copy_(x[0])
+    layer.running_var.zero_()
+    assert layer.eval()(x).abs().max() == 0
+
+
+@pytest.mark.parametrize("samples", [16, 128, 1600])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("transposed", ["input", "gradient"])
+def test_half_precision_sums_its_gradients_in_float32(dtype, samples, transposed):
+    seed = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(samples, 24, generator=seed).to(dtype) for _ in range(2))
+    if transposed == "input":
+        x = x.t().contiguous().t()
+    else:
+        grad = grad.t().contiguous().t()
+    layer = sn.BatchNorm1d(24)
+    layer(x.requires_grad_()).backward(grad)
+    torch.testing.assert_close(layer.bias.grad, grad.float().sum(0), rtol=0, atol=2e-4)
+    assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("wide", [False, True])
+def test_half_precision_is_rounded_once_and_comes_back_in_its_type(dtype, wide):
+    seed = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(4, 8, 5, 5, generator=seed).to(dtype) for _ in range(2))
+    residual = residual.float() if wide else residual
+    assert dispatch.explain(x, residual=residual).kernel == "aten"
+    layer = sn.BatchNorm2d(8, activation="relu")
+    exact = sn.BatchNorm2d(8, activation="relu").double()(x.double(), residual=residual.double())
+    y = layer(x, residual=residual)
+    assert y.dtype == (torch.float32 if wide else dtype)
+    torch.testing.assert_close(y, exact.to(y.dtype), rtol=torch.finfo(y.dtype).eps, atol=1e-6)

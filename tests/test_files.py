@@ -1,0 +1,39 @@
+"""A file is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from steadynorm.files import replace_file
+
+
+def test_writes_text_and_bytes_and_makes_folders(tmp_path):
+    path = replace_file(tmp_path / "a" / "b.txt", "grüße\n")
+    assert path.read_bytes() == "grüße\n".encode()
+    replace_file(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert [entry.name for entry in path.parent.iterdir()] == ["b.txt"]
+
+
+def test_keeps_the_permissions_of_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    path.chmod(0o640)
+    assert replace_file(path, "new").stat().st_mode & 0o777 == 0o640
+    ordinary = tmp_path / "b"
+    ordinary.touch()
+    assert replace_file(tmp_path / "c", "").stat().st_mode == ordinary.stat().st_mode
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steadynorm.files.os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
