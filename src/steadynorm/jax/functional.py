@@ -31,8 +31,8 @@ from steadynorm.statistics import (
     gradient_coefficients,
     gradient_factors,
     of_running,
-    parameter_gradients,
     one_way,
+    parameter_gradients,
     policy_from,
     step,
 )
