@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from tests.statistics.test_statistics import LIBRARIES, library
 
 from steadynorm.statistics import (
+    Batch,
     GradientCoefficients,
     GradientMemory,
     Moments,
     Normalizer,
+    Steady,
     coefficients,
     gradient_coefficients,
     gradient_factors,
+    one_way,
     remember,
     with_memory,
 )
@@ -206,3 +209,16 @@ def test_a_doubled_loss_scale_is_followed_within_a_few_windows() -> None:
     assert apart[299] == 0
     assert apart[300] > 0.01
     assert apart[300 + 16 * 8] < 1e-3 * apart[300]
+
+
+def test_policies_with_and_without_a_memory() -> None:
+    assert Steady(window=16).gradient_rate(16) == 0.5
+    assert Steady().gradient_rate(16) is None
+    assert repr(Steady(window=4)) == "Steady(prior=4.0, horizon=640, window=4)"
+    assert one_way(Batch(), "BatchNorm") == Batch()
+    with pytest.raises(ValueError) as caught:
+        one_way(Steady(window=4), "BatchNorm")
+    assert str(caught.value) == (
+        "BatchNorm: statistics=Steady(prior=4.0, horizon=640, window=4) needs a memory of the "
+        "gradient, which is not kept here. Use sn.Steady(window=None)."
+    )

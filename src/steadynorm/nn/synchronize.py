@@ -80,19 +80,16 @@ class Replicas:
         self._rows = _Rows(first, len(lengths), max(len(policy.lengths(total)), 1))
         return lengths
 
-    def pool(self, local: Moments, samples: int) -> tuple[Moments, Tensor]:
+    def pool(self, local: Moments, samples: Any) -> tuple[Moments, Tensor]:
         """Pooled moments over all replicas, and how many samples they hold together.
 
         Weighted by the values per channel of each replica. The result is the same, to the bit, on
         every replica; with ghost groups it holds all groups of the whole batch.
         """
         column = (*local.mean.shape[:-1], 1)
-        count = local.count
         sizes = [
-            count.reshape(column)
-            if isinstance(count, Tensor)
-            else local.mean.new_full(column, count),
-            local.mean.new_full(column, samples),
+            n.reshape(column) if isinstance(n, Tensor) else local.mean.new_full(column, n)
+            for n in (local.count, samples)
         ]
         row = self._spread(torch.cat([*sizes, local.mean, local.var, local.mean_low], dim=-1))
         rows = self._all_gather(row[None])
