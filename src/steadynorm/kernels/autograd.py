@@ -125,6 +125,13 @@ class Traced(Backend):
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y, by operators that keep the kernels whole where compiled code may call these."""
+        if call.memory is not None:
+            raise NotImplementedError(
+                f"statistics={call.policy!r} keeps a memory that moves in the backward pass, which "
+                f"torch.compile, torch.func, forward mode and export do not follow. Use "
+                f"sn.Steady(window=None), or take the layer out of the compiler: "
+                f"layer.forward = torch.compiler.disable(layer.forward)."
+            )
         x, measured = call.x, not call.by_running
         if call.by_running and _is_exported():
             return aten.one_operator(call), ((), None)

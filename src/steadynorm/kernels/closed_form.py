@@ -88,10 +88,10 @@ class ClosedForm(Backend):
                     total = saved.replicas.sum(torch.stack(list(sums))).unbind()
                 slope, constant = gradient_coefficients(factors, *total)
                 if saved.memory is not None and saved.batch is not None:
-                    decided = (normalizer, saved.batch, known.rho)
-                    memory = saved.memory.follow(*decided, tuple(total))
+                    memory = saved.memory.follow(normalizer, saved.batch, known.rho, tuple(total))
+                    flowing = GradientCoefficients(slope, constant)
                     slope, constant = with_memory(
-                        GradientCoefficients(slope, constant), memory, normalizer, *known[1::2]
+                        flowing, memory, normalizer, known.scale, known.rho
                     )
             if need_x or need_residual:
                 dx, dresidual = stages.apply_grad(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import compat, dispatch
+from steadynorm.kernels import dispatch
 from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.checks import activation_name, nonfinite_name
 from steadynorm.kernels.spec import Call, Memory
@@ -154,12 +154,6 @@ def _memory(state: Tensor | None, input: Tensor, policy: Policy, owner: str) -> 
         raise ValueError(
             f"{owner}: statistics={policy!r} needs `gradient_memory`, zeros of shape "
             f"(2, {input.shape[1]}) at first. Pass it, or use sn.Steady(window=None)."
-        )
-    if compat.is_traced():
-        raise NotImplementedError(
-            f"{owner}: statistics={policy!r} keeps a memory that moves in the backward pass, which "
-            f"torch.compile(fullgraph=True), torch.func, forward mode and export cannot follow. "
-            f"Use sn.Steady(window=None) there, or compile with graph breaks."
         )
     return Memory(state)
 
