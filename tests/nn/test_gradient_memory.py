@@ -355,7 +355,7 @@ def test_who_keeps_no_memory_refuses_the_policy() -> None:
 def test_the_compiler_is_refused_whole_and_may_leave_the_layer_out() -> None:
     made, plain = layer(), layer()
     before = made.gradient_memory.clone()
-    with pytest.raises(Exception, match="memory|NotImplementedError"):
+    with pytest.raises(Exception, match=r"memory|NotImplementedError"):
         torch.compile(made, backend="eager", fullgraph=True)(drawn(0))
     torch.testing.assert_close(made.gradient_memory, before, rtol=0, atol=0)
     assert int(made.num_batches_tracked) == 9

@@ -105,7 +105,7 @@ def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
         sums = reference.reduce_grad(grad.detach(), x, *known[:3])
         if saved.replicas is not None:
             sums = saved.replicas.sum(torch.stack(sums)).unbind()
-        memory = saved.memory.follow(normalizer, saved.batch, known.rho, tuple(sums))
+        memory = saved.memory.follow(normalizer, saved.batch, known.rho, *sums)
     normalizer = attach(normalizer, _constant(live), live)
     known = coefficients_of(normalizer, x, saved.weight, None, saved.eps)
     nothing = GradientCoefficients(0.0, 0.0)

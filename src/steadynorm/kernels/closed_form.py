@@ -88,7 +88,7 @@ class ClosedForm(Backend):
                     total = saved.replicas.sum(torch.stack(list(sums))).unbind()
                 slope, constant = gradient_coefficients(factors, *total)
                 if saved.memory is not None and saved.batch is not None:
-                    memory = saved.memory.follow(normalizer, saved.batch, known.rho, tuple(total))
+                    memory = saved.memory.follow(normalizer, saved.batch, known.rho, *total)
                     flowing = GradientCoefficients(slope, constant)
                     slope, constant = with_memory(
                         flowing, memory, normalizer, known.scale, known.rho

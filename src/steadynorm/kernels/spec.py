@@ -81,14 +81,19 @@ class Memory:
         self.before: Tensor | None = None
 
     def follow(
-        self, normalizer: Normalizer, batch: Moments, rho: Tensor, sums: tuple[Tensor, Tensor]
+        self,
+        normalizer: Normalizer,
+        batch: Moments,
+        rho: Tensor,
+        sum_grad: Tensor,
+        sum_grad_x: Tensor,
     ) -> GradientMemory:
         """The memory after this backward pass, by its sums over all replicas."""
         first = self.before is None
         if self.before is None:
             self.before = self.state.to(rho.dtype, copy=True)
         memory = GradientMemory(*self.before.unbind())
-        memory = remember(memory, self.rate, normalizer, batch, rho, *sums, xp=torch)
+        memory = remember(memory, self.rate, normalizer, batch, rho, sum_grad, sum_grad_x, xp=torch)
         if first:
             self.state.copy_(torch.stack(memory))
         return memory
