@@ -144,7 +144,7 @@ def batch_norm(
 
 
 if TYPE_CHECKING:  # last, since a type checker counts the first of two equal names
-    from torch.nn.functional import *  # noqa: F403
+    from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403
 else:
 
     def __getattr__(name: str) -> Any:
