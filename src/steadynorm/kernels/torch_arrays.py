@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steadynorm.kernels import compat
 from steadynorm.kernels.reference import Reference
 
 
@@ -15,7 +16,7 @@ def _may_overwrite() -> bool:
     """Whether a fresh intermediate may be reused: nobody differentiates or transforms this call."""
     return not (
         torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
+        or compat.is_transforming()
         or torch.compiler.is_compiling()
     )
 

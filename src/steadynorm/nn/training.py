@@ -11,7 +11,7 @@ from torch import Tensor
 from steadynorm.kernels import compat
 from steadynorm.kernels.spec import Call, statistics_dtype
 from steadynorm.nn import checks, recomputation
-from steadynorm.statistics import Context, Moments, Normalizer, RunningStatistics, step
+from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class TrainingStep(Call):
         samples: Any = self.x.shape[0]
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)
-        self._refuse_one_value(batch)
+        self._refuse_one_value(batch, self.policy)
         running = self._running()
         context = Context(samples, self.momentum, self.eps, torch)
         normalizer, after = step(
@@ -54,12 +54,12 @@ class TrainingStep(Call):
             return self.replicas.own(batch), self.replicas.own(normalizer)
         return batch, normalizer
 
-    def _refuse_one_value(self, batch: Moments) -> None:
+    def _refuse_one_value(self, batch: Moments, policy: Policy) -> None:
         """Where only the data tell, if reading them is cheap."""
         if isinstance(batch.count, int) or compat.is_traced():
             return
         if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
-            checks.one_value(self.x, self.policy, self.owner)
+            checks.one_value(self.x, policy, self.owner)
 
     def _running(self) -> RunningStatistics | None:
         """The statistics now, in the type they are computed in; None where nothing is tracked."""
