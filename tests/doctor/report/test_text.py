@@ -133,5 +133,5 @@ def test_text_needs_no_rich(monkeypatch):
 
 def test_a_page_names_the_library_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr("steadynorm.doctor.diagnosis.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="^Report.to_html needs jinja2: pip install"):
+    with pytest.raises(ModuleNotFoundError, match=r"^Report.to_html needs jinja2: pip install"):
         made.report().to_html(tmp_path / "page.html")
