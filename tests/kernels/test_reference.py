@@ -8,7 +8,7 @@ import torch
 from tests import tolerances, truth
 from torch import Tensor
 
-from steadynorm.kernels.torch_arrays import reference
+from steadynorm.kernels.reference.torch_arrays import reference
 
 SHAPES = {
     "nc": (9, 4),

@@ -116,7 +116,7 @@ def test_policies_with_everything(policy: str, activation: str) -> None:
 @pytest.mark.usefixtures("route")
 def test_the_numerical_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the terms through mean and variance it must fail."""
-    from steadynorm.kernels import closed_form
+    from steadynorm.kernels.reference import closed_form
     from steadynorm.statistics import GradientCoefficients
 
     def nothing(factors: Any, *sums: Tensor) -> GradientCoefficients:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import functions
+from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import HALF, Backend, Call, Packed
-from steadynorm.kernels.torch_arrays import reference
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
 # crossover that benchmarks/small_calls.py measures, in docs/speed.md.

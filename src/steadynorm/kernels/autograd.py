@@ -11,8 +11,8 @@ from steadynorm.kernels import aten, compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.cpu.backend import CPU
+from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Backend, Call, Gradients, Packed, Saved, coefficients_of
-from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory
 
 
@@ -102,7 +102,7 @@ def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
     assert saved.batch is not None
     x, known, normalizer = saved.x, saved.coefficients, saved.normalizer
     with torch.no_grad():
-        sums = reference.reduce_grad(grad.detach(), x, *known[:3])
+        sums: tuple[Tensor, ...] = reference.reduce_grad(grad.detach(), x, *known[:3])
         if saved.replicas is not None:
             sums = saved.replicas.sum(torch.stack(sums)).unbind()
         memory = saved.memory.follow(normalizer, saved.batch, known.rho, *sums)

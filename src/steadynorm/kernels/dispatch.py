@@ -10,10 +10,10 @@ from torch import Tensor
 from steadynorm.kernels import autograd
 from steadynorm.kernels.aten import ATEN
 from steadynorm.kernels.autograd import TRACED
-from steadynorm.kernels.closed_form import REFERENCE
 from steadynorm.kernels.cpu.backend import CPU
+from steadynorm.kernels.reference.closed_form import REFERENCE
+from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Backend, Call
-from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import Frozen, Policy, Steady, policy_from
 
 BACKENDS: tuple[Backend, ...] = (TRACED, ATEN, CPU, REFERENCE)

@@ -147,6 +147,14 @@ class Call:
         alone = self.mask is None and self.replicas is None and not self.skip_nonfinite
         self.basic = self.groups is None and (self.by_running or (batch and alone))
 
+    def valid_samples(self) -> Any:
+        """How many samples have a position that the mask leaves valid; all without a mask."""
+        mask = self.mask
+        if mask is None:
+            return self.x.shape[0]
+        valid = mask if mask.ndim == 1 else mask.flatten(1).any(1)
+        return valid.sum().to(statistics_dtype(self.x))
+
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """Moments and normalizer to use; called once a forward, with what the batch measures.
 

@@ -88,11 +88,11 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def reset_running_stats(self) -> None:
         """Running statistics as a new layer has them, and no memory of the gradient."""
-        super().reset_running_stats()  # type: ignore[no-untyped-call]
+        super().reset_running_stats()
         self._forget_gradient()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments)
         self._forget_gradient()
 
     def forward(

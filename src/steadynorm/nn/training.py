@@ -37,7 +37,7 @@ class TrainingStep(Call):
         """Moments pooled over replicas and what normalizes; moves the running statistics."""
         assert batch is not None  # a training step always measures its batch
         assert self.policy is not None
-        samples = self._samples()
+        samples: Any = self.x.shape[0] if self.memory is None else self.valid_samples()
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)
         self._refuse_one_value(batch, self.policy)
@@ -57,14 +57,6 @@ class TrainingStep(Call):
         if self.replicas is not None:
             return self.replicas.own(batch), self.replicas.own(normalizer)
         return batch, normalizer
-
-    def _samples(self) -> Any:
-        """How many samples the batch has; where that decides, those with a valid position."""
-        mask = self.mask
-        if mask is None or self.memory is None:
-            return self.x.shape[0]
-        valid = mask if mask.ndim == 1 else mask.flatten(1).any(1)
-        return valid.sum().to(statistics_dtype(self.x))
 
     def _refuse_one_value(self, batch: Moments, policy: Policy) -> None:
         """Where only the data tell, if reading them is cheap."""

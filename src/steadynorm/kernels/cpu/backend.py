@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steadynorm._extras import lacking
-from steadynorm.kernels.closed_form import ClosedForm
+from steadynorm.kernels.reference.closed_form import ClosedForm
 from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
 from .readable import PLAIN, readable, unreadable

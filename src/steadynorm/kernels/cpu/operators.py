@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import Library, impl, register_autograd, register_fake
 
 from steadynorm.kernels import compat
-from steadynorm.kernels.closed_form import ClosedForm
+from steadynorm.kernels.reference.closed_form import ClosedForm
 from steadynorm.kernels.spec import Call, Keep, Saved, coefficients_of, statistics_dtype
 from steadynorm.statistics import Moments, Normalizer
 

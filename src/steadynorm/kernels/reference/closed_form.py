@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Backend, Call, Gradients, Keep, Packed, Saved, coefficients_of
-from steadynorm.kernels.torch_arrays import reference
 from steadynorm.statistics import (
     GradientCoefficients,
     gradient_coefficients,
