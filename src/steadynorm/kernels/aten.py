@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import functions
-from steadynorm.kernels.spec import HALF, Backend, Call, Packed
+from steadynorm.kernels.spec import HALF, Backend, Call, Packed, statistics_dtype
 from steadynorm.kernels.torch_arrays import reference
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
@@ -116,9 +116,17 @@ def _by_running(call: Call) -> Tensor:
 
 
 def one_operator(call: Call) -> Tensor:
-    """Inference as the single operator that other runtimes know and fold; for export."""
-    mean, var = call.running_mean, call.running_var
-    y = torch.batch_norm(call.x, call.weight, call.bias, mean, var, False, 0.0, call.eps, True)
+    """Inference as the single operator that other runtimes know and fold; for export.
+
+    Half precision is computed in float32, which the statistics are kept in: PyTorch's operator and
+    onnxruntime's take one type alone, and a variance above 65504 is infinite in float16.
+    """
+    dtype = statistics_dtype(call.x)
+    x, weight, bias, mean, var = (
+        t if t is None or t.dtype is dtype else t.to(dtype)
+        for t in (call.x, call.weight, call.bias, call.running_mean, call.running_var)
+    )
+    y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, call.eps, True)  # type: ignore[arg-type]
     return _finished(y, call)
 
 
