@@ -11,7 +11,14 @@ from torch import Tensor
 from steadynorm.kernels import compat
 from steadynorm.kernels.spec import Call, statistics_dtype
 from steadynorm.nn import checks, recomputation
-from steadynorm.statistics import Context, Moments, Normalizer, RunningStatistics, step
+from steadynorm.statistics import (
+    Context,
+    Moments,
+    Normalizer,
+    RunningStatistics,
+    batches_seen,
+    step,
+)
 
 
 @dataclass(eq=False)
@@ -77,7 +84,12 @@ class TrainingStep(Call):
             batches = int(batches)  # plain numbers are cheaper than scalar tensors
         if isinstance(batches, Tensor) and dtype == torch.float64:
             batches = batches.double()  # weights such as 1/(t + 1) would else be float32
-        return RunningStatistics(mean.to(dtype), var.to(dtype), batches)
+        running = RunningStatistics(mean.to(dtype), var.to(dtype), batches)
+        counted = self.policy.counts_batches or self.momentum is None  # type: ignore[union-attr]
+        if counted and (isinstance(batches, Tensor) or batches == 0):
+            seen = batches_seen(running, xp=torch)
+            running = running._replace(batches=seen if isinstance(batches, Tensor) else int(seen))
+        return running
 
     def _write(self, after: RunningStatistics) -> None:
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
