@@ -207,3 +207,45 @@ def test_other_threads_run_their_models_meanwhile() -> None:
     runner.join()
     assert wrong == []
     assert torch.equal(theirs(X4), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_fx_takes_our_layers_whole(training: bool) -> None:
+    for model in models():
+        result, _ = convert(model)
+        norms = [name for name, m in result.named_modules() if isinstance(m, sn.BatchNorm2d)]
+        traced = torch.fx.symbolic_trace(result.train(training))
+        called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+        assert set(norms) <= set(called)
+        same(model, traced, X4)
+    layer = sn.BatchNorm2d(4)
+    graph = torch.fx.symbolic_trace(nn.Sequential(layer)).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_statistics_not_tracked_under_a_policy_that_needs_them() -> None:
+    """As Lightning's BaseFinetuning.freeze(train_bn=False) sets it."""
+    result, _ = convert(models()[1], "steady")
+    result[1].track_running_stats = False
+    with pytest.raises(ValueError, match=r"needs running statistics; got none .*sn\.Batch\(\)"):
+        result.train()(X4)
+    result.eval()(X4)  # as torch's: inference goes by what there is
+
+
+def test_a_momentum_that_steady_does_not_use_is_said() -> None:
+    _, changes = convert(nn.Sequential(nn.BatchNorm2d(4, momentum=0.01)), "steady")
+    assert changes[0].why.endswith("its momentum, 0.01, is not used: the horizon takes its place")
+
+
+def test_classes_that_others_make_of_fused_blocks_are_kept() -> None:
+    """As FSDP's fully_shard does, and torch.nn.utils.parametrize."""
+    result, _ = convert(models()[0].eval())
+    theirs = type("Sharded", (type(result[0]),), {})
+    result[0].__class__ = theirs
+    for given in (None, X4):
+        folded, changes = fold(result, given)
+        assert changes.tally() == {"folded": 5}
+        torch.testing.assert_close(folded(X4), result(X4), rtol=1e-4, atol=1e-4)
+    assert type(result[0]) is theirs
+    back, _ = convert(result, to="torch", inplace=True)
+    assert type(back[0]) is theirs

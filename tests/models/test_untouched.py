@@ -106,6 +106,30 @@ def test_handles_of_earlier_hooks_still_remove_them() -> None:
     assert not network[4]._forward_hooks
 
 
+class HooksInFirstCall(nn.Module):
+    """As transformers' models: hooks that capture outputs are added once, and a flag says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.BatchNorm1d(4)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "hooks_installed", False):
+            self.inner.register_forward_hook(lambda module, args, output: self.seen.append(output))
+            self.hooks_installed = True
+        self.seen.clear()
+        self.inner(x)
+        return self.seen[-1]
+
+
+@pytest.mark.parametrize("call", [sn.convert, sn.fold, sn.drop_redundant_bias])
+def test_hooks_that_a_first_call_adds_are_added_again(call: Callable[..., Any]) -> None:
+    network, x = HooksInFirstCall().eval(), torch.randn(3, 4)
+    result, _ = call(network, example_inputs=x)
+    torch.testing.assert_close(result(x), network(x))
+
+
 def test_accepted_buffers_keep_their_values() -> None:
     network = model()
     mean = network[1].running_mean

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+
+
+def aligned(rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> str:
+    """Rows as a table of text; columns from `numbers_from` on are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width)
+            if numbers_from is not None and at >= numbers_from
+            else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 @dataclass(frozen=True)
@@ -37,15 +52,7 @@ class Changes(list[Change]):
     def __str__(self) -> str:
         if not self:
             return "nothing to do"
-        rows = [tuple(field.name for field in fields(Change)), *(astuple(c) for c in self)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-        lines = (
-            "  ".join(
-                [cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]]
-            )
-            for row in rows
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned([[field.name for field in fields(Change)], *map(astuple, self)])
 
     @property
     def left(self) -> Changes:

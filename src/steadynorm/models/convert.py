@@ -30,6 +30,7 @@ from steadynorm.statistics import (
     Frozen,
     Policy,
     RunningStatistics,
+    Steady,
     batches_seen,
     policy_from,
 )
@@ -171,6 +172,8 @@ def _to_ours(
     settled = norm.kind == "ours" and (module.statistics, module.synchronize) == (chosen, pooled)
     if settled:
         return None
+    if isinstance(chosen, Steady) and getattr(module, "momentum", 0.1) != 0.1:
+        notes.append(f"its momentum, {module.momentum}, is not used: the horizon takes its place")
     notes += adopt(module, norm, chosen, pooled)
     mean = module.running_mean
     if isinstance(mean, torch.Tensor) and mean.dtype in HALF:

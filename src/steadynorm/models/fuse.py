@@ -66,7 +66,8 @@ class Fused:
 
         `norm` may be a sequence that ends in a batch norm; `order` is how the sum was written.
         """
-        while (parts := _sequence(norm)) and not hooked(norm):
+        merges = not _has_any_global_hook()
+        while merges and (parts := _sequence(norm)) and not hooked(norm):
             for module in parts[:-1]:
                 x = module(x)
             norm = parts[-1]
@@ -76,7 +77,7 @@ class Fused:
             and _is_plain(norm)
             and isinstance(x, Tensor)
             and (not order or _matches(residual, x))
-            and not _has_any_global_hook()
+            and merges
         ):
             return norm(x, residual=residual, activation=name)
         y = x if norm is None else norm(x)
@@ -163,7 +164,7 @@ def fused_class(kind: Any, sites: frozenset[rewrite.Site]) -> Any:
 
 def _run_in_order(self: Any, input: Any) -> Any:
     """The forward of `nn.Sequential`, a batch norm with the activation after it."""
-    modules = _doing(self)
+    modules = list(self._modules.values()) if _has_any_global_hook() else _doing(self)
     value = input
     at = 0
     while at < len(modules):
@@ -176,11 +177,16 @@ def _run_in_order(self: Any, input: Any) -> Any:
     return value
 
 
+def _has_class_of_ours(block: nn.Module) -> bool:
+    """Whether nobody has made another class of it since, as FSDP and parametrizations do."""
+    return isinstance(block, Fused) and "fused_from" in vars(type(block))
+
+
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """While it lasts, every block has its own class."""
     blocks: list[tuple[Any, Any]] = [
-        (module, type(module)) for module in model.modules() if isinstance(module, Fused)
+        (module, type(module)) for module in model.modules() if _has_class_of_ours(module)
     ]
     for block, kind in blocks:
         block.__class__ = kind.fused_from
@@ -194,7 +200,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
 def unfuse(model: nn.Module, changes: Changes | None = None) -> None:
     """Gives every block its own class again."""
     for name, block in named(model):
-        if isinstance(block, Fused):
+        if _has_class_of_ours(block):
             block.__class__ = block.fused_from  # type: ignore[assignment]
             if changes is not None:
                 kind = type(block).__name__

@@ -72,7 +72,6 @@ class Graph:
 
     nodes: list[Node]
     touched: set[int]
-    recorded: bool
 
     def calls(self, module: nn.Module) -> list[Node]:
         return [node for node in self.nodes if node.module is module]
@@ -156,19 +155,8 @@ def _in_place(function: Any) -> Any:
     return record
 
 
-for _name in (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-):
-    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 _TRACING = threading.Lock()  # torch.fx patches nn.Module for the whole process
@@ -213,7 +201,7 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
         start, end = Node("outside the model"), Node("output")
         only = Node("", model, [start], [end])
         start.users, end.inputs = [only], [only]
-        return Graph([start, only, end], set(), recorded=False)
+        return Graph([start, only, end], set())
     try:
         graph = _Tracer(atom).trace(model)
     except Exception as error:
@@ -244,7 +232,7 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
             for source in given:
                 node.inputs.append(nodes[source])
                 nodes[source].users.append(node)
-    return Graph(order, touched, recorded=False)
+    return Graph(order, touched)
 
 
 def _attribute(model: nn.Module, path: str) -> Any:
@@ -339,7 +327,7 @@ def _recorded(model: nn.Module, example_inputs: Any, atom: Callable[[nn.Module],
             node.users.append(output)
             output.inputs.append(node)
     del result
-    return Graph([*recorder.nodes, output], recorder.touched, recorded=True)
+    return Graph([*recorder.nodes, output], recorder.touched)
 
 
 _SAME = {"alias", "detach", "clone", "contiguous", "lift_fresh"}

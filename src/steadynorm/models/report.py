@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from steadynorm.models.changes import aligned
 from steadynorm.models.layers import NormLayer
 from steadynorm.models.replicas import LayerMoments
 from steadynorm.statistics import RunningStatistics
@@ -83,17 +84,7 @@ class CalibrationReport:
         if not self.layers:
             return "nothing to calibrate: the model has no batch norms"
         rows = [HEADINGS, *(layer.cells() for layer in self.layers)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-        numeric = HEADINGS.index("values")
-
-        def line(row: tuple[str, ...]) -> str:
-            cells = (
-                cell.ljust(width) if column < numeric else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            return "  ".join(cells).rstrip()
-
-        return "\n".join(map(line, rows))
+        return aligned(rows, HEADINGS.index("values"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists; NaN and infinity become None."""

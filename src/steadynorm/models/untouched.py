@@ -23,7 +23,8 @@ def untouched(model: nn.Module) -> Iterator[Original]:
 
     Restored are, of every submodule: its own training mode; its buffers, each the same tensor with
     the same values, also where another tensor was bound to the name or a buffer was added; its
-    hooks; of every parameter: `requires_grad`, and `grad`, which is None inside the block so that a
+    hooks and attributes (a model that adds hooks in its first call keeps a flag beside them); of
+    every parameter: `requires_grad`, and `grad`, which is None inside the block so that a
     backward adds nothing to it. Random states are those of Python, NumPy's global generator, and
     torch on the CPU, MPS and every CUDA device in use.
 
@@ -53,6 +54,7 @@ class Original:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
+        self._attributes = [(module, dict(vars(module))) for module in modules]
         self._modes = [(module, module.training) for module in modules]
         self._bindings = [(module, dict(module._buffers.items())) for module in modules]
         self._hooks = [
@@ -78,6 +80,11 @@ class Original:
         for hooks, held in self._hooks:
             hooks.clear()
             hooks.update(held)
+        for module, attributes in self._attributes:
+            now = vars(module)
+            if now.keys() != attributes.keys() or any(now[n] is not attributes[n] for n in now):
+                now.clear()
+                now.update(attributes)
         for parameter, requires_grad, grad in self._parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)

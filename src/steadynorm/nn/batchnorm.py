@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from steadynorm.nn import checks
@@ -78,6 +78,9 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """Normalize `input`; see the class. `activation`: for this call, if the layer has none."""
         if input.ndim not in self._axes:
+            if _is_traced(input):
+                node: Tensor = _as_one_node(self, input, residual, mask, activation)
+                return node
             self._check_input_dim(input)
         training = self.training
         tracked = self.track_running_stats or not training
@@ -157,6 +160,18 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         if self.nonfinite != "propagate":
             parts.append(f"nonfinite={self.nonfinite!r}")
         return ", ".join(parts)
+
+
+def _is_traced(input: Any) -> bool:
+    return isinstance(input, fx.Proxy)
+
+
+def _as_one_node(layer: SteadyNorm, input: Any, *optional: Any) -> Any:
+    """One call of the layer in a graph that torch.fx traces, as of torch's own layers."""
+    names = ("residual", "mask", "activation")
+    given = {n: value for n, value in zip(names, optional, strict=True) if value is not None}
+    path = input.tracer.path_of_module(layer)
+    return input.tracer.create_proxy("call_module", path, (input,), given)
 
 
 class BatchNorm1d(SteadyNorm, torch.nn.BatchNorm1d):

@@ -194,7 +194,6 @@ def test_source_that_is_not_what_runs() -> None:
     "act",
     [
         nn.PReLU(), nn.LeakyReLU(0.3), nn.GELU(approximate="tanh"), nn.ELU(2.0), nn.Softplus(),
-        nn.Mish(),
     ],
     ids=str,
 )  # fmt: skip
