@@ -118,14 +118,11 @@ def _by_running(call: Call) -> Tensor:
 def one_operator(call: Call) -> Tensor:
     """Inference as the single operator that other runtimes know and fold; for export.
 
-    Half precision is computed in float32, which the statistics are kept in: PyTorch's operator and
-    onnxruntime's take one type alone, and a variance above 65504 is infinite in float16.
+    In the statistics' type, since runtimes take one type; a variance above 65504 is not float16's.
     """
     dtype = statistics_dtype(call.x)
-    x, weight, bias, mean, var = (
-        t if t is None or t.dtype is dtype else t.to(dtype)
-        for t in (call.x, call.weight, call.bias, call.running_mean, call.running_var)
-    )
+    given = (call.x, call.weight, call.bias, call.running_mean, call.running_var)
+    x, weight, bias, mean, var = (t if t is None else t.to(dtype) for t in given)
     y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, call.eps, True)  # type: ignore[arg-type]
     return _finished(y, call)
 

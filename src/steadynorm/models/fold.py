@@ -95,7 +95,7 @@ def fold(
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    """In place of a folded model's `save_pretrained`: what loads its file builds no folded model."""
+    """In place of a folded model's `save_pretrained`: its file would load into batch norms."""
     raise RuntimeError(
         "save_pretrained: the batch norms of this model are folded, and from_pretrained would put "
         "new ones, with statistics 0 and 1, behind the folded weights. Save the model before "
