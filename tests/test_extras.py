@@ -149,7 +149,7 @@ x = torch.randn(8, 32, 16, 16, requires_grad=True)
 for statistics in ("batch", "steady"):
     layer = sn.BatchNorm2d(32, statistics=statistics, activation="relu")
     layer(x, residual=x).square().sum().backward()
-print(explain(x).why["cpu"])
+print(explain(x).refusals["cpu"])
 """,
     )
     assert done.stdout.strip() == (

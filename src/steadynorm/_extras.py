@@ -45,3 +45,10 @@ def needed_by(owner: str) -> Iterator[None]:
         if told is None:
             raise
         raise ModuleNotFoundError(f"{owner} {told}", name=error.name) from None
+
+
+def require(*packages: str) -> None:
+    """Raise ModuleNotFoundError for the first that is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)

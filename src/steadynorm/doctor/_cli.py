@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from steadynorm._extras import lacking
+from steadynorm.command import errors_in_one_line
 
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
@@ -15,109 +16,80 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "sarif", "html")
 NEVER = "never"
 
+# typer reads these at run time, where Python 3.10 needs Optional.
+Name = Optional[str]  # noqa: UP045
+File = Optional[Path]  # noqa: UP045
+Codes = Optional[list[str]]  # noqa: UP045
+Count = Optional[int]  # noqa: UP045
+TARGET = (
+    "package.module:factory, called without arguments; or a checkpoint file alone: .pt, .pth, "
+    ".ckpt, .bin (tensors only), .safetensors, .npz, .h5, .keras."
+)
+DATA = "package.module:batches, an iterable or a function that makes one."
+AGAINST = "Other batches, those that the model will meet, named as --data is."
+LOSS = "package.module:function of (outputs, targets), say torch.nn.functional:mse_loss."
+OPTIMIZER = "package.module:function of (model) that makes the optimizer."
+SELECT = "Only these rules: codes, their beginnings, or names; commas join them."
+OUT = "With --fix, where to write the copy's weights: .safetensors or .pt."
+
 
 def doctor(
-    target: Annotated[
-        Optional[str],  # noqa: UP045  typer reads it at run time
-        typer.Argument(
-            help="package.module:factory, called without arguments; or a checkpoint file alone: "
-            ".pt, .pth, .bin (tensors only), .safetensors, .npz, .weights.h5, .keras."
-        ),
-    ] = None,
+    target: Annotated[Name, typer.Argument(help=TARGET)] = None,
     weights: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A state dict to load into the model: .safetensors, or .pt of tensors."),
+        File, typer.Option(help="A state dict to load into the model: .safetensors, or .pt.")
     ] = None,
-    data: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="package.module:batches, an iterable or a function that makes one."),
-    ] = None,
-    against: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Other batches, those that the model will meet, named as --data is."),
-    ] = None,
-    loss: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="package.module:function of (outputs, targets), say torch.nn.functional:mse_loss."
-        ),
-    ] = None,
-    optimizer: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="package.module:function of (model) that makes the optimizer."),
-    ] = None,
-    max_batches: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Stop after so many batches."),
-    ] = None,
+    data: Annotated[Name, typer.Option(help=DATA)] = None,
+    against: Annotated[Name, typer.Option(help=AGAINST)] = None,
+    loss: Annotated[Name, typer.Option(help=LOSS)] = None,
+    optimizer: Annotated[Name, typer.Option(help=OPTIMIZER)] = None,
+    max_batches: Annotated[Count, typer.Option(min=1, help="Stop after so many batches.")] = None,
     exporting: Annotated[
         bool, typer.Option("--exporting", help="The model is about to be exported as it is.")
     ] = False,
-    select: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Only these rules: codes, their beginnings, or names; commas join them."),
-    ] = None,
-    ignore: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Not these rules, likewise."),
-    ] = None,
+    select: Annotated[Codes, typer.Option(help=SELECT)] = None,
+    ignore: Annotated[Codes, typer.Option(help="Not these rules, likewise.")] = None,
     fail_on: Annotated[
         str, typer.Option(help="Exit with 1 at this severity: info, warning, error; or never.")
     ] = "warning",
     output_format: Annotated[
         str, typer.Option("--format", help="text, json, sarif or html.")
     ] = "text",
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Write the report to this file instead."),
-    ] = None,
+    output: Annotated[File, typer.Option(help="Write the report to this file instead.")] = None,
     fix: Annotated[
         bool, typer.Option("--fix", help="Apply the safe cures to a copy, and look again.")
     ] = False,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="With --fix, where to write the copy's weights: .safetensors or .pt."),
-    ] = None,
+    out: Annotated[File, typer.Option(help=OUT)] = None,
     list_rules: Annotated[bool, typer.Option("--list", help="Name every rule.")] = False,
     explain: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="CODE", help="Say what a rule sees, why, and what to do."),
+        Name, typer.Option(metavar="CODE", help="Say what a rule sees, why, and what to do.")
     ] = None,
 ) -> None:
     """Find what is wrong with a network's batch norms, and say what to do.
 
     Exit codes: 0 nothing found at or above --fail-on, 1 something was, 2 could not run.
     """
-    try:
+    with errors_in_one_line("doctor"):
         if list_rules or explain is not None:
             typer.echo(_listed() if explain is None else _explained(explain))
             return
         _check(target, output_format, fail_on, fix, out)
         asked: dict[str, Any] = {"select": _split(select), "ignore": _split(ignore)}
         named = {"data": data, "against": against, "loss": loss, "optimizer": optimizer}
-        report, changes = _diagnose(
-            str(target), weights, named, max_batches, exporting, asked, fix, out
-        )
+        try:
+            report, changes = _diagnose(
+                str(target), weights, named, max_batches, exporting, asked, fix, out
+            )
+        except (ValueError, TypeError, OSError):
+            raise
+        except Exception as error:  # a model, its data and its loss may raise anything
+            if lacking(error):
+                raise
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         if changes:
             typer.echo(changes, err=output_format != "text" and output is None)
         _show(report, output_format, output)
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        typer.echo("steadynorm doctor: interrupted; nothing was written.", err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:  # noqa: BLE001  a model, its data and its loss may raise anything
-        _could_not_run(error)
     if fail_on != NEVER and _reaches(report, fail_on):
         raise typer.Exit(1)
-
-
-def _could_not_run(error: Exception) -> NoReturn:
-    told = isinstance(error, ValueError | TypeError | OSError)
-    what = lacking(error) or (str(error) if told else f"{type(error).__name__}: {error}")
-    line = " ".join(what.split()) or type(error).__name__
-    typer.echo(f"steadynorm doctor: {line}", err=True)
-    raise typer.Exit(2) from error
 
 
 def _check(
@@ -145,14 +117,10 @@ def _split(codes: list[str] | None) -> tuple[str, ...]:
 
 
 def _is_model(target: str) -> bool:
-    """`package.module:factory` is a model; so is no file, nor a path of Windows' kind."""
-    return ":" in target and not Path(target).exists() and Path(target).suffix not in _suffixes()
-
-
-def _suffixes() -> set[str]:
+    """`package.module:factory` is a model; no file is, nor a path with a drive's letter."""
     from steadynorm.models.files import READERS
 
-    return set(READERS)
+    return ":" in target and not Path(target).exists() and Path(target).suffix not in READERS
 
 
 def _diagnose(
@@ -185,9 +153,7 @@ def _diagnose(
     model = load_model(target)
     if weights is not None:
         load_weights(model, weights)
-    data, against, loss, optimizer = (
-        named[name] for name in ("data", "against", "loss", "optimizer")
-    )
+    data, against, loss, optimizer = named.values()
     given_to: dict[str, Any] = {
         "loss": None if loss is None else named_by(loss, "--loss"),
         "against": None if against is None else batches_from(against, "--against"),
@@ -221,14 +187,14 @@ def _show(report: Report, output_format: str, output: Path | None) -> None:
 
         show(report, Console())
         return
-    if output_format == "html":
+
+    def html() -> str:
         from steadynorm.doctor.report.html import page
 
-        text = page(report).html()
-    else:
-        text = {"text": report.__str__, "json": report.to_json, "sarif": report.to_sarif}[
-            output_format
-        ]()
+        return page(report).html()
+
+    made = {"text": report.__str__, "json": report.to_json, "sarif": report.to_sarif, "html": html}
+    text = made[output_format]()
     if output is None:
         typer.echo(text, nl=not text.endswith("\n"))
     else:

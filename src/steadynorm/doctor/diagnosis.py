@@ -228,8 +228,9 @@ def diagnose(
             "diagnose: `target` is a Keras model; save it, model.save('model.keras'), and diagnose "
             "the file."
         )
-    if not isinstance(target, nn.Module) and hasattr(target, "state_dict"):  # torch.export's
-        target = target.state_dict
+    state = getattr(target, "state_dict", None)
+    if not isinstance(target, nn.Module) and isinstance(state, Mapping):  # torch.export's
+        target = state
     if isinstance(target, nn.Module):
         with counted(progress and batches is not None) as advance:
             evidence = probe_model(

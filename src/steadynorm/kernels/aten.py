@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steadynorm.kernels.activations import functions
 from steadynorm.kernels.spec import HALF, Backend, Call, Packed, statistics_dtype
-from steadynorm.kernels.torch_arrays import reference
+from steadynorm.kernels.torch_arrays import in_type, reference
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
 # crossover that benchmarks/small_calls.py measures, in docs/speed.md.
@@ -83,9 +83,10 @@ class Aten(Backend):
 
 def _by_batch(call: Call) -> Tensor:
     """About the first value of each channel."""
-    mean, var, momentum = call.running_mean, call.running_var, call.momentum
-    x, pivot = _widened(call.x), None
+    mean, var, momentum = call.running_mean, call.running_var, call.momentum or 0.0
+    x, pivot = call.x, None
     if x.is_cpu:
+        x = x.float() if x.dtype in HALF else x
         source = x.detach() if x.requires_grad else x
         pivot = source.as_strided((x.size(1),), (x.stride(1),))
         x = x - pivot.view(CHANNEL_SHAPE[x.ndim])
@@ -95,7 +96,7 @@ def _by_batch(call: Call) -> Tensor:
         mean, var = mean.data, var.data
     y = torch.batch_norm(x, call.weight, call.bias, mean, var, True, momentum, call.eps, True)
     if pivot is not None and call.running_mean is not None:
-        call.running_mean.data.add_(pivot, alpha=momentum)  # type: ignore[arg-type]
+        call.running_mean.data.add_(pivot, alpha=momentum)
     if call.num_batches_tracked is not None:
         call.num_batches_tracked.add_(1)
     return y
@@ -103,11 +104,12 @@ def _by_batch(call: Call) -> Tensor:
 
 def _by_running(call: Call) -> Tensor:
     """About the running mean."""
-    x, mean, var = _widened(call.x), call.running_mean, call.running_var
+    x, mean, var = call.x, call.running_mean, call.running_var
     assert mean is not None
     assert var is not None
     backward = torch.is_grad_enabled()  # which reads copies: the buffers may have moved by then
     if x.is_cpu:
+        x = x.float() if x.dtype in HALF else x
         x, mean = x - mean.view(CHANNEL_SHAPE[x.ndim]), _zeros(mean.numel(), x.dtype)
     elif backward:
         mean = mean.clone()
@@ -116,19 +118,11 @@ def _by_running(call: Call) -> Tensor:
 
 
 def one_operator(call: Call) -> Tensor:
-    """Inference as the single operator that other runtimes know and fold; for export.
-
-    In the statistics' type, since runtimes take one type; a variance above 65504 is not float16's.
-    """
-    dtype = statistics_dtype(call.x)
-    given = (call.x, call.weight, call.bias, call.running_mean, call.running_var)
-    x, weight, bias, mean, var = (t if t is None else t.to(dtype) for t in given)
-    y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, call.eps, True)  # type: ignore[arg-type]
+    """Inference as the single operator that other runtimes know and fold; for export."""
+    tensors = (call.x, call.weight, call.bias, call.running_mean, call.running_var)
+    x, weight, bias, mean, var = in_type(statistics_dtype(call.x), *tensors)
+    y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, call.eps, True)
     return _finished(y, call)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.is_cpu and x.dtype in HALF else x
 
 
 def _finished(y: Tensor, call: Call) -> Tensor:

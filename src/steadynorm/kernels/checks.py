@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from steadynorm.kernels.activations import ACTIVATIONS
 
 
-def activation_name(activation: object, owner: str) -> None:
-    """`activation` is None or the name of one that runs inside the layer."""
+def activation_name(activation: Any, owner: str) -> Any:
+    """`activation`, if it is None or the name of one that runs inside the layer."""
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
-        return
+        return activation
     kind = ValueError if isinstance(activation, str) else TypeError
     raise kind(
         f"{owner}: `activation` must be None or one of {', '.join(ACTIVATIONS)}; "
@@ -16,10 +18,11 @@ def activation_name(activation: object, owner: str) -> None:
     )
 
 
-def nonfinite_name(nonfinite: object, owner: str) -> None:
-    """`nonfinite` is "propagate" or "skip"."""
+def nonfinite_name(nonfinite: Any, owner: str) -> Any:
+    """`nonfinite`, if it is "propagate" or "skip"."""
     if nonfinite not in ("propagate", "skip"):
         raise ValueError(f"{owner}: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}.")
+    return nonfinite
 
 
 def residual_shape(

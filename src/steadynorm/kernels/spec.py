@@ -102,9 +102,9 @@ class Call:
     skip_nonfinite: bool = False
 
     gradient = False  # whether a backward may follow; the dispatcher says so
-    plan = None  # what the backend that supports the call has prepared for it
 
     def __post_init__(self) -> None:
+        self.plan: Any = None  # what the backend that supports the call has prepared for it
         self.by_running = self.policy is None  # the running statistics normalize
         batch = self.policy.__class__ is Batch and self.momentum is not None
         alone = self.mask is None and self.replicas is None and not self.skip_nonfinite

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steadynorm.kernels import compat
 from steadynorm.kernels.reference import Reference
 
 
 def _may_overwrite() -> bool:
     """Whether a fresh intermediate may be reused: nobody differentiates or transforms this call."""
     return not (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch.compiler.is_compiling()
+        torch.is_grad_enabled() or compat.is_transforming() or torch.compiler.is_compiling()
     )
 
 
@@ -84,6 +84,14 @@ class TorchArrays:
     @staticmethod
     def addcmul(a: Tensor, b: Tensor, c: Tensor, *, out: Tensor) -> Tensor:
         return torch.addcmul(a, b, c, out=out if _may_overwrite() else None)
+
+
+def in_type(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
+    """The tensors in one type, for operators of other runtimes, which take no other.
+
+    What has the type already stays, so that an exported graph shows no conversion.
+    """
+    return (t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
 
 
 xp = TorchArrays()

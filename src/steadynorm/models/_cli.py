@@ -5,12 +5,12 @@ Heavy imports stay inside, so that `--help` is quick.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+
+from steadynorm.command import errors_in_one_line
 
 # typer reads these at run time, where Python 3.10 needs Optional.
 Model = Annotated[str, typer.Argument(help="package.module:factory, called without arguments.")]
@@ -146,20 +146,6 @@ def convert_weights(
         typer.echo(f"{len(values)} arrays written to {target_file}")
         for remark in remarks:
             typer.echo(remark)
-
-
-@contextmanager
-def errors_in_one_line(command: str) -> Iterator[None]:
-    """Turns an error about what was given into one line without control characters, exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-        typer.echo(f"steadynorm {command}: {line}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        typer.echo(f"steadynorm {command}: interrupted; nothing was written.", err=True)
-        raise typer.Exit(130) from None
 
 
 def load_model(spec: str) -> Any:

@@ -9,4 +9,4 @@ from steadynorm.nn.batchnorm import LazyBatchNorm3d as LazyBatchNorm3d
 from steadynorm.nn.recurrent import BatchNormLSTM as BatchNormLSTM
 from steadynorm.nn.recurrent import BatchNormLSTMCell as BatchNormLSTMCell
 
-from torch.nn import *  # isort: skip  # noqa: F403
+from torch.nn import *  # type: ignore[assignment, no-redef]  # isort: skip  # noqa: F403

@@ -10,30 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels import checks
 from steadynorm.kernels.spec import Groups
 from steadynorm.nn.synchronize import synchronize_setting
 from steadynorm.statistics import Ghost, Policy, Renorm, policy_from
-
-NONFINITE = ("propagate", "skip")
-
-
-def activation_name(activation: Any, owner: str) -> Any:
-    """`activation`, if it is None or the name of one that runs inside the layer."""
-    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
-        return activation
-    kind = ValueError if isinstance(activation, str) else TypeError
-    raise kind(
-        f"{owner}: `activation` must be None or one of {', '.join(ACTIVATIONS)}; "
-        f"got {activation!r}. Apply any other activation after the layer."
-    )
-
-
-def nonfinite_name(nonfinite: Any, owner: str) -> Any:
-    """`nonfinite`, if it is "propagate" or "skip"."""
-    if nonfinite not in NONFINITE:
-        raise ValueError(f"{owner}: `nonfinite` must be 'propagate' or 'skip'; got {nonfinite!r}.")
-    return nonfinite
 
 
 def epsilon(eps: Any, owner: str, *, positive: bool = False) -> Any:
@@ -47,9 +27,9 @@ def epsilon(eps: Any, owner: str, *, positive: bool = False) -> Any:
 
 SETTINGS: dict[str, Callable[[Any, str], Any]] = {
     "statistics": lambda value, owner: policy_from(value),
-    "activation": activation_name,
+    "activation": checks.activation_name,
     "synchronize": synchronize_setting,
-    "nonfinite": nonfinite_name,
+    "nonfinite": checks.nonfinite_name,
     "eps": epsilon,
 }
 """A layer's constants: what to make of a value, or an error."""
@@ -107,14 +87,11 @@ def _types_go_together(input: Tensor, parameter: Tensor, owner: str) -> None:
 
 
 def residual_shape(residual: Tensor, input: Tensor, owner: str) -> None:
-    """`residual` has input's shape."""
+    """`residual` is a tensor of input's shape."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"{owner}: `residual` must be a tensor; got {type(residual).__name__}.")
     if residual.shape != input.shape:
-        raise ValueError(
-            f"{owner}: `residual` must have the shape of `input`, {tuple(input.shape)}; "
-            f"got {tuple(residual.shape)}."
-        )
+        checks.residual_shape(tuple(residual.shape), tuple(input.shape), "input", owner)
 
 
 def expanded_mask(mask: Tensor, input: Tensor, owner: str) -> Tensor:

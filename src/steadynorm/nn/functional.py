@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steadynorm.kernels import dispatch
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.checks import activation_name, nonfinite_name
 from steadynorm.kernels.spec import Call
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
@@ -95,7 +96,7 @@ def batch_norm(
     """
     policy = statistics if statistics.__class__ is Batch else policy_from(statistics)
     if activation is not None and activation not in ACTIVATIONS:
-        checks.activation_name(activation, owner)
+        activation_name(activation, owner)
     if input.ndim < 2 and input.numel() == 0:
         return input.clone()  # as torch does, though it has no channel axis
     checks.tensors(input, running_mean, running_var, weight, bias, owner)
@@ -104,7 +105,7 @@ def batch_norm(
     if mask is not None:
         mask = checks.expanded_mask(mask, input, owner)
     if nonfinite != "propagate":
-        checks.nonfinite_name(nonfinite, owner)
+        nonfinite_name(nonfinite, owner)
     learning = training and policy.__class__ is not Frozen
     if eps <= 0:
         checks.epsilon(eps, owner, positive=training or running_mean is None)
@@ -143,7 +144,7 @@ def batch_norm(
 
 
 if TYPE_CHECKING:  # last, since a type checker counts the first of two equal names
-    from torch.nn.functional import *  # noqa: F403
+    from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403
 else:
 
     def __getattr__(name: str) -> Any:

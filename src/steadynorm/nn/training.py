@@ -15,6 +15,7 @@ from steadynorm.statistics import (
     Context,
     Moments,
     Normalizer,
+    Policy,
     RunningStatistics,
     batches_seen,
     step,
@@ -45,8 +46,8 @@ class TrainingStep(Call):
         samples: Any = self.x.shape[0]
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)
-        self._refuse_one_value(batch)
-        running = self._running()
+        self._refuse_one_value(batch, self.policy)
+        running = self._running(self.policy)
         context = Context(samples, self.momentum, self.eps, torch)
         normalizer, after = step(
             self.policy, batch, running, context, skip_nonfinite=self.skip_nonfinite
@@ -61,14 +62,14 @@ class TrainingStep(Call):
             return self.replicas.own(batch), self.replicas.own(normalizer)
         return batch, normalizer
 
-    def _refuse_one_value(self, batch: Moments) -> None:
+    def _refuse_one_value(self, batch: Moments, policy: Policy) -> None:
         """Where only the data tell, if reading them is cheap."""
         if isinstance(batch.count, int) or compat.is_traced():
             return
         if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
-            checks.one_value(self.x, self.policy, self.owner)
+            checks.one_value(self.x, policy, self.owner)
 
-    def _running(self) -> RunningStatistics | None:
+    def _running(self, policy: Policy) -> RunningStatistics | None:
         """The statistics now, in the type they are computed in; None where nothing is tracked."""
         mean, var = self.running_mean, self.running_var
         batches: Any = self.num_batches_tracked
@@ -85,7 +86,7 @@ class TrainingStep(Call):
         if isinstance(batches, Tensor) and dtype == torch.float64:
             batches = batches.double()  # weights such as 1/(t + 1) would else be float32
         running = RunningStatistics(mean.to(dtype), var.to(dtype), batches)
-        counted = self.policy.counts_batches or self.momentum is None  # type: ignore[union-attr]
+        counted = policy.counts_batches or self.momentum is None
         if counted and (isinstance(batches, Tensor) or batches == 0):
             seen = batches_seen(running, xp=torch)
             running = running._replace(batches=seen if isinstance(batches, Tensor) else int(seen))

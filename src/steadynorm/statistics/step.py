@@ -22,10 +22,12 @@ def usable(batch: Moments, *, skip_nonfinite: bool, xp: Any) -> Array | bool:
     if the moments hold NaN or infinity.
     """
     known = isinstance(batch.count, int | float)
-    some = batch.count > 0
+    if known and batch.count == 0:
+        return False
+    some = True if known else batch.count > 0  # a compiler's symbol is a number, but not its test
     if not known and len(batch.mean.shape) > 1:
         some = xp.any(some)  # groups
-    if some is False or not skip_nonfinite:
+    if not skip_nonfinite:
         return some
     finite = xp.all(xp.logical_and(xp.isfinite(batch.mean), xp.isfinite(batch.var)))
     return finite if known else xp.logical_and(some, finite)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from io import StringIO
 
 import pytest
+import torch
 from rich.console import Console
 from tests.doctor.report import made
 
+import steadynorm as sn
 from steadynorm.doctor.report import groups
 from steadynorm.doctor.report.text import show, to_rich, to_text
 from steadynorm.doctor.rules import find_rule
@@ -119,3 +122,16 @@ def test_groups_keep_the_order_of_the_findings():
 
 def test_report_prints_itself():
     assert str(made.report()) == to_text(made.report())
+
+
+def test_text_needs_no_rich(monkeypatch):
+    for name in ("rich", "rich.console", "rich.text", "rich.progress"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert str(made.report()).splitlines() == WHOLE.splitlines()
+    assert sn.diagnose(torch.nn.BatchNorm1d(2), [torch.randn(8, 2)]).evidence.data is not None
+
+
+def test_a_page_names_the_library_that_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr("steadynorm.doctor.diagnosis.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"^Report\.to_html needs jinja2: pip install"):
+        made.report().to_html(tmp_path / "page.html")

@@ -172,10 +172,9 @@ def test_help_loads_no_framework():
 
 
 def test_says_in_one_line_what_to_install(monkeypatch):
-    monkeypatch.setattr("steadynorm.evidence.command.find_spec", lambda name: None)
+    monkeypatch.setattr("steadynorm._extras.find_spec", lambda name: None)
     result = cli.invoke(app, ["lab", "run", "--all"])
     assert result.exit_code == 2
     assert result.output == (
-        "steadynorm lab: needs torch, altair, vl-convert-python, scikit-learn: "
-        'pip install "steadynorm[torch,lab]"\n'
+        'steadynorm lab: needs torch, which is not installed: pip install "steadynorm[torch]"\n'
     )

@@ -94,7 +94,7 @@ def _state_alone(model: nn.Module, target: str, facts: ModelFacts, batches: Any)
     """Evidence of a model without layers that can be recognized, but whose state dict holds some,
     such as a TorchScript or an exported one; None for others.
     """
-    layers = norms_in(dict(model.state_dict()))
+    layers = norms_in({n: t for n, t in model.state_dict().items() if _has_values(t)})
     if not layers:
         return None
     remark = f"The layers of {facts.kind} cannot be examined or run: its state alone was judged."
@@ -132,8 +132,10 @@ def _first(
     return lambda model: feed.forward(model, batch), batches
 
 
-def _has_values(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and not nn.parameter.is_lazy(tensor) and not tensor.is_meta
+def _has_values(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, torch.Tensor) and not nn.parameter.is_lazy(tensor) and not tensor.is_meta
+    )
 
 
 def _filled(module: nn.Module) -> bool:

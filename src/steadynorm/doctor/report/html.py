@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from steadynorm import __version__
-from steadynorm.doctor.evidence.records import ModelData, NormEvidence
+from steadynorm.doctor.evidence.records import LossByMode
 from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.report import groups
 from steadynorm.doctor.report.groups import Reported, named, printable
@@ -110,24 +110,20 @@ def _layers(report: Reported, draw: bool) -> list[Section]:
 
         charts = layer_charts(evidence, report.findings)
     title = "Running statistics against the data" if evidence.data else "What the layers keep"
-    losses = [] if evidence.data is None or evidence.data.loss is None else [_losses(evidence.data)]
+    modes = None if evidence.data is None else evidence.data.loss
+    losses = [] if modes is None else [_losses(modes)]
     return [
         *([Section(title, tables=losses, charts=charts)] if losses or charts else []),
         Section("Layer by layer", tables=[_table(report)]),
     ]
 
 
-def _losses(data: ModelData) -> Table:
-    modes = data.loss
-    rows = (
-        [
-            ("each batch, as training does", float(np.mean(modes.training))),
-            ("the running statistics, as inference does", float(np.mean(modes.inference))),
-            ("running statistics calibrated on these batches", float(np.mean(modes.calibrated))),
-        ]
-        if modes is not None
-        else []
-    )
+def _losses(modes: LossByMode) -> Table:
+    rows = [
+        ("each batch, as training does", float(np.mean(modes.training))),
+        ("the running statistics, as inference does", float(np.mean(modes.inference))),
+        ("running statistics calibrated on these batches", float(np.mean(modes.calibrated))),
+    ]
     return Table("Loss by what normalizes", ("statistics of", "mean loss"), rows, digits=4)
 
 
@@ -142,7 +138,7 @@ def _table(report: Reported) -> Table:
             layer.kind,
             layer.usage.policy if layer.usage else None,
             layer.state.num_features,
-            _batches(layer),
+            layer.state.num_batches_tracked,
             _range(layer.state.running_mean),
             _range(layer.state.running_var),
             _range(layer.state.weight),
@@ -157,10 +153,6 @@ def _table(report: Reported) -> Table:
         rows,
         note="Statistics, weight and bias from the smallest to the largest channel.",
     )  # fmt: skip
-
-
-def _batches(layer: NormEvidence) -> int | None:
-    return layer.state.num_batches_tracked
 
 
 def _range(array: np.ndarray | None) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from steadynorm import __version__
 from steadynorm.doctor.evidence.records import NormEvidence
-from steadynorm.doctor.finding import Finding, Severity
+from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.report.groups import Reported
 
 VERSION = 1
@@ -44,7 +44,7 @@ def to_record(report: Reported) -> dict[str, Any]:
             str(severity): sum(finding.severity is severity for finding in report.findings)
             for severity in sorted(Severity, reverse=True)
         },
-        "findings": [_finding(finding) for finding in report.findings],
+        "findings": [_plain(finding) for finding in report.findings],
         "rules": list(report.codes),
         "skipped": list(report.skipped),
         "remarks": list(evidence.remarks),
@@ -52,21 +52,6 @@ def to_record(report: Reported) -> dict[str, Any]:
         "data": _plain(evidence.data, arrays=True),  # one number a batch
         "layers": [_layer(layer) for layer in evidence.layers],
         "run": _plain(evidence.run),
-    }
-
-
-def _finding(finding: Finding) -> dict[str, Any]:
-    return {
-        "code": finding.code,
-        "name": finding.name,
-        "severity": str(finding.severity),
-        "layer": finding.layer,
-        "message": finding.message,
-        "evidence": {name: _plain(value) for name, value in finding.evidence.items()},
-        "cure": finding.cure,
-        "line": finding.line,
-        "safe": finding.safe,
-        "because": list(finding.because),
     }
 
 
@@ -88,6 +73,8 @@ def _plain(value: Any, *, arrays: bool = False) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in fields(value) if arrays or "ndarray" not in str(f.type)]
         return {name: _plain(getattr(value, name), arrays=arrays) for name in names}
+    if isinstance(value, Severity):
+        return str(value)
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if hasattr(value, "_asdict"):

@@ -28,7 +28,6 @@ def to_sarif(report: Reported) -> str:
 
 def _log(report: Reported) -> dict[str, Any]:
     codes = sorted({*report.codes, *(finding.code for finding in report.findings)})
-    figures = to_record(report)["findings"]
     place = _place(report.evidence.target)
     driver = {
         "name": "steadynorm doctor",
@@ -37,8 +36,8 @@ def _log(report: Reported) -> dict[str, Any]:
         "rules": [_rule(find_rule(code)) for code in codes],
     }
     results = [
-        _result(finding, codes.index(finding.code), place, record["evidence"])
-        for finding, record in zip(report.findings, figures, strict=True)
+        _result(finding, codes.index(finding.code), place, record)
+        for finding, record in zip(report.findings, to_record(report)["findings"], strict=True)
     ]
     run = {
         "tool": {"driver": driver},
@@ -71,7 +70,7 @@ def _rule(rule: Rule) -> dict[str, Any]:
 
 
 def _result(
-    finding: Finding, index: int, place: dict[str, Any], figures: dict[str, Any]
+    finding: Finding, index: int, place: dict[str, Any], record: dict[str, Any]
 ) -> dict[str, Any]:
     where = finding.layer or "the model"
     cure = "\n".join(part for part in (finding.cure, finding.line) if part)
@@ -90,11 +89,7 @@ def _result(
         # Messages hold figures, which change from run to run; code and layer stay.
         "partialFingerprints": {"codeAndLayer/v1": f"{finding.code}:{finding.layer}"},
         "properties": {
-            "evidence": figures,
-            "cure": finding.cure,
-            "line": finding.line,
-            "safe": finding.safe,
-            "because": list(finding.because),
+            name: record[name] for name in ("evidence", "cure", "line", "safe", "because")
         },
     }
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from steadynorm.evidence.command import GroupBars, need, one_line_errors, say
+from steadynorm._extras import require
+from steadynorm.command import GroupBars, errors_in_one_line, say
 
 
 def _words(value: str, allowed: tuple[str, ...], option: str) -> list[str]:
@@ -40,8 +41,8 @@ def bench(
     ),
 ) -> None:
     """Time the layer against its peers and against a plain copy of the tensor."""
-    with one_line_errors("steadynorm bench", "nothing was written."):
-        need("torch", "numba", "altair", "vl_convert")
+    with errors_in_one_line("bench", "nothing was written."):
+        require("torch", "numba", "altair", "vl_convert")
     from steadynorm.evidence.bench.contenders import CONTENDERS, available
     from steadynorm.evidence.bench.measure import Measurement, machine, measure
     from steadynorm.evidence.bench.networks import NETWORKS, measure_networks

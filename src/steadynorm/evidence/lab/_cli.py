@@ -9,13 +9,14 @@ from typing import Annotated, Literal, Optional
 import typer
 from rich.console import Console
 
-from steadynorm.evidence.command import GroupBars, need, one_line_errors, say
+from steadynorm._extras import require
+from steadynorm.command import GroupBars, errors_in_one_line, say
 
 lab = typer.Typer(
     help="Small experiments on real digits: what is claimed for batch normalization, tested.",
     no_args_is_help=True,
 )
-NAMED = ("steadynorm lab", "finished runs are kept, run it again to go on.")
+NAMED = ("lab", "finished runs are kept, run it again to go on.")
 Out = Annotated[Path, typer.Option(help="Folder for finished runs, results and report.")]
 
 
@@ -32,8 +33,8 @@ def list_experiments() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    with one_line_errors(*NAMED):
-        need("torch", "altair")
+    with errors_in_one_line(*NAMED):
+        require("torch", "altair")
         from steadynorm.evidence.lab.experiments import every
 
         table = Table("name", "claim", "source")
@@ -67,8 +68,8 @@ def run(
     What has finished before is not repeated: run it again after an interruption. Under `torchrun`
     every training is data-parallel.
     """
-    with one_line_errors(*NAMED):
-        need("torch", "altair", "vl_convert", *(() if data_dir else ("sklearn",)))
+    with errors_in_one_line(*NAMED):
+        require("torch", "altair", "vl_convert", *(() if data_dir else ("sklearn",)))
         from steadynorm.evidence import data_parallel
         from steadynorm.evidence.lab import runner
         from steadynorm.evidence.lab.experiments import every, get
@@ -101,8 +102,8 @@ def run(
 @lab.command()
 def report(out: Out = Path("lab")) -> None:
     """Write report.html and report.md from the saved results."""
-    with one_line_errors(*NAMED):
-        need("torch", "altair", "vl_convert")
+    with errors_in_one_line(*NAMED):
+        require("torch", "altair", "vl_convert")
         from steadynorm.evidence.lab.report import write
 
         for path in write(out):

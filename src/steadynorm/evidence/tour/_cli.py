@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from steadynorm.evidence.command import GroupBars, need, one_line_errors, say
+from steadynorm._extras import require
+from steadynorm.command import GroupBars, errors_in_one_line, say
 
 NEEDED = {"torch": ("torch",), "keras": ("torch", "keras"), "jax": ("torch", "jax", "flax")}
 
@@ -28,10 +29,10 @@ def tour(
     ] = "torch",
 ) -> None:
     """Train small networks on real handwritten digits and see what normalizes them."""
-    with one_line_errors("steadynorm tour", "nothing was written."):
+    with errors_in_one_line("tour", "nothing was written."):
         if framework not in NEEDED:
             raise ValueError(f"--framework must be torch, keras or jax; got {framework}")
-        need("altair", "vl_convert", *NEEDED[framework], *(() if data_dir else ("sklearn",)))
+        require("altair", "vl_convert", *NEEDED[framework], *(() if data_dir else ("sklearn",)))
         _visit(out, seed, short, data_dir, framework)
 
 

@@ -68,6 +68,6 @@ def writer(*names: str) -> tuple[Callable[..., None], int]:
     first = _names.index(names[0])
     if tuple(_names[first : first + len(names)]) != names:
         raise ValueError(f"`names` must be adjacent in the structure; got {', '.join(names)}.")
-    kinds = dict(Arguments._fields_)
+    kinds = {field[0]: field[1] for field in Arguments._fields_}
     form = "".join("d" if kinds[name] is ctypes.c_double else "q" for name in names)
     return struct.Struct(form).pack_into, getattr(Arguments, names[0]).offset

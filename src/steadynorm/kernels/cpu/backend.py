@@ -12,7 +12,7 @@ from steadynorm._extras import lacking
 from steadynorm.kernels.closed_form import ClosedForm
 from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
-from .readable import unreadable
+from .readable import PLAIN, unreadable
 
 TENSORS = tuple(field.name for field in fields(Call))
 """The names of a call's arguments, its tensors first."""
@@ -47,7 +47,7 @@ class CpuKernels(ClosedForm):
         )  # fmt: skip
         if found is not None:
             return f"`{TENSORS[found[0]]}` {found[1]}"
-        if x.__class__ is not Tensor and x.__class__ is not torch.nn.Parameter:
+        if x.__class__ not in PLAIN:
             return f"the input is a {x.__class__.__name__}"
         residual_dtype = None if residual is None else residual.dtype
         layout = (x.shape, x.stride(), x.dtype, residual_dtype)
@@ -55,7 +55,7 @@ class CpuKernels(ClosedForm):
             return self.stages.unsupported(*layout)  # type: ignore[no-any-return]
         plan = self.prepared(*layout, call.activation, torch.get_num_threads())
         if plan.__class__ is str:
-            return plan  # type: ignore[no-any-return]
+            return plan
         call.plan = plan if plan.fits(call) else None
         return None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+PLAIN: frozenset[Any] = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 STRIDED = torch.strided
 
 

@@ -1,47 +1,30 @@
-"""What the commands tour, lab and bench share: needed packages, one-line errors, progress bars."""
+"""What the commands share: errors in one line, plain output, progress bars."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 import typer
 from rich import progress as bars
 from rich.console import Console
 
-# module: (package, the extra that brings it)
-EXTRAS = {
-    "torch": ("torch", "torch"),
-    "numba": ("numba", "torch"),
-    "altair": ("altair", "lab"),
-    "vl_convert": ("vl-convert-python", "lab"),
-    "sklearn": ("scikit-learn", "lab"),
-    "keras": ("keras", "keras"),
-    "jax": ("jax", "jax"),
-    "flax": ("flax", "jax"),
-}
-
-
-def need(*modules: str) -> None:
-    """Raise ValueError naming the packages that are missing and the extras that bring them."""
-    missing = [EXTRAS[module] for module in modules if find_spec(module) is None]
-    if missing:
-        packages = ", ".join(package for package, _ in missing)
-        extras = ",".join(dict.fromkeys(extra for _, extra in missing))
-        raise ValueError(f'needs {packages}: pip install "steadynorm[{extras}]"')
-
 
 @contextmanager
-def one_line_errors(command: str, interrupted: str) -> Iterator[None]:
-    """End what the user can correct with one line and exit code 2, Ctrl-C with 130."""
+def errors_in_one_line(command: str, interrupted: str = "nothing was written.") -> Iterator[None]:
+    """Turns an error about what was given into one line without control characters, exit code 2.
+
+    Ctrl-C ends with 130. A package that is missing passes through: the group of all commands says
+    which extra brings it.
+    """
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:
-        say(f"{command}: {error}", stderr=True)
-        raise typer.Exit(2) from None
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+        typer.echo(f"steadynorm {command}: {line}", err=True)
+        raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        say(f"{command}: interrupted; {interrupted}", stderr=True)
+        typer.echo(f"steadynorm {command}: interrupted; {interrupted}", err=True)
         raise typer.Exit(130) from None
 
 
