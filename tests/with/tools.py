@@ -214,7 +214,7 @@ def _() -> None:
 
 @refusal(
     "track_running_stats = False", "under a policy that needs the statistics",
-    raises="needs running statistics", cure='`statistics="batch"`, or `sn.freeze`',
+    raises="needs running statistics", cure="`sn.freeze(part)` in its place",
     cured=lambda: same_answers(sn.freeze(ours())[0].train()),
 )  # fmt: skip
 def _() -> None:
