@@ -19,6 +19,7 @@ SLOW = (
     "nn/test_export.py",
     "nn/test_synchronize.py",
     "report/test_browser.py",
+    "with/test_tools.py",
 )
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import functions
-from steadynorm.kernels.reference.torch_arrays import reference
-from steadynorm.kernels.spec import HALF, Backend, Call, Packed
+from steadynorm.kernels.reference.torch_arrays import in_type, reference
+from steadynorm.kernels.spec import HALF, Backend, Call, Packed, statistics_dtype
 
 # Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
 # crossover that benchmarks/small_calls.py measures, in docs/speed.md.
@@ -112,8 +112,9 @@ def _by_running(call: Call) -> Tensor:
 
 def one_operator(call: Call) -> Tensor:
     """Inference as the single operator that other runtimes know and fold; for export."""
-    mean, var = call.running_mean, call.running_var
-    y = torch.batch_norm(call.x, call.weight, call.bias, mean, var, False, 0.0, call.eps, True)
+    tensors = (call.x, call.weight, call.bias, call.running_mean, call.running_var)
+    x, weight, bias, mean, var = in_type(statistics_dtype(call.x), *tensors)
+    y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, call.eps, True)
     return _finished(y, call)
 
 

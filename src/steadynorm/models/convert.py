@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from steadynorm.models.changes import Change, Changes
 from steadynorm.models.equivalence import (
@@ -24,7 +25,15 @@ from steadynorm.models.layers import Norm, activation_name, behaves, describe, n
 from steadynorm.nn import batchnorm as ours
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.nn.synchronize import Synchronize
-from steadynorm.statistics import Batch, Frozen, Policy, Steady, policy_from
+from steadynorm.statistics import (
+    Batch,
+    Frozen,
+    Policy,
+    RunningStatistics,
+    Steady,
+    batches_seen,
+    policy_from,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 HALF = (torch.float16, torch.bfloat16)
@@ -170,8 +179,18 @@ def _to_ours(
     if isinstance(mean, torch.Tensor) and mean.dtype in HALF:
         module._widen_statistics()
         notes.append("running statistics are float32 now")
+    if (chosen.counts_batches or module.momentum is None) and _lost_count(module):
+        notes.append("num_batches_tracked is 0 beside trained statistics: read as many batches")
     notes.insert(0, repr(chosen) + ("" if pooled is False else ", synchronized"))
     return Change("converted", name, before, describe(module), "; ".join(notes))
+
+
+def _lost_count(module: Any) -> bool:
+    """Whether its statistics were trained and nothing says on how many batches."""
+    running = RunningStatistics(module.running_mean, module.running_var, module.num_batches_tracked)
+    if not all(isinstance(t, Tensor) and not t.is_meta and not is_lazy(t) for t in running):
+        return False
+    return bool(batches_seen(running, xp=torch) != running.batches)
 
 
 def _synchronizes(module: nn.Module) -> Synchronize:

@@ -58,6 +58,7 @@ def fold(
         inplace: change the model given instead of a copy.
 
     Returns the folded model and the changes. The model given is left as it was unless `inplace`.
+    A folded Hugging Face model refuses `save_pretrained`, whose files load into batch norms.
 
     Raises ValueError for a model in training, or one that `torch.fx` cannot follow without example
     inputs; RuntimeError if the folded model answers otherwise than the one given.
@@ -86,7 +87,21 @@ def fold(
     folded, changes = surgery.run()
     if expected is not None:
         compare(expected, answers(folded, example_inputs, training=False), "fold")
+    if changes.tally().get("folded"):
+        for part in folded.modules():
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained = _refuse_to_save
     return folded, changes
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In place of a folded model's `save_pretrained`: its file would load into batch norms."""
+    raise RuntimeError(
+        "save_pretrained: the batch norms of this model are folded, and from_pretrained would put "
+        "new ones, with statistics 0 and 1, behind the folded weights. Save the model before "
+        "sn.fold and fold it again after loading, or save model.state_dict() and load that into "
+        "sn.fold(model)[0]."
+    )
 
 
 class _Folding:

@@ -61,7 +61,8 @@ def batch_norm(
         training: whether the policy decides and the running statistics move.
         momentum: weight of the new batch; None averages over all batches.
         eps: added to the variance.
-        num_batches_tracked: how many batches the running statistics have seen; integer scalar.
+        num_batches_tracked: how many batches the running statistics have seen; integer scalar. 0
+            beside statistics that are not 0 and 1 reads as "many": see docs/policies.md.
         statistics: a policy or its lower-case name.
         activation: None, or the name in `torch.nn.functional` of one that runs inside the layer:
             relu, silu, gelu and the others of `steadynorm.kernels.activations.ACTIVATIONS`.

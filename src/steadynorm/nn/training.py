@@ -11,7 +11,15 @@ from torch import Tensor
 from steadynorm.kernels import compat
 from steadynorm.kernels.spec import Call, statistics_dtype
 from steadynorm.nn import checks, recomputation
-from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
+from steadynorm.statistics import (
+    Context,
+    Moments,
+    Normalizer,
+    Policy,
+    RunningStatistics,
+    batches_seen,
+    step,
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +49,7 @@ class TrainingStep(Call):
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)
         self._refuse_one_value(batch, self.policy)
-        running = self._running()
+        running = self._running(self.policy)
         context = Context(samples, self.momentum, self.eps, torch)
         if self.memory is not None:
             self.memory.rate = self.policy.gradient_rate(samples)
@@ -65,7 +73,7 @@ class TrainingStep(Call):
         if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
             checks.one_value(self.x, policy, self.owner)
 
-    def _running(self) -> RunningStatistics | None:
+    def _running(self, policy: Policy) -> RunningStatistics | None:
         """The statistics now, in the type they are computed in; None where nothing is tracked."""
         mean, var = self.running_mean, self.running_var
         batches: Any = self.num_batches_tracked
@@ -81,7 +89,12 @@ class TrainingStep(Call):
             batches = int(batches)  # plain numbers are cheaper than scalar tensors
         if isinstance(batches, Tensor) and dtype == torch.float64:
             batches = batches.double()  # weights such as 1/(t + 1) would else be float32
-        return RunningStatistics(mean.to(dtype), var.to(dtype), batches)
+        running = RunningStatistics(mean.to(dtype), var.to(dtype), batches)
+        counted = policy.counts_batches or self.momentum is None
+        if counted and (isinstance(batches, Tensor) or batches == 0):
+            seen = batches_seen(running, xp=torch)
+            running = running._replace(batches=seen if isinstance(batches, Tensor) else int(seen))
+        return running
 
     def _write(self, after: RunningStatistics) -> None:
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,14 @@ class TorchArrays:
     @staticmethod
     def addcmul(a: Tensor, b: Tensor, c: Tensor, *, out: Tensor) -> Tensor:
         return torch.addcmul(a, b, c, out=out if _may_overwrite() else None)
+
+
+def in_type(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
+    """The tensors in one type, for operators of other runtimes, which take no other.
+
+    What has the type already stays, so that an exported graph shows no conversion.
+    """
+    return (t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
 
 
 xp = TorchArrays()
