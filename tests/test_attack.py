@@ -25,7 +25,10 @@ def attack(monkeypatch):
 
 
 def test_every_attack_has_a_title_and_trials():
-    assert command.attacks() == ["cache_faults", "hostile_names", "leaks", "numeric", "threads"]
+    assert command.attacks() == [
+        "cache_faults", "hostile_files", "hostile_names", "kills", "leaks", "numeric", "replicas",
+        "threads",
+    ]  # fmt: skip
 
 
 def test_a_broken_promise_is_counted_and_described(attack):
