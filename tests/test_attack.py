@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 from tests.attack import __main__ as command
-from tests.attack import cache_faults
+from tests.attack import cache_faults, hostile_names
 
 
 @pytest.fixture
@@ -25,7 +25,10 @@ def attack(monkeypatch):
 
 
 def test_every_attack_has_a_title_and_trials():
-    assert command.attacks() == ["cache_faults", "hostile_names", "leaks", "numeric", "threads"]
+    assert command.attacks() == [
+        "cache_faults", "hostile_files", "hostile_names", "kills", "leaks", "numeric", "replicas",
+        "threads",
+    ]  # fmt: skip
 
 
 def test_a_broken_promise_is_counted_and_described(attack):
@@ -49,6 +52,12 @@ def test_the_table_replaces_the_last_one(attack, tmp_path, monkeypatch):
     assert "| two trials |      2 |      1 |      1 |" in lines
     assert lines[-2:] == [command.END, "after"]
     assert "old" not in lines
+
+
+@pytest.mark.parametrize("form", ["terminal", "JSON", "SARIF"])
+def test_no_name_of_a_layer_acts_on_the_reader(form):
+    name = "\x1b[31m\x9b\x7f\u202e\ud800 [text](https://example) {0}"
+    hostile_names.trial(form, lambda: hostile_names.report_on(name))
 
 
 def test_an_unchecked_cache_would_be_seen(attack, monkeypatch):

@@ -23,7 +23,7 @@ TITLE = "hostile names: layers' names in every report"
 PIECES = (
     *("\x1b[31m", "\x1b]0;title\x07", "\r", "\n", "\0", "\x7f", "\x9b31m"),
     *("\u202e", "\u2066", "\ud800", "é", "ß", "中", "🙂"),
-    *("[text](https://example.org)", "{0}", "[red]", "[/]", "%s", "`", "|", "\\", '"', "'"),
+    *("[text](https://example)", "{0}", "[red]", "[/]", "%s", "`", "|", "\\", '"', "'"),
     *("<script>alert(1)</script>", "</script>", "&amp;", "a" * 300),
 )
 

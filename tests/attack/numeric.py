@@ -20,6 +20,7 @@ MOST, USUALLY = 64, 3
 """Of float32's outputs none is off by more roundings, and 99 in 100 by this at most, where a
 rounding is the type's machine epsilon times (1 + max|z|)."""
 EPS = 1e-5
+HUGE = 1e17  # the standard deviation up to which float32 sums of squares do not overflow
 
 
 class Case(NamedTuple):
@@ -194,6 +195,24 @@ def ghosts(rng: random.Random) -> None:
     assert error < 1e-12, f"running mean off by {error:.3g}"
 
 
+def huge(rng: random.Random) -> None:
+    """As long as the squares of 4,096 values can be summed in float32; then as torch at worst."""
+    seed = torch.Generator().manual_seed(rng.randrange(1 << 62))
+    shape = rng.choice([(64, 8), (4096, 8), (16, 8, 7, 7), (16, 8, 64, 64)])
+    std = 10.0 ** rng.uniform(10, 19)
+    x = torch.randn(shape, generator=seed) * std
+    x = laid_out(x, rng.choice(["contiguous", "channels last"]))
+    n = {2: 1, 4: 2}[len(shape)]
+    values = wide(x.movedim(1, -1)).reshape(-1, 8)
+    z = (values - values.mean(0)) / values.std(0)
+    right = z.reshape(x.movedim(1, -1).shape)
+    found = [worst(getattr(m, f"BatchNorm{n}d")(8)(x), right) for m in (sn, torch.nn)]
+    bar = MOST * torch.finfo(x.dtype).eps * (1 + float(np.abs(z).max()))
+    if std > HUGE:
+        bar = max(bar, 1.001 * found[1])
+    assert found[0] <= bar, f"{shape}, std {std:.3g}: off by {found[0]:.3g}, torch {found[1]:.3g}"
+
+
 def cases(rng: random.Random, long: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """What holds for most cases is asked at the end."""
     seen: list[float] = []
@@ -203,4 +222,5 @@ def cases(rng: random.Random, long: bool) -> Iterator[tuple[str, Callable[[], ob
             yield case.title, partial(check, case, seen)
     for number in range(200 if long else 10):
         yield f"ghosts {number}", partial(ghosts, rng)
+        yield f"huge values {number}", partial(huge, rng)
     yield "99 in 100 of float32", partial(usually, seen)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import steadynorm as sn
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.cpu.backend import CPU
+from steadynorm.nn.synchronize import DESCRIPTION
 
 POLICIES = {
     "batch": sn.Batch(),
@@ -146,7 +147,10 @@ def equals_one_process(name: str, kind: str, masked: str, dtype: torch.dtype) ->
         settings = {"activation": "silu", "dtype": dtype}
         ours = layer(policy, shape, synchronize=True, **settings)
         truth = layer(policy, shape, **settings)
-        for forward, backward in compare(ours, truth, counts, shape, masked=masked == "masked"):
+        steps = compare(ours, truth, counts, shape, masked=masked == "masked")
+        if name != "frozen" and dist.get_world_size() > 1:
+            assert steps[0][0].pop(0) == DESCRIPTION, "replicas first compare what they call"
+        for forward, backward in steps:
             if name == "frozen" or dist.get_world_size() == 1:
                 assert (forward, backward) == ([], []), (forward, backward)
             elif name == "ghost":
@@ -274,6 +278,98 @@ def not_finite_batches_are_skipped_everywhere() -> None:
     ours(x)
     for key, value in ours.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+def odd_one_out(made: torch.nn.Module, x: torch.Tensor, *wanted: str) -> None:
+    """Every rank raises, says who differs in what, and leaves its statistics as they were."""
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    error = error_of(lambda: made(x))
+    assert isinstance(error, RuntimeError), error
+    message = str(error)
+    for words in wanted:
+        assert words in message, message
+    for key, value in made.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def names(common: object, odd: object) -> str:
+    """What the error says where the last rank is the odd one."""
+    ranks = [str(rank) for rank in range(dist.get_world_size())]
+    return f"{common} on rank {', '.join(ranks[:-1])} and {odd} on rank {ranks[-1]}"
+
+
+@case
+def replicas_that_disagree_at_first_all_raise() -> None:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world == 1:
+        return
+    odd = rank == world - 1
+    kinds = [
+        (lambda: sn.BatchNorm1d(4, statistics="steady" if odd else "batch", synchronize=True),
+         torch.randn(5, 4), names("statistics=Batch()", f"statistics={sn.Steady()!r}")),
+        (lambda: sn.BatchNorm1d(4, statistics="batch" if odd else "ghost", synchronize=True),
+         torch.randn(5, 4), names(f"statistics={sn.Ghost()!r}", "statistics=Batch()")),
+        (lambda: sn.BatchNorm1d(7 if odd else 4, synchronize=True),
+         torch.randn(5, 7 if odd else 4), names("4 channels", "7 channels")),
+        (lambda: sn.BatchNorm1d(4, synchronize=True, dtype=torch.float64 if odd else None),
+         torch.randn(5, 4, dtype=torch.float64 if odd else None),
+         names("statistics in float32", "statistics in float64")),
+        (lambda: sn.BatchNorm1d(4, track_running_stats=odd, synchronize=True),
+         torch.randn(5, 4), names("without running statistics", "with running statistics")),
+        (lambda: sn.BatchNorm1d(4, nonfinite="skip" if odd else "propagate", synchronize=True),
+         torch.randn(0, 4), names("nonfinite='propagate'", "nonfinite='skip'")),
+        (lambda: sn.BatchNorm1d(4, affine=False, track_running_stats=False, synchronize=True,
+                                statistics=sn.Ghost(2) if odd else "batch"),
+         torch.randn(5, 4), names("statistics=Batch()", f"statistics={sn.Ghost(2)!r}")),
+    ]  # fmt: skip
+    for make, x, wanted in kinds:
+        odd_one_out(make(), x, "BatchNorm1d: `synchronize`: the replicas must call", wanted)
+
+
+@case
+def a_replica_that_changes_alone_makes_all_raise() -> None:
+    """Also where it changes later; once all have changed, or it is as before, they go on."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world == 1:
+        return
+    odd = rank == world - 1
+    for first, then in (("batch", "steady"), ("steady", "ghost"), ("ghost", "batch")):
+        made = sn.BatchNorm1d(4, statistics=first, synchronize=True)
+        for step in range(3):
+            made(torch.randn(5 * (step != rank), 4))  # one is without samples
+        before = made.statistics
+        if odd:
+            made.statistics = then
+        odd_one_out(made, torch.randn(5, 4), f"rank {rank}" if odd else f"rank {world - 1}")
+        made.statistics = before
+        made(torch.randn(5, 4))
+        made.statistics = then
+        made(torch.randn(5, 4))
+    made = sn.BatchNorm1d(4, synchronize=True)
+    made(torch.randn(5, 4))
+    if odd:
+        made.double()
+    x = torch.randn(5, 4, dtype=torch.float64 if odd else None)
+    odd_one_out(made, x, names("statistics in float32", "statistics in float64"))
+    made.double()
+    with Collectives() as forward:
+        made(x.double())
+        made(x.double())
+    # Those that had changed before announce it, and all compare; then nothing more is sent.
+    assert forward.sizes == [14, DESCRIPTION, 14, 14], forward.sizes
+
+
+@case
+def an_agreement_ends_with_its_group() -> None:
+    if dist.get_world_size() == 1:
+        return
+    made = sn.BatchNorm1d(4, synchronize=True)
+    made(torch.randn(5, 4))
+    made.synchronize = dist.new_group()
+    with Collectives() as forward:
+        made(torch.randn(5, 4))
+        made(torch.randn(5, 4))
+    assert forward.sizes == [DESCRIPTION, 14, 14], forward.sizes
 
 
 def compiled_equals_one_process(name: str) -> None:

@@ -256,14 +256,17 @@ def whole(value: Any) -> Any:
 
 
 def _write_safetensors(held: Mapping[str, Any], path: Path) -> None:
+    # Not by save_file, which (safetensors 0.8) writes to a temporary file of its own beside
+    # the path: a killed process would leave that behind.
     if all(isinstance(value, np.ndarray) for value in held.values()):
-        from safetensors.numpy import save_file as save_arrays
+        from safetensors.numpy import save as save_arrays
 
-        save_arrays(dict(held), path)
+        content = save_arrays(dict(held))
     else:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file(dict(held), path)
+        content = save(dict(held))
+    path.write_bytes(content)
 
 
 def _write_npz(held: Mapping[str, Any], path: Path) -> None:

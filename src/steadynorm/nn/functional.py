@@ -13,9 +13,9 @@ from torch import Tensor
 from steadynorm.kernels import dispatch
 from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.checks import activation_name, nonfinite_name
-from steadynorm.kernels.spec import Call, Memory
+from steadynorm.kernels.spec import Call, Memory, statistics_dtype
 from steadynorm.nn import checks, recomputation
-from steadynorm.nn.synchronize import Replicas, Synchronize, process_group
+from steadynorm.nn.synchronize import Replicas, Synchronize, Terms, process_group
 from steadynorm.nn.training import TrainingStep
 from steadynorm.statistics import Batch, Frozen, Ghost, Policy, policy_from
 
@@ -131,7 +131,11 @@ def batch_norm(
     replicas = groups = None
     if synchronize is not False:
         group = process_group(synchronize, owner)
-        replicas = None if group is None else Replicas(group, owner)
+        if group is not None:
+            replicas = Replicas(group, owner)
+            tracked = running_mean is not None
+            terms = Terms(policy, input.shape[1], statistics_dtype(input), tracked, nonfinite)
+            replicas.agree(running_mean if weight is None else weight, terms, input.device)
     if policy.__class__ is Ghost:
         alone = policy.lengths(input.shape[0]) if input.numel() else None
         groups = alone if replicas is None else replicas.divide(policy, input)

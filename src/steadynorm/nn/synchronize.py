@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from steadynorm.statistics import Ghost, Moments, Normalizer, contribution, pool
+from steadynorm.kernels import compat
+from steadynorm.statistics import Ghost, Moments, Normalizer, Policy, contribution, pool
 
 Synchronize = bool | dist.ProcessGroup
 PerGroup = TypeVar("PerGroup", Moments, Normalizer)
@@ -47,17 +50,110 @@ class _Rows(NamedTuple):
     all: int
 
 
+class Terms(NamedTuple):
+    """What all replicas must call a layer with: else their messages do not fit, or mean others."""
+
+    policy: Policy
+    channels: int
+    dtype: torch.dtype  # of the statistics
+    tracked: bool  # whether running statistics move
+    nonfinite: str
+
+    def described(self) -> tuple[str, ...]:
+        """The terms in words, each short enough for a message of fixed length."""
+        words = (
+            f"statistics={self.policy!r}",
+            f"{self.channels} channels",
+            f"statistics in {self.dtype}".replace("torch.", ""),
+            f"{'with' if self.tracked else 'without'} running statistics",
+            f"nonfinite={self.nonfinite!r}",
+        )
+        return tuple(word[: DESCRIPTION // len(words) // 4] for word in words)
+
+
+DESCRIPTION = 4096  # bytes in which a replica describes its terms
+_agreed: Any = WeakTensorKeyDictionary()  # a layer's tensor -> the group and terms of its last call
+_no_tensor = torch.empty(0)  # stands for layers without parameters and running statistics
+
+
 class Replicas:
     """One forward's exchange with the other replicas; remembers it for the backward.
 
-    Every replica contributes, also one without samples: its count of 0 gives it no say.
+    Every replica contributes, also one without samples: its count of 0 gives it no say. A count
+    below 0 announces that the replica's terms are no longer those that all agreed on.
     """
 
     def __init__(self, group: dist.ProcessGroup, owner: str) -> None:
         self.group = group
         self.owner = owner
+        self._terms: Terms | None = None
         self._rows: _Rows | None = None  # only with ghost groups
         self._pooled: Moments | None = None
+
+    def agree(self, layer: Tensor | None, terms: Terms, device: torch.device) -> None:
+        """Compare terms with the other replicas, when a layer is new to the group or its terms are.
+
+        `layer` is a tensor that the layer keeps. Where only some replicas' terms have changed the
+        others do not expect a comparison, so it is announced in a message of the form that they do
+        expect. They notice at once on CPU; elsewhere to look would make every call wait for the
+        device, so they get NaN there, and only replicas that have changed raise.
+        """
+        if compat.is_traced():
+            return
+        self._terms = terms
+        layer = _no_tensor if layer is None else layer
+        group, agreed = _agreed.get(layer, (lambda: None, None))
+        if group() is self.group:
+            if agreed == terms:
+                return
+            self._announce(agreed, device)
+        self._compare(device)
+        _agreed[layer] = weakref.ref(self.group), terms
+
+    def _announce(self, agreed: Terms, device: torch.device) -> None:
+        if isinstance(agreed.policy, Ghost):
+            message = torch.full((1,), -1, device=device)
+        else:
+            message = torch.full(
+                (1, 2 + 3 * agreed.channels), float("nan"), dtype=agreed.dtype, device=device
+            )
+            message[0, 0] = -1
+        counts = self._all_gather(message).reshape(self.group.size(), -1)[:, 0].tolist()
+        unaware = [str(r) for r, count in zip(self._ranks(), counts, strict=True) if count >= 0]
+        if unaware and device.type != "cpu" and not isinstance(agreed.policy, Ghost):
+            raise self._disagreement(
+                f"{', '.join(agreed.described())} on rank {', '.join(unaware)}, and something "
+                f"else on this rank"
+            )
+
+    def _compare(self, device: torch.device) -> None:
+        """Describe this replica's terms to all others; all raise if they are not the same."""
+        if self._terms is None:
+            return
+        own = "\0".join(self._terms.described()).encode().ljust(DESCRIPTION)
+        sent = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
+        rows = self._all_gather(sent[None]).cpu().numpy()
+        told = [row.tobytes().decode().rstrip().split("\0") for row in rows]
+        differences = []
+        for values in zip(*told, strict=True):
+            holders: dict[str, list[str]] = {}
+            for rank, value in zip(self._ranks(), values, strict=True):
+                holders.setdefault(value, []).append(str(rank))
+            if len(holders) > 1:
+                differences.append(
+                    " and ".join(f"{value} on rank {', '.join(r)}" for value, r in holders.items())
+                )
+        if differences:
+            raise self._disagreement("; ".join(differences))
+
+    def _ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.group)
+
+    def _disagreement(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self.owner}: `synchronize`: the replicas must call this layer alike; got {what}. "
+            f"Make the layer and its input the same on every rank."
+        )
 
     def divide(self, policy: Ghost, input: Tensor) -> tuple[int, ...]:
         """How many of this process's samples fall into each ghost group that they touch.
@@ -74,6 +170,8 @@ class Replicas:
             )
         samples = input.shape[0]
         counts = self._all_gather(torch.tensor([samples], device=input.device)).tolist()
+        if min(counts) < 0:
+            self._compare(input.device)
         before, total = sum(counts[: self.group.rank()]), sum(counts)
         first, lengths = policy.pieces(before, samples, total)
         lengths = lengths or (0,)  # a replica without samples has one empty piece
@@ -95,6 +193,8 @@ class Replicas:
         rows = self._all_gather(row[None])
         channels = local.mean.shape[-1]
         counts, total, *moments = rows.split([1, 1, channels, channels, channels], dim=-1)
+        if self._terms is not None and counts.is_cpu and bool((counts < 0).any()):
+            self._compare(counts.device)
         self._pooled = pool(Moments(counts, *moments), xp=torch)
         return self._pooled, total.sum(0).flatten()[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -148,13 +149,15 @@ def facts(finding: Finding) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), number(value)) for name, value in finding.evidence.items()]
 
 
-def named(layer: NormEvidence) -> str:
+def named(layer: NormEvidence | str) -> str:
     """The layer as it is shown: a model that is one layer has no name for it."""
-    return layer.name or "(the model)"
+    return printable(layer if isinstance(layer, str) else layer.name) or "(the model)"
 
 
 def printable(text: str) -> str:
-    r"""Text whose control characters are spelled out: names come from files that others wrote.
+    r"""A line whose control characters are spelled out: names come from files that others wrote.
+
+    So are characters that turn the direction of writing, and halves of surrogate pairs.
 
     >>> printable("\x1b[31mred\x07")
     '\\x1b[31mred\\x07'
@@ -162,3 +165,25 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same for code and other text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def json_text(record: object) -> str:
+    r"""JSON without NaN or infinity, which it does not have; escaped what `printable` spells out.
+
+    >>> json_text({"é": "\x7f"})
+    '{\n "é": "\\u007f"\n}\n'
+    """
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -12,7 +12,7 @@ from steadynorm import __version__
 from steadynorm.doctor.evidence.records import LossByMode
 from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.report import groups
-from steadynorm.doctor.report.groups import Reported, named, printable
+from steadynorm.doctor.report.groups import Reported, named, printable, printable_lines
 from steadynorm.doctor.report.run import run_sections
 from steadynorm.doctor.rules import find_rule
 from steadynorm.report.page import Card, Chart, Page, Section, Table
@@ -94,7 +94,7 @@ def _card(group: groups.Group) -> Card:
         text=text,
         facts=[(name, printable(value)) for name, value in groups.facts(finding)],
         advice=printable(finding.cure),
-        line=finding.line,
+        line=printable_lines(finding.line),
         more=[("Why, and when it is said", [rule.why, rule.threshold, safety, rule.source])],
         table=table,
     )
@@ -133,7 +133,7 @@ def _table(report: Reported) -> Table:
         codes.setdefault(finding.layer, set()).add(finding.code)
     rows = [
         (
-            printable(named(layer)),
+            named(layer),
             ", ".join(sorted(codes.get(layer.name, ()))),
             layer.kind,
             layer.usage.policy if layer.usage else None,

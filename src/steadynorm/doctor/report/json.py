@@ -14,7 +14,7 @@ import numpy as np
 from steadynorm import __version__
 from steadynorm.doctor.evidence.records import NormEvidence
 from steadynorm.doctor.finding import Severity
-from steadynorm.doctor.report.groups import Reported
+from steadynorm.doctor.report.groups import Reported, json_text
 
 VERSION = 1
 """Raised when a reader of the old format would misread the new one; new names do not raise it."""
@@ -28,8 +28,8 @@ def schema() -> dict[str, Any]:
 
 
 def to_json(report: Reported) -> str:
-    """The report as JSON text, without NaN or infinity, which JSON does not have."""
-    return json.dumps(to_record(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """The report as JSON text."""
+    return json_text(to_record(report))
 
 
 def to_record(report: Reported) -> dict[str, Any]:

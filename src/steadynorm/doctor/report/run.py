@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from steadynorm.doctor.evidence.training import Reading, TrainingRun
-from steadynorm.doctor.report.groups import plural, printable
+from steadynorm.doctor.report.groups import named, plural
 from steadynorm.report.page import Chart, Section, Table
 
 FEW = 7  # layers that lines can tell apart
@@ -58,14 +58,14 @@ def _chart(
 
     values = [(r, float(getattr(r, name))) for r in readings]
     rows = [
-        {"step": r.step, "layer": _named(r.layer), name: float(f"{value:.4g}")}
+        {"step": r.step, "layer": named(r.layer), name: float(f"{value:.4g}")}
         for r, value in values
         if math.isfinite(value) and (value > 0 or not log)
     ]
     least = 0.05 if unit.startswith("share") else 0.0  # fewer is nothing to draw
     if not any(value > least for _, value in values):
         return None
-    layers = [_named(layer) for layer in run.layers]
+    layers = [named(layer) for layer in run.layers]
     if len(layers) > FEW:
         return heat(title, rows, x="step", value=name, layer="layer", layers=layers, log=log,
                     x_title="step", value_title=unit, description=f"{told} Layers from input to "
@@ -86,7 +86,7 @@ def _table(run: TrainingRun) -> Table:
         shares = (reading.dead, reading.saturated)
         rows.append(
             (
-                printable(_named(layer)),
+                named(layer),
                 *(None if math.isnan(value) else f"{value:.3g}" for value in figures),
                 *(None if math.isnan(value) else f"{value:.0%}" for value in shares),
                 bad,
@@ -99,7 +99,3 @@ def _table(run: TrainingRun) -> Table:
          "steps not finite"),
         rows,
     )  # fmt: skip
-
-
-def _named(layer: str) -> str:
-    return layer or "(the model)"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from steadynorm import __version__
 from steadynorm.doctor.finding import Finding, Severity
-from steadynorm.doctor.report.groups import Reported
+from steadynorm.doctor.report.groups import Reported, json_text, printable, printable_lines
 from steadynorm.doctor.report.json import to_record
 from steadynorm.doctor.rules import Rule, find_rule
 
@@ -23,7 +23,7 @@ def to_sarif(report: Reported) -> str:
     layer as its logical location. The cure is text: SARIF's own fixes replace parts of files, which
     a cure of a network is not.
     """
-    return json.dumps(_log(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(_log(report))
 
 
 def _log(report: Reported) -> dict[str, Any]:
@@ -72,8 +72,9 @@ def _rule(rule: Rule) -> dict[str, Any]:
 def _result(
     finding: Finding, index: int, place: dict[str, Any], record: dict[str, Any]
 ) -> dict[str, Any]:
-    where = finding.layer or "the model"
     cure = "\n".join(part for part in (finding.cure, finding.line) if part)
+    where = printable(finding.layer) or "the model"
+    message = f"{where}: {finding.message}" + (f"\nCure: {cure}" if cure else "")
     logical = {
         "name": finding.layer.rpartition(".")[2] or "model",
         "fullyQualifiedName": finding.layer or "model",
@@ -84,7 +85,7 @@ def _result(
         "ruleIndex": index,
         "kind": "fail",
         "level": LEVELS[finding.severity],
-        "message": {"text": f"{where}: {finding.message}" + (f"\nCure: {cure}" if cure else "")},
+        "message": {"text": _literal(message)},
         "locations": [{**place, "logicalLocations": [logical]}],
         # Messages hold figures, which change from run to run; code and layer stay.
         "partialFingerprints": {"codeAndLayer/v1": f"{finding.code}:{finding.layer}"},
@@ -92,6 +93,12 @@ def _result(
             name: record[name] for name in ("evidence", "cure", "line", "safe", "because")
         },
     }
+
+
+def _literal(text: str) -> str:
+    """A message that holds neither a link nor a placeholder, which SARIF would read from a name."""
+    text = re.sub(r"\[(?=[^\]]*\]\()", r"\\[", printable_lines(text))
+    return re.sub(r"\{(\d+)\}", r"{{\1}}", text)
 
 
 def _place(target: str) -> dict[str, Any]:
