@@ -113,10 +113,8 @@ class Traced(Backend):
             x, call.weight, call.bias, call.residual, call.mask, None, None, batch, normalizer,
             None, call.eps, call.activation, call.groups, call.replicas, None,
         )  # fmt: skip
-        return (operators.apply(saved) if by_operators else _differentiable(saved, live)), (
-            (),
-            None,
-        )
+        y = operators.apply(saved) if by_operators else _differentiable(saved, live)
+        return y, ((), None)
 
 
 TRACED = Traced()

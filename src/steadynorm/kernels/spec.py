@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.torch_arrays import xp
 from steadynorm.statistics import (
     Batch,
     Coefficients,
@@ -52,9 +53,7 @@ class Keep(Enum):
         return cls.REBUILT if compiled and not residual and row.source == "either" else cls.OUTPUT
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The type that statistics of x are computed and kept in: float32 or wider."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+statistics_dtype = xp.statistics_dtype
 
 
 def coefficients_of(
@@ -100,6 +99,7 @@ class Call:
     groups: Groups = None
     replicas: Exchange | None = None
     skip_nonfinite: bool = False
+    exact: bool = False  # no operator of an accelerator's own may serve the call
 
     gradient = False  # whether a backward may follow; the dispatcher says so
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from steadynorm.kernels import compat
+from steadynorm.kernels.activations import functions
 from steadynorm.kernels.reference import Reference
 
 
 def _may_overwrite() -> bool:
     """Whether a fresh intermediate may be reused: nobody differentiates or transforms this call."""
     return not (
-        torch.is_grad_enabled()
-        or compat.is_transforming()
-        or torch.compiler.is_compiling()
+        torch.is_grad_enabled() or compat.is_transforming() or torch.compiler.is_compiling()
     )
 
 
@@ -87,5 +88,31 @@ class TorchArrays:
         return torch.addcmul(a, b, c, out=out if _may_overwrite() else None)
 
 
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": partial(F.relu6, inplace=True),
+    "leaky_relu": partial(F.leaky_relu, inplace=True),
+    "elu": partial(F.elu, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+"""Activations that autograd differentiates from the output, in their argument's memory."""
+
 xp = TorchArrays()
 reference = Reference(xp)
+
+
+def finished(y: Tensor, call: Any, *, fresh: bool = False) -> Tensor:
+    """`activation(y + residual)` in the type that a call returns.
+
+    It takes y's memory if that is `fresh` and autograd does not need what stands there.
+    """
+    dtype, residual, activation = call.x.dtype, call.residual, call.activation
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        fits = fresh and torch.promote_types(y.dtype, residual.dtype) is y.dtype
+        y = y.add_(residual) if fits else y + residual
+    if activation is not None:
+        in_place = IN_PLACE.get(activation) if fresh else None
+        y = (in_place or functions(activation, xp)[0])(y)
+    return y if y.dtype is dtype else y.to(dtype)
