@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +29,6 @@ class TorchArrays:
     int32 = torch.int32
     where = staticmethod(torch.where)
     square = staticmethod(torch.square)
-    isfinite = staticmethod(torch.isfinite)
     reshape = staticmethod(torch.reshape)
     expand_dims = staticmethod(torch.unsqueeze)
     concatenate = staticmethod(torch.cat)
@@ -56,6 +56,22 @@ class TorchArrays:
         return x.to(dtype)
 
     @staticmethod
+    def isfinite(x: Tensor) -> Tensor:
+        return x - x == 0  # two launches; torch.isfinite has four
+
+    @staticmethod
+    def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Half precision stays: beside float32, operators widen it as they read."""
+        return x if x.dtype in (torch.float16, torch.bfloat16) else x.to(dtype)
+
+    @staticmethod
+    def gated(g: Tensor, y: Tensor, low: float, high: float) -> Tensor:
+        """g where y lies between, or is NaN; else 0."""
+        if high == math.inf:
+            return torch.ops.aten.threshold_backward(g, y, low)  # type: ignore[no-any-return]
+        return torch.ops.aten.hardtanh_backward(g, y, low, high)  # type: ignore[no-any-return]
+
+    @staticmethod
     def constant(numbers: Sequence[int], like: Tensor) -> Tensor:
         return torch.tensor(numbers, dtype=like.dtype, device=like.device)
 
@@ -72,12 +88,21 @@ class TorchArrays:
 
     @staticmethod
     def sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-        return x.sum(axes, keepdim=True)
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        return x.sum(axes, keepdim=True, dtype=torch.float32 if half else None)
 
     @staticmethod
     def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
         # An empty batch is summed too: replicas then meet in its backward.
-        return x.mean(axes, keepdim=True) if x.numel() else x.sum(axes, keepdim=True)
+        mean = x.mean if x.numel() else x.sum
+        return mean(axes, keepdim=True, dtype=TorchArrays.statistics_dtype(x))
+
+    @staticmethod
+    def mean_and_variance(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if not x.numel():
+            return TorchArrays.mean(x, axes), TorchArrays.mean(x * x, axes)
+        var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)  # reads x once
+        return mean, var
 
     @staticmethod
     def add(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:

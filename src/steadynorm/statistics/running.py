@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from steadynorm.statistics.moments import Array, Moments, difference, two_sum
@@ -93,8 +94,11 @@ def larger(a: Array, b: Array, *, xp: Any) -> Array:
     """The larger of two weights, each a number or a scalar array."""
     if isinstance(a, int | float) and isinstance(b, int | float):
         return max(a, b)
-    # Sums, since `where` may round a plain number to float32 where the other weight is float64.
-    return xp.where(a > b, a + 0 * b, b + 0 * a)
+    if isinstance(a, int | float):
+        return xp.clip(b, a, math.inf)  # `where` may round a plain number to float32
+    if isinstance(b, int | float):
+        return xp.clip(a, b, math.inf)
+    return xp.maximum(a, b)
 
 
 def new_batch_weight(momentum: float | None, batches: Array | None) -> Array:
@@ -145,7 +149,8 @@ def blend(batch: Moments, running: RunningStatistics, weight: Array) -> tuple[Ar
     delta, delta_low = difference(batch, running.mean)
     mean, low = two_sum(running.mean, weight * delta)
     spread = delta + delta_low
-    var = (1 - weight) * running.var + weight * (batch.var + (1 - weight) * spread * spread)
+    rest = 1 - weight
+    var = rest * running.var + weight * (batch.var + rest * spread * spread)
     return mean, low + weight * delta_low, var
 
 
