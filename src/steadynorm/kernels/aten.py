@@ -1,12 +1,12 @@
 """PyTorch's own batch normalization operator, about a pivot on CPU: cheapest where overhead rules.
 
 On CPU that operator computes `x·a + b`, which at mean 1e6 and standard deviation 1 is off by 2.6.
-Subtracting first one value per channel that lies in the data makes the same operator exact to
-float32 rounding: the difference of two floats within a factor of two of one another is exact.
-A Python autograd node would cost 12 µs a step more (measured at input (2, 16, 4, 4)).
+Subtracting one value of each channel first makes it exact to float32 rounding: the difference of
+two floats within a factor of two of one another is exact. A Python autograd node would cost 12 µs a
+step more (measured at input (2, 16, 4, 4)).
 
-Half precision on CPU is widened to float32 first: the operator would sum its gradients in half
-precision over some layouts (off by 0.03 at 16 rows), and a constant channel of 1e6 came out as 14.
+Half precision on CPU is widened first: the operator would sum its gradients in half precision over
+some layouts (off by 0.03 at 16 rows), and a constant channel of 1e6 came out as 14.
 
 Accelerators go without a pivot: it would add 2 passes over x to the operator's 3. Numerics at
 large means are then the device's own, unless `numerics="exact"` keeps the call from here.
@@ -22,8 +22,7 @@ from torch import Tensor
 from steadynorm.kernels.spec import HALF, Backend, Call, Packed
 from steadynorm.kernels.torch_arrays import finished
 
-# Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
-# crossover that benchmarks/small_calls.py measures, in docs/speed.md.
+# Values on CPU up to which it beats a Python autograd node: benchmarks/small_calls.py, docs/speed.md.
 LIMIT = 1 << 13
 
 # Number of axes -> the shape in which a channel array broadcasts.

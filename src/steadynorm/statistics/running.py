@@ -141,6 +141,21 @@ def update_average(
     )
 
 
+def merge_average(running: RunningStatistics, batch: Moments, weight: Array) -> RunningStatistics:
+    """Running statistics after one more batch, as the moments of two parts of weight 1 - a and a.
+
+        mean ← mean + a·δ        var ← (1 - a)·var + a·v + a(1 - a)·δ²        δ = batch.mean - mean
+
+    with a = `weight`. `blend` gives the same, and also what rounding the mean lost.
+    """
+    delta, rest = (batch.mean - running.mean) + batch.mean_low, 1 - weight
+    return RunningStatistics(
+        running.mean + weight * delta,
+        rest * running.var + weight * (batch.var + rest * delta * delta),
+        None if running.batches is None else running.batches + 1,
+    )
+
+
 def blend(batch: Moments, running: RunningStatistics, weight: Array) -> tuple[Array, Array, Array]:
     """Mean (rounded, and what the rounding lost) and variance of two parts of weight 1 - w and w.
 
