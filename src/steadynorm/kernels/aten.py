@@ -22,7 +22,7 @@ from torch import Tensor
 from steadynorm.kernels.spec import HALF, Backend, Call, Packed
 from steadynorm.kernels.torch_arrays import finished
 
-# Values on CPU up to which it beats a Python autograd node: benchmarks/small_calls.py, docs/speed.md.
+# Values on CPU up to which it beats a Python autograd node; see benchmarks/small_calls.py.
 LIMIT = 1 << 13
 
 # Number of axes -> the shape in which a channel array broadcasts.
