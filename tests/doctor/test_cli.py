@@ -126,7 +126,7 @@ COULD_NOT = {
     ("shop:number",): "'int' object is not callable",
     ("shop:breaks",): "RuntimeError: no such data set",
     ("nothing.pt",): "no such file: nothing.pt",
-    ("shop.py",): "path must end in one of .safetensors, .pt, .pth, .bin, .npz, .weights.h5, .h5, ",
+    ("shop.py",): "path must end in one of .safetensors, .pt, .pth, .pth.tar, .ckpt, .bin, ",
     (): "TARGET must name a model (package.module:factory) or a checkpoint file.",
     ("shop:network", "--weights", "small.safetensors"): "small.safetensors does not fit the model.",
     ("shop:network", "--data", "shop:nothing"): "--data 'shop:nothing' cannot be found: module ",

@@ -117,7 +117,8 @@ def fix(
         if layers:
             trial = copied(cured, "diagnose")
             made = Changes(apply(trial, repair, layers))
-            reason = _worse(*(_losses(m, held, repair) for m in (cured, trial)), "of inference")
+            before, after = (_losses(network, held, repair) for network in (cured, trial))
+            reason = _worse(before, after, "of inference")
             if reason is None:
                 cured = trial
             else:
@@ -211,7 +212,8 @@ def _calibrate(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[
 
 def _rises_on_held_back(model: nn.Module, repair: Repair) -> str | None:
     batches = read(feeding(repair.batches, model), "batches")
-    before, after = [], []
+    before: list[np.ndarray] = []
+    after: list[np.ndarray] = []
     for measured, proof in ((batches[::2], batches[1::2]), (batches[1::2], batches[::2])):
         trial = copied(model, "diagnose")
         _measure(trial, measured or batches, repair)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
@@ -75,7 +75,7 @@ class Exchange(Protocol):
         """Differentiable moments of this process as differentiable pooled ones."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One call of the layer: its tensors, its settings, and who decides what normalizes.
 
@@ -100,11 +100,14 @@ class Call:
     replicas: Exchange | None = None
     skip_nonfinite: bool = False
     exact: bool = False  # no operator of an accelerator's own may serve the call
-
-    gradient = False  # whether a backward may follow; the dispatcher says so
+    gradient: bool = field(default=False, init=False)
+    """Whether a backward may follow; the dispatcher says so."""
+    plan: Any = field(default=None, init=False)
+    """What the backend that supports the call has prepared for it."""
+    by_running: bool = field(init=False)
+    basic: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plan: Any = None  # what the backend that supports the call has prepared for it
         self.by_running = self.policy is None  # the running statistics normalize
         batch = self.policy.__class__ is Batch and self.momentum is not None
         alone = self.mask is None and self.replicas is None and not self.skip_nonfinite

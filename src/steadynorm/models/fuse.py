@@ -39,6 +39,10 @@ FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((torch.tanh, torch.tanh_), "tanh"),
 }
 
+WRAPPERS: dict[Any, str] = {}
+"""Forwards of other people's activations that only call one of these, found when models are fused:
+transformers' `SiLUActivation`."""
+
 
 class Fused:
     """Mixin of blocks that merge calls; `fused_from` is the block's own class.
@@ -108,7 +112,9 @@ def _hands_on(module: Any) -> bool:
 
 def _name_of(activation: Any) -> str | None:
     if isinstance(activation, nn.Module):
-        return None if hooked(activation) else activation_name(activation)
+        if hooked(activation) or "forward" in vars(activation):
+            return None
+        return activation_name(activation) or WRAPPERS.get(type(activation).forward)
     return FUNCTIONS.get(activation)
 
 
@@ -262,10 +268,8 @@ def _look_at_sequence(block: _Block) -> frozenset[rewrite.Site] | None:
     found = False
     for module, after in pairwise(_doing(block.module)):
         norm = _last(module)
-        looks_like = type(after).__module__ == nn.ReLU.__module__  # where torch's activations are
-        if norm is not None and (looks_like or activation_name(after) is not None):
-            why = _why_not(norm, after)
-            found |= block.say(norm, str(activation_name(after) or after), why)
+        if norm is not None and _may_be_activation(after):
+            found |= block.say(norm, str(_name_of(after) or after), _why_not(norm, after))
     return frozenset() if found else None
 
 
@@ -299,12 +303,15 @@ def _value_of(text: str | None, block: _Block) -> Any:
         return None
     first, _, rest = text.partition(".")
     function: Any = type(block.module).forward
-    if first == function.__code__.co_varnames[0]:
-        return block.get(rest)
-    found = function.__globals__.get(first)
-    for part in rest.split(".") if rest else ():
-        found = getattr(found, part, None)
-    return found
+    own = first == function.__code__.co_varnames[0]
+    return block.get(rest) if own else _global_of(function, text)
+
+
+def _global_of(function: Any, text: str) -> Any:
+    first, *rest = text.split(".")
+    return functools.reduce(
+        lambda found, part: getattr(found, part, None), rest, function.__globals__.get(first)
+    )
 
 
 def _is_ours(norm: Any) -> bool:
@@ -320,7 +327,13 @@ def _last(module: Any) -> Any:
 
 def _may_be_activation(value: Any) -> bool:
     if isinstance(value, nn.Module):
-        return type(value).__module__ == nn.ReLU.__module__ or activation_name(value) is not None
+        forward: Any = type(value).forward
+        called = None if next(value.children(), None) else rewrite.returned_call(forward)
+        function = None if called is None else _global_of(forward, called)
+        if callable(function) and function in FUNCTIONS:
+            WRAPPERS[forward] = FUNCTIONS[function]
+        torchs = type(value).__module__ == nn.ReLU.__module__
+        return torchs or forward in WRAPPERS or activation_name(value) is not None
     return callable(value) and value in FUNCTIONS
 
 

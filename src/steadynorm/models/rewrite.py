@@ -81,6 +81,21 @@ def sites(function: FunctionType) -> tuple[Site, ...] | str:
     return tuple(found)
 
 
+@cache
+def returned_call(function: FunctionType) -> str | None:
+    """`f` of a method that is `return f(x)`, x its one argument, and nothing else."""
+    if isinstance(sites(function), str):
+        return None
+    _, tree = _parsed(function)
+    documented = ast.get_docstring(tree) is not None
+    body, arguments = tree.body[documented:], tree.args.args
+    call = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
+    if not isinstance(call, ast.Call) or call.keywords or len(call.args) != 1:
+        return None
+    alone = len(arguments) == 2 and _is(call.args[0], arguments[1].arg) and _dotted(call.func)
+    return ast.unparse(call.func) if alone else None
+
+
 def merged(function: FunctionType, chosen: frozenset[Site]) -> FunctionType:
     """The function with the chosen places merged, in the same module's names."""
     module, tree = _parsed(function)

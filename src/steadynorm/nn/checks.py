@@ -51,17 +51,17 @@ def tensors(
             f"got shape {tuple(input.shape)}."
         )
     channels = input.size(1)
-    if (  # written out: a loop costs a small call 0.7 µs
-        (running_mean is not None and running_mean.size(0) != channels)
-        or (running_var is not None and running_var.size(0) != channels)
-        or (weight is not None and weight.size(0) != channels)
-        or (bias is not None and bias.size(0) != channels)
+    if (  # written out: a loop costs a small call 0.7 µs, size(0) instead of numel() 0.9
+        (running_mean is not None and running_mean.numel() != channels)
+        or (running_var is not None and running_var.numel() != channels)
+        or (weight is not None and weight.numel() != channels)
+        or (bias is not None and bias.numel() != channels)
     ):
         named = {"running_mean": running_mean, "running_var": running_var, "weight": weight}
         for name, t in {**named, "bias": bias}.items():
-            if t is not None and t.size(0) != channels:
+            if t is not None and t.numel() != channels:
                 raise ValueError(
-                    f"{owner}: `input` must have {t.size(0)} channels on axis 1, as `{name}` "
+                    f"{owner}: `input` must have {t.numel()} channels on axis 1, as `{name}` "
                     f"has; got shape {tuple(input.shape)}."
                 )
     parameter = bias if weight is None else weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,15 +14,17 @@ from steadynorm.nn import checks, recomputation
 from steadynorm.statistics import Context, Moments, Normalizer, Policy, RunningStatistics, step
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class TrainingStep(Call):
     """One training forward: reads the layer's running statistics, and writes them in place."""
 
     owner: str = "batch_norm"
     replicas: Any = None
 
-    may_repeat = False  # whether this may be the first run of a checkpointed region
-    repeats = None  # in its second run the layer's running mean, by which the first is remembered
+    may_repeat: bool = field(default=False, init=False)
+    """Whether this may be the first run of a checkpointed region."""
+    repeats: Tensor | None = field(default=None, init=False)
+    """In its second run the layer's running mean, by which the first is remembered."""
 
     def recompute(self) -> None:
         """Take copies of the buffers, which have moved already, in their place."""

@@ -207,6 +207,29 @@ def test_other_activations_are_left_and_named(act: nn.Module) -> None:
         assert changes.left[0].why == "it is not one of our activations"
 
 
+class Wrapped(nn.Module):
+    """As transformers' `SiLUActivation`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.silu(input)
+
+
+class Twice(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.silu(nn.functional.silu(input))
+
+
+class Flagged(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.silu(input) if self.training else input
+
+
+@pytest.mark.parametrize(("act", "count"), [(Wrapped(), 1), (Twice(), 0), (Flagged(), 0)])
+def test_activations_of_other_people(act: nn.Module, count: int) -> None:
+    fused(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), act), X, count)
+    fused(block("return self.relu(self.bn(self.conv(x)))", relu=act), X, count)
+
+
 @pytest.mark.parametrize("down", [True, False])
 def test_residual_block(down: bool) -> None:
     result, changes = fused(nn.Sequential(Block(down), Block(not down)), X4, 4)

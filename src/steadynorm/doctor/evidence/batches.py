@@ -6,7 +6,7 @@ normalizing as in training; and in inference with the statistics that calibratio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ def measure(
         for layer in batch_norms(model, "diagnose")
     ]
     reference: PassResult | None = None
-    resampled: dict[str, dict[str, float]] = {}
+    resampled: Mapping[str, Mapping[str, Any]] = {}
     cures: dict[str, np.ndarray] = {}
     with eagerly():
         passes = Passes(model, original, feeds[0], held, layers, loss, advance)

@@ -191,7 +191,8 @@ class InputObserver:
         count = self._samples
         if x.ndim > 2 or count < 1 or len(x) <= count or len(x) % count:
             return x
-        return x.unflatten(0, (count, -1)).transpose(1, 2)
+        regrouped: Tensor = x.unflatten(0, (count, -1))
+        return regrouped.transpose(1, 2)
 
 
 def _let_train(module: Any, part: Moments | None, x: Tensor, seen: InputStatistics) -> None:
@@ -202,9 +203,10 @@ def _let_train(module: Any, part: Moments | None, x: Tensor, seen: InputStatisti
         module.training = False
     elif isinstance(module, nn.SyncBatchNorm):  # refuses the CPU, waits for other replicas
         module.training = False
-        if part is not None and module.running_mean is not None:
-            module.running_mean.copy_(part.mean)
-            module.running_var.copy_(part.var)
+        mean, var = module.running_mean, module.running_var
+        if part is not None and mean is not None and var is not None:
+            mean.copy_(part.mean)
+            var.copy_(part.var)
 
 
 def trains(layer: NormLayer) -> bool:

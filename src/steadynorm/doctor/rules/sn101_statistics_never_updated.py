@@ -68,7 +68,7 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     severity = ERROR
     changed: dict[str, Any] = {}
     if usage is not None and usage.policy == "Frozen":
-        severity, changed = WARNING, FROZEN
+        severity, changed = INFO if untrained(evidence) else WARNING, FROZEN
         message += " of a frozen layer, which neither training nor calibration changes"
     elif batches:
         message += f", after {batches} batches"

@@ -12,7 +12,7 @@ from steadynorm._extras import lacking
 from steadynorm.kernels.closed_form import ClosedForm
 from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
-from .readable import PLAIN, unreadable
+from .readable import PLAIN, readable, unreadable
 
 TENSORS = tuple(field.name for field in fields(Call))
 """The names of a call's arguments, its tensors first."""
@@ -41,6 +41,21 @@ class CpuKernels(ClosedForm):
         if self.prepared is None and self.load() is not None:
             return self.refusal
         x, residual = call.x, call.residual
+        if call.basic and readable(x) and (residual is None or readable(residual)):
+            residual_dtype = None if residual is None else residual.dtype
+            threads = torch.get_num_threads()
+            layout = (x.shape, x.stride(), x.dtype, residual_dtype)
+            plan = self.prepared(*layout, call.activation, threads)
+            if plan.__class__ is str:
+                return plan
+            if plan.fits(call):
+                call.plan = plan
+                return None
+        return self._refusal(call)
+
+    def _refusal(self, call: Call) -> str | None:
+        """Whether the stages take a call that has no plan, and why not."""
+        x, residual = call.x, call.residual
         found = unreadable(
             x, call.weight, call.bias, residual, call.mask, call.running_mean, call.running_var,
             call.num_batches_tracked,
@@ -50,14 +65,8 @@ class CpuKernels(ClosedForm):
         if x.__class__ not in PLAIN:
             return f"the input is a {x.__class__.__name__}"
         residual_dtype = None if residual is None else residual.dtype
-        layout = (x.shape, x.stride(), x.dtype, residual_dtype)
-        if not call.basic:
-            return self.stages.unsupported(*layout)  # type: ignore[no-any-return]
-        plan = self.prepared(*layout, call.activation, torch.get_num_threads())
-        if plan.__class__ is str:
-            return plan
-        call.plan = plan if plan.fits(call) else None
-        return None
+        why: str | None = self.stages.unsupported(x.shape, x.stride(), x.dtype, residual_dtype)
+        return why
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """By the plan where there is one that the backward can go on with, else by stages."""

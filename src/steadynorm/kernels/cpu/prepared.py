@@ -25,6 +25,7 @@ from . import loops, slabs
 from .allocator import empty_like
 from .arguments import BACKWARD, FORWARD, ROWS, Arguments, writer
 from .kernels import backward_kernel, forward_kernel, gradient_options
+from .readable import PLAIN, readable
 from .stages import unsupported
 
 _fill_forward, _FORWARD = writer("eps", "momentum", *FORWARD)
@@ -72,11 +73,15 @@ class Plan:
 
     def fits(self, call: Call) -> bool:
         """Whether parameters and running statistics are as these kernels read and write them."""
+        real = self.real
         for t in (call.weight, call.bias, call.running_mean, call.running_var):
-            if t is not None and not (t.dtype is self.real and t.is_contiguous()):
+            if t is not None and not (  # `readable` written out: calls cost 0.4 µs
+                t.dtype is real and t.is_contiguous() and t.is_cpu
+                and t.__class__ in PLAIN and not t.is_neg()
+            ):  # fmt: skip
                 return False
         batches = call.num_batches_tracked
-        return batches is None or batches.dtype is torch.int64
+        return batches is None or (batches.dtype is torch.int64 and readable(batches))
 
     def train(self, call: Call) -> tuple[Tensor, Packed]:
         """Normalize by the batch and move the running statistics."""

@@ -11,12 +11,15 @@ PLAIN: frozenset[Any] = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 STRIDED = torch.strided
 
 
+def readable(t: Tensor) -> bool:
+    """Whether it is sure to be: a plain strided tensor in this machine's memory."""
+    return t.__class__ in PLAIN and t.is_cpu and not t.is_neg() and t.layout is STRIDED
+
+
 def unreadable(*tensors: Tensor | None) -> tuple[int, str] | None:
     """The first that a kernel cannot use by its address: its index, and why; None if it can all."""
     for index, t in enumerate(tensors):
-        if t is not None and (
-            t.__class__ not in PLAIN or not t.is_cpu or t.is_neg() or t.layout is not STRIDED
-        ):
+        if t is not None and not readable(t):
             why = _why(t)
             if why is not None:
                 return index, why
