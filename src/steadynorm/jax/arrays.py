@@ -48,6 +48,8 @@ class JaxArrays:
     def cast(x: Array, dtype: DTypeLike) -> Array:
         return x.astype(dtype)
 
+    widened = cast
+
     @staticmethod
     def constant(numbers: Sequence[int], like: Array) -> Array:
         return jnp.array(numbers, like.dtype)
@@ -72,6 +74,11 @@ class JaxArrays:
     def mean(x: Array, axes: tuple[int, ...]) -> Array:
         mean: Array = JaxArrays.sum(x, axes) / max(JaxArrays.size(x, axes), 1)
         return mean
+
+    @staticmethod
+    def mean_and_variance(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+        mean = JaxArrays.mean(x, axes)
+        return mean, JaxArrays.mean(jnp.square(x - mean), axes)
 
     @staticmethod
     def add(a: Array, b: Array, *, out: Array) -> Array:

@@ -19,7 +19,7 @@ class KerasArrays:
     """The functions that `ArrayNamespace` asks for; what is not here is `keras.ops`'s own."""
 
     int32 = "int32"
-    cast = staticmethod(ops.cast)
+    cast = widened = staticmethod(ops.cast)
     promote_types = staticmethod(keras.backend.result_type)
 
     def __getattr__(self, name: str) -> Any:
@@ -64,6 +64,11 @@ class KerasArrays:
         size = KerasArrays.size(x, axes)
         size = max(size, 1) if isinstance(size, int) else ops.maximum(size, 1)
         return KerasArrays.sum(x, axes) / size
+
+    @staticmethod
+    def mean_and_variance(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        mean = KerasArrays.mean(x, axes)
+        return mean, KerasArrays.mean(ops.square(x - mean), axes)
 
     @staticmethod
     def add(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:

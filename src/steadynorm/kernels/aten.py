@@ -1,15 +1,15 @@
 """PyTorch's own batch normalization operator, about a pivot on CPU: cheapest where overhead rules.
 
 On CPU that operator computes `x·a + b`, which at mean 1e6 and standard deviation 1 is off by 2.6.
-Subtracting first one value per channel that lies in the data makes the same operator exact to
-float32 rounding: the difference of two floats within a factor of two of one another is exact.
-A Python autograd node would cost 12 µs a step more (measured at input (2, 16, 4, 4)).
+Subtracting one value of each channel first makes it exact to float32 rounding: the difference of
+two floats within a factor of two of one another is exact. A Python autograd node would cost 12 µs a
+step more (measured at input (2, 16, 4, 4)).
 
-Half precision on CPU is widened to float32 first: the operator would sum its gradients in half
-precision over some layouts (off by 0.03 at 16 rows), and a constant channel of 1e6 came out as 14.
+Half precision on CPU is widened first: the operator would sum its gradients in half precision over
+some layouts (off by 0.03 at 16 rows), and a constant channel of 1e6 came out as 14.
 
-Accelerators go without a pivot, since a further pass over x costs more than all the rest of the
-call; the numerics at large means are then those of the device's own operator.
+Accelerators go without a pivot: it would add 2 passes over x to the operator's 3. Numerics at
+large means are then the device's own, unless `numerics="exact"` keeps the call from here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.activations import functions
-from steadynorm.kernels.reference.torch_arrays import in_type, reference
+from steadynorm.kernels.reference.torch_arrays import finished, in_type
 from steadynorm.kernels.spec import HALF, Backend, Call, Packed, statistics_dtype
 
-# Values in the input up to which PyTorch's own operator beats a Python autograd node, on CPU: the
-# crossover that benchmarks/small_calls.py measures, in docs/speed.md.
+# Values on CPU up to which it beats a Python autograd node; see benchmarks/small_calls.py.
 LIMIT = 1 << 13
 
 # Number of axes -> the shape in which a channel array broadcasts.
@@ -41,9 +39,11 @@ class Aten(Backend):
         x, mean = call.x, call.running_mean
         if not call.basic:
             return "more is asked than PyTorch's operator does"
+        if call.exact and not x.is_cpu:
+            return 'numerics="exact" asks for our own stages'
         if x.__class__ is not Tensor:
             return f"the input is a {x.__class__.__name__}"
-        values, dtype = x.numel(), x.dtype
+        values, wide = x.numel(), torch.float32 if x.dtype in HALF else x.dtype
         if not values:
             return "the input is empty"
         if x.is_cpu:
@@ -58,12 +58,10 @@ class Aten(Backend):
                 or (x.is_contiguous() and x.stride(1) > 1)
             ):
                 return "more rows than PyTorch's operator sums precisely"
-            dtype = torch.float32 if dtype in HALF else dtype
-        if call.weight is not None and call.weight.dtype is not dtype:
-            if call.weight.dtype is not torch.float32 or dtype not in HALF:
-                return "types of input and parameters that its operator refuses"
-            dtype = torch.float32
-        if mean is not None and not mean.dtype is call.running_var.dtype is dtype:  # type: ignore[union-attr]
+        dtype = wide if call.weight is None else call.weight.dtype
+        if dtype is not wide and (x.is_cpu or dtype is not x.dtype):
+            return "types of input and parameters that its operator refuses"
+        if mean is not None and not mean.dtype is call.running_var.dtype in (wide, dtype):  # type: ignore[union-attr]
             return "a type of the running statistics that its operator refuses"
         return None
 
@@ -71,7 +69,7 @@ class Aten(Backend):
         """y; a training call moves the running statistics."""
         y = _by_running(call) if call.by_running else _by_batch(call)
         plain = call.activation is None and call.residual is None and y.dtype is call.x.dtype
-        return y if plain else _finished(y, call), ((), None)
+        return y if plain else finished(y, call, fresh=True), ((), None)
 
 
 def _by_batch(call: Call) -> Tensor:
@@ -87,7 +85,8 @@ def _by_batch(call: Call) -> Tensor:
         # `.data` aliases have version counters of their own: PyTorch saves these two for backward,
         # though it ignores them there, and would refuse after any later update of the buffers.
         mean, var = mean.data, var.data
-    y = torch.batch_norm(x, call.weight, call.bias, mean, var, True, momentum, call.eps, True)
+    weight, bias = _parameters(call)
+    y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, call.eps, True)
     if pivot is not None and call.running_mean is not None:
         call.running_mean.data.add_(pivot, alpha=momentum)
     if call.num_batches_tracked is not None:
@@ -104,10 +103,19 @@ def _by_running(call: Call) -> Tensor:
     if x.is_cpu:
         x = x.float() if x.dtype in HALF else x
         x, mean = x - mean.view(CHANNEL_SHAPE[x.ndim]), _zeros(mean.numel(), x.dtype)
+        var = var.clone() if backward else var
     elif backward:
-        mean = mean.clone()
-    var = var.clone() if backward else var
-    return torch.batch_norm(x, call.weight, call.bias, mean, var, False, 0.0, call.eps, True)
+        mean, var = torch.stack((mean, var)).unbind()  # both in one launch
+    weight, bias = _parameters(call)
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, call.eps, True)
+
+
+def _parameters(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias; beside float32 statistics of a half-precision model, in float32."""
+    weight, bias, mean = call.weight, call.bias, call.running_mean
+    if weight is None or mean is None or weight.dtype is mean.dtype:
+        return weight, bias
+    return weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
 
 
 def one_operator(call: Call) -> Tensor:
@@ -115,17 +123,7 @@ def one_operator(call: Call) -> Tensor:
     tensors = (call.x, call.weight, call.bias, call.running_mean, call.running_var)
     x, weight, bias, mean, var = in_type(statistics_dtype(call.x), *tensors)
     y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, call.eps, True)
-    return _finished(y, call)
-
-
-def _finished(y: Tensor, call: Call) -> Tensor:
-    dtype = call.x.dtype
-    if call.residual is not None:
-        y = y + call.residual
-        dtype = torch.promote_types(dtype, call.residual.dtype)
-    if call.activation is not None:
-        y = functions(call.activation, reference.xp)[0](y)
-    return y if y.dtype is dtype else y.to(dtype)
+    return finished(y, call)
 
 
 @lru_cache(maxsize=256)

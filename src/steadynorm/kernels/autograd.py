@@ -143,9 +143,9 @@ class Traced(Backend):
             x, call.weight, call.bias, call.residual, call.mask, None, None, batch, normalizer,
             None, call.eps, call.activation, call.groups, call.replicas, None,
         )  # fmt: skip
-        if by_operators:
-            return operators.apply(saved), ((), None)
-        return _differentiable(saved, None if live is None else _live(saved, live)), ((), None)
+        live = None if by_operators or live is None else _live(saved, live)
+        y = operators.apply(saved) if by_operators else _differentiable(saved, live)
+        return y, ((), None)
 
 
 TRACED = Traced()

@@ -25,6 +25,13 @@ def nonfinite_name(nonfinite: Any, owner: str) -> Any:
     return nonfinite
 
 
+def numerics_name(numerics: Any, owner: str) -> Any:
+    """`numerics`, if it is "device" or "exact"."""
+    if numerics not in ("device", "exact"):
+        raise ValueError(f"{owner}: `numerics` must be 'device' or 'exact'; got {numerics!r}.")
+    return numerics
+
+
 def residual_shape(
     residual: tuple[object, ...], input: tuple[object, ...], name: str, owner: str
 ) -> None:

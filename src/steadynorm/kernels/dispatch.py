@@ -73,6 +73,7 @@ def explain(
     mask: Tensor | None = None,
     statistics: Policy | str = "batch",
     activation: str | None = None,
+    numerics: str = "device",
 ) -> Choice:
     """Which backend a layer with these arguments runs, and why: the dispatcher's own answer.
 
@@ -85,9 +86,8 @@ def explain(
     policy = policy_from(statistics)
     tensors = (x, weight, bias, residual, mask, running_mean, running_var)
     by_running = not training or policy.__class__ is Frozen
-    call = Call(
-        *tensors, policy=None if by_running else policy, activation=activation, momentum=0.1
-    )
+    settings: Any = {"activation": activation, "momentum": 0.1, "exact": numerics == "exact"}
+    call = Call(*tensors, policy=None if by_running else policy, **settings)
     chosen = choose(call)
     preferred = BACKENDS[: BACKENDS.index(chosen)]
     return Choice(chosen.name, {b.name: b.supports(call) or "" for b in preferred})

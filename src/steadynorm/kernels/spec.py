@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.reference.torch_arrays import xp
 from steadynorm.statistics import (
     Batch,
     Coefficients,
@@ -54,9 +55,7 @@ class Keep(Enum):
         return cls.REBUILT if compiled and not residual and row.source == "either" else cls.OUTPUT
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The type that statistics of x are computed and kept in: float32 or wider."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+statistics_dtype = xp.statistics_dtype
 
 
 def coefficients_of(
@@ -134,6 +133,7 @@ class Call:
     replicas: Exchange | None = None
     skip_nonfinite: bool = False
     memory: Memory | None = None
+    exact: bool = False  # no operator of an accelerator's own may serve the call
     gradient: bool = field(default=False, init=False)
     """Whether a backward may follow; the dispatcher says so."""
     plan: Any = field(default=None, init=False)

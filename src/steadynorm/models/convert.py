@@ -216,7 +216,7 @@ def _to_torch(name: str, module: nn.Module) -> Change | None:
 
 # --- one layer
 
-SETTINGS = ("statistics", "activation", "synchronize", "nonfinite")
+SETTINGS = ("statistics", "activation", "synchronize", "nonfinite", "numerics")
 
 
 class BatchNorm(ours.SteadyNorm):
@@ -277,7 +277,7 @@ def adopt(module: Any, norm: Norm, policy: Policy, synchronize: Synchronize) -> 
     module.statistics = policy
     module.activation = None if norm.activation is None else activation_name(norm.activation)
     module.synchronize = synchronize
-    module.nonfinite = "propagate"
+    module.nonfinite, module.numerics = "propagate", "device"
     return notes
 
 
@@ -326,6 +326,8 @@ def release(module: Any) -> list[str]:
         notes[-1] = "Frozen() is lost: torch will update the statistics in training"
     if module.nonfinite != "propagate":
         notes.append(f"nonfinite={module.nonfinite!r} is lost")
+    if module.numerics != "device":
+        notes.append(f"numerics={module.numerics!r} is lost")
     group: Any = None if isinstance(module.synchronize, bool) else module.synchronize
     synchronized = module.synchronize is not False
     kind = next((theirs for theirs, mine in PAIRS if isinstance(module, mine)), nn.SyncBatchNorm)

@@ -38,9 +38,10 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         synchronize: Synchronize = False,
         nonfinite: str = "propagate",
+        numerics: str = "device",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._set(affine and not bias, statistics, activation, synchronize, nonfinite)
+        self._set(affine and not bias, statistics, activation, synchronize, nonfinite, numerics)
 
     def _set(
         self,
@@ -49,6 +50,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation: str | None,
         synchronize: Synchronize,
         nonfinite: str,
+        numerics: str,
     ) -> None:
         if drops_bias:  # torch before 2.13 has no `bias` argument
             self.register_parameter("bias", None)
@@ -57,6 +59,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         self.activation = activation
         self.synchronize = synchronize
         self.nonfinite = nonfinite
+        self.numerics = numerics
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are checked at construction and whenever they change, not in every call."""
@@ -136,6 +139,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             synchronize=self.synchronize,
             nonfinite=self.nonfinite,
             gradient_memory=buffers.get("gradient_memory") if training else None,
+            numerics=self.numerics,
             owner=type(self).__name__,
         )
 
@@ -187,6 +191,8 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             parts.append("synchronize=True")
         if self.nonfinite != "propagate":
             parts.append(f"nonfinite={self.nonfinite!r}")
+        if self.numerics != "device":
+            parts.append(f"numerics={self.numerics!r}")
         return ", ".join(parts)
 
 
@@ -240,6 +246,8 @@ class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
         synchronize: True (the default process group) or a group: pool moments over replicas, on any
             backend of torch.distributed.
         nonfinite: "skip" keeps batches with NaN or infinity out of the running statistics.
+        numerics: "device" lets an accelerator run PyTorch's own operator under `Batch` and in
+            inference, with that operator's error at large means; "exact" runs our stages there.
 
     Shapes: input, residual and output (N, C, H, W); mask broadcasts against (N, H, W).
 
@@ -256,10 +264,10 @@ class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
     (True, 1)
 
     Differs from torch: the mean is subtracted before scaling, so that a large mean costs no
-    precision; running statistics stay float32 under `.half()` and `.bfloat16()`; an empty batch or
-    a refused one updates nothing; activation checkpointing updates once; a `num_batches_tracked`
-    of 0 beside statistics that are not 0 and 1 reads as many. Keras and flax mean by `momentum` the
-    weight of the old average, and keep the biased variance.
+    precision (on accelerators see `numerics`); running statistics stay float32 under `.half()` and
+    `.bfloat16()`; an empty batch or a refused one updates nothing; activation checkpointing updates
+    once; a `num_batches_tracked` of 0 beside statistics that are not 0 and 1 reads as many. Keras
+    and flax mean by `momentum` the weight of the old average, and keep the biased variance.
 
     Source: Ioffe & Szegedy 2015; the policies name theirs.
     """
@@ -295,9 +303,10 @@ class _Lazy(_LazyNormBase, SteadyNorm):
         activation: str | None = None,
         synchronize: Synchronize = False,
         nonfinite: str = "propagate",
+        numerics: str = "device",
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
-        self._set(affine and not bias, statistics, activation, synchronize, nonfinite)
+        self._set(affine and not bias, statistics, activation, synchronize, nonfinite, numerics)
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Make parameters and statistics for input's channels."""

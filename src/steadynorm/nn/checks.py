@@ -30,6 +30,7 @@ SETTINGS: dict[str, Callable[[Any, str], Any]] = {
     "activation": checks.activation_name,
     "synchronize": synchronize_setting,
     "nonfinite": checks.nonfinite_name,
+    "numerics": checks.numerics_name,
     "eps": epsilon,
 }
 """A layer's constants: what to make of a value, or an error."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steadynorm.kernels import dispatch
 from steadynorm.kernels.activations import ACTIVATIONS
-from steadynorm.kernels.checks import activation_name, nonfinite_name
+from steadynorm.kernels.checks import activation_name, nonfinite_name, numerics_name
 from steadynorm.kernels.spec import Call, Memory, statistics_dtype
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, Terms, process_group
@@ -40,6 +40,7 @@ def batch_norm(
     synchronize: Synchronize = False,
     nonfinite: str = "propagate",
     gradient_memory: Tensor | None = None,
+    numerics: str = "device",
     owner: str = "batch_norm",
 ) -> Tensor:
     """Normalize each channel, scale and shift it; then add a residual and apply an activation.
@@ -74,6 +75,9 @@ def batch_norm(
             statistics.
         gradient_memory: (2, C), what `Steady(window=...)` remembers of the gradient; starts at 0,
             and moves in place in the backward pass.
+        numerics: "device" lets an accelerator run PyTorch's own operator under `Batch` and in
+            inference, with that operator's error at large means; "exact" runs our own stages there,
+            as they always run on CPU.
         owner: the name that errors begin with.
 
     Returns:
@@ -93,8 +97,8 @@ def batch_norm(
             [ 1.0000,  1.0000]])
 
     Differs from `torch.nn.functional.batch_norm`: subtracts the mean before scaling, so that a
-    large mean costs no precision; an empty batch updates nothing. Keras and flax weigh the old
-    average with `momentum` and keep the biased variance.
+    large mean costs no precision (on accelerators see `numerics`); an empty batch updates nothing.
+    Keras and flax weigh the old average with `momentum` and keep the biased variance.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the policies name theirs.
     """
@@ -110,6 +114,8 @@ def batch_norm(
         mask = checks.expanded_mask(mask, input, owner)
     if nonfinite != "propagate":
         nonfinite_name(nonfinite, owner)
+    if numerics != "device":
+        numerics_name(numerics, owner)
     learning = training and policy.__class__ is not Frozen
     if eps <= 0:
         checks.epsilon(eps, owner, positive=training or running_mean is None)
@@ -122,7 +128,7 @@ def batch_norm(
         if running_mean is not None:
             return dispatch.normalize(
                 Call(input, weight, bias, residual, mask, running_mean, running_var, None, None,
-                     activation, None, eps)
+                     activation, None, eps, exact=numerics == "exact")
             )  # fmt: skip
         policy, synchronize = BATCH, False  # nothing tracked: the batch serves, as in torch
     memory = None
@@ -145,7 +151,7 @@ def batch_norm(
     step = TrainingStep(
         input, weight, bias, residual, mask, running_mean, running_var,
         None if running_mean is None else num_batches_tracked, policy, activation, momentum, eps,
-        groups, replicas, nonfinite == "skip", memory, owner=owner,
+        groups, replicas, nonfinite == "skip", memory, numerics == "exact", owner=owner,
     )  # fmt: skip
     if policy.needs_running:  # asked here: inside the autograd function gradient is always off
         step.may_repeat = recomputation.may_be_recomputed()

@@ -59,6 +59,7 @@ class TimeStep(BatchNorm1d):
             mask=mask,
             synchronize=self.synchronize,
             nonfinite=self.nonfinite,
+            numerics=self.numerics,
             owner=type(self).__name__,
         )
 
@@ -180,7 +181,7 @@ class StepNorm(_NormBase):
 def _settings(step: Any) -> tuple[Any, ...]:
     if step.synchronize is not False or step.nonfinite != "propagate":
         return (step,)  # equal to no other step
-    return step.statistics, step.training, step.momentum, step.eps
+    return step.statistics, step.training, step.momentum, step.eps, step.numerics
 
 
 class _AllSteps(Call):

@@ -106,6 +106,10 @@ class TrainingStep(Call):
 
 
 def _copy(buffers: tuple[Tensor | None, ...], values: tuple[Any, ...]) -> None:
+    mean, var = buffers[:2]
+    if mean is not None and var is not None and not (mean.is_cpu or compat.is_traced()):
+        torch._foreach_copy_([mean, var], list(values[:2]))  # one launch
+        buffers, values = buffers[2:], values[2:]
     for buffer, value in zip(buffers, values, strict=True):
         if isinstance(buffer, Tensor) and value is not None:
             if isinstance(value, Tensor):

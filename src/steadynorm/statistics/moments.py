@@ -38,7 +38,9 @@ def at_least_one(count: Array) -> Array:
 
 def difference(batch: Moments, center: Array) -> tuple[Array, Array]:
     """`mean - center` to twice the precision, as a pair (rounded, what the rounding lost)."""
-    high, low = two_sum(batch.mean, -center)
+    high = batch.mean - center
+    part = high - batch.mean
+    low = (batch.mean - (high - part)) - (center + part)  # what two_sum gives of the negated center
     return high, low + batch.mean_low
 
 

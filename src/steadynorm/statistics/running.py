@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from steadynorm.statistics.moments import Array, Moments, difference, two_sum
@@ -93,8 +94,11 @@ def larger(a: Array, b: Array, *, xp: Any) -> Array:
     """The larger of two weights, each a number or a scalar array."""
     if isinstance(a, int | float) and isinstance(b, int | float):
         return max(a, b)
-    # Sums, since `where` may round a plain number to float32 where the other weight is float64.
-    return xp.where(a > b, a + 0 * b, b + 0 * a)
+    if isinstance(a, int | float):
+        return xp.clip(b, a, math.inf)  # `where` may round a plain number to float32
+    if isinstance(b, int | float):
+        return xp.clip(a, b, math.inf)
+    return xp.maximum(a, b)
 
 
 def new_batch_weight(momentum: float | None, batches: Array | None) -> Array:
@@ -137,6 +141,21 @@ def update_average(
     )
 
 
+def merge_average(running: RunningStatistics, batch: Moments, weight: Array) -> RunningStatistics:
+    """Running statistics after one more batch, as the moments of two parts of weight 1 - a and a.
+
+        mean ← mean + a·δ        var ← (1 - a)·var + a·v + a(1 - a)·δ²        δ = batch.mean - mean
+
+    with a = `weight`. `blend` gives the same, and also what rounding the mean lost.
+    """
+    delta, rest = (batch.mean - running.mean) + batch.mean_low, 1 - weight
+    return RunningStatistics(
+        running.mean + weight * delta,
+        rest * running.var + weight * (batch.var + rest * delta * delta),
+        None if running.batches is None else running.batches + 1,
+    )
+
+
 def blend(batch: Moments, running: RunningStatistics, weight: Array) -> tuple[Array, Array, Array]:
     """Mean (rounded, and what the rounding lost) and variance of two parts of weight 1 - w and w.
 
@@ -145,7 +164,8 @@ def blend(batch: Moments, running: RunningStatistics, weight: Array) -> tuple[Ar
     delta, delta_low = difference(batch, running.mean)
     mean, low = two_sum(running.mean, weight * delta)
     spread = delta + delta_low
-    var = (1 - weight) * running.var + weight * (batch.var + (1 - weight) * spread * spread)
+    rest = 1 - weight
+    var = rest * running.var + weight * (batch.var + rest * spread * spread)
     return mean, low + weight * delta_low, var
 
 

@@ -44,6 +44,9 @@ class ArrayNamespace(Protocol):
     def cast(self, x: Array, dtype: Any) -> Array:
         """`x` in another type."""
 
+    def widened(self, x: Array, dtype: Any) -> Array:
+        """`x` in the type statistics have; half precision may stay where operators widen it."""
+
     def constant(self, numbers: Sequence[int], like: Array) -> Array:
         """An array of numbers, of the type and on the device of `like`."""
 
@@ -54,10 +57,13 @@ class ArrayNamespace(Protocol):
         """How many values the axes span: a number, or a scalar array of x's type."""
 
     def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
-        """The sum over `axes`, which stay with length 1."""
+        """The sum over `axes`, which stay with length 1; of half precision in float32."""
 
     def mean(self, x: Array, axes: tuple[int, ...]) -> Array:
         """The mean over `axes`, which stay with length 1; 0 where there is no value."""
+
+    def mean_and_variance(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+        """The mean, and the biased variance about it, as `mean` gives them."""
 
     def stop_gradient(self, x: Array) -> Array:
         """`x` as a constant."""
@@ -110,18 +116,19 @@ class Reference:
     ) -> Moments:
         """Count, mean and biased variance per channel, over valid positions where a mask is given.
 
-        Two passes: a mean `high`, then mean `low` and variance of `x - high`; the mean is the sum
+        Two steps: a mean `high`, then mean `low` and variance of `x - high`; the mean is the sum
         of both.
         """
         xp = self.xp
-        wide = xp.cast(x, xp.statistics_dtype(x))
+        widen = xp.widened if mask is None else xp.cast
+        wide = widen(x, xp.statistics_dtype(x))
         valid = self._beside(mask, x, axis)
         parts = [
             self._moments_of_run(run, *arrays)
             for run, arrays, _ in self._split([wide, valid], [], axis, groups)
         ]
         counts, high, var, low = zip(*parts, strict=True)
-        count = self._join(counts) if mask is not None else self._count(wide, axis, groups)
+        count = self._join(counts) if mask is not None else self._count(wide, high[0], axis, groups)
         return Moments(count, self._join(high), self._join(var), self._join(low))
 
     def _moments_of_run(
@@ -140,18 +147,21 @@ class Reference:
 
         high = xp.stop_gradient(mean(values))  # a pivot: the mean's gradient flows through `low`
         centered = values - high
-        low = mean(centered)
-        var = mean(xp.square(centered - low))
+        if valid is None:
+            low, var = xp.mean_and_variance(centered, run.axes)
+        else:
+            low = mean(centered)
+            var = mean(xp.square(centered - low))
         low = xp.where(xp.isfinite(high), low, 0)  # else NaN, where the mean is infinite
         if count is not None:
             count = xp.reshape(count, (*run.per_channel[:-1], -1))  # 1 or C values
         return count, *(xp.reshape(t, run.per_channel) for t in (high, var, low))
 
-    def _count(self, x: Array, axis: int, groups: Groups) -> Any:
+    def _count(self, x: Array, like: Array, axis: int, groups: Groups) -> Any:
         if groups is None:
             return self.xp.size(x, tuple(i for i in range(len(x.shape)) if i != axis))
         per_sample = self.xp.size(x, tuple(i for i in range(1, len(x.shape)) if i != axis))
-        return self.xp.constant(groups, x)[:, None] * per_sample
+        return self.xp.constant(groups, like)[:, None] * per_sample
 
     def apply(
         self,
@@ -207,7 +217,7 @@ class Reference:
             [grad, x, y, residual], [center, scale, shift], axis, groups
         ):
             g = self._before_activation(activation, d, t, *others, *per_channel)
-            centered = self.xp.cast(t, center.dtype) - per_channel[0]
+            centered = self.xp.widened(t, center.dtype) - per_channel[0]
             sums.append(self.xp.reshape(self.xp.sum(g, run.axes), run.per_channel))
             products.append(self.xp.reshape(self.xp.sum(g * centered, run.axes), run.per_channel))
         return self._join(sums), self._join(products)
@@ -238,7 +248,7 @@ class Reference:
             [grad, x, y, residual, valid], [center, scale, shift, slope, constant], axis, groups
         ):
             g = self._before_activation(activation, d, t, out, extra, middle, gain, step)
-            centered = xp.cast(t, center.dtype) - middle
+            centered = xp.widened(t, center.dtype) - middle
             through = xp.addcmul(level, centered, tilt, out=centered)
             if ok is not None:
                 through = xp.where(ok, through, 0)
@@ -251,7 +261,7 @@ class Reference:
     def _affine(
         self, x: Array, residual: Array | None, center: Array, scale: Array, shift: Array
     ) -> Array:
-        centered = self.xp.cast(x, center.dtype) - center
+        centered = self.xp.widened(x, center.dtype) - center
         z = self.xp.addcmul(shift, centered, scale, out=centered)
         return z if residual is None else self.xp.add(z, residual, out=z)
 
@@ -267,15 +277,23 @@ class Reference:
         shift: Array,
     ) -> Array:
         """The gradient at z, from that at the output."""
-        g = self.xp.cast(grad, center.dtype)
+        g = self.xp.widened(grad, center.dtype)
         if activation is None:
             return g
         forward, gradient = functions(activation, self.xp)
         from_input = ACTIVATIONS[activation].source == "input"
         if y is not None and not from_input:
-            return gradient(g, self.xp.cast(y, center.dtype))
+            return self.gradient_from_output(grad, y, activation, center.dtype)
         z = self._affine(x, residual, center, scale, shift)
         return gradient(g, z if from_input else forward(z))
+
+    def gradient_from_output(self, grad: Array, y: Array, activation: str, dtype: Any) -> Array:
+        """The gradient at z, for activations whose derivative the output tells."""
+        gate = ACTIVATIONS[activation].gate
+        if gate is not None and hasattr(self.xp, "gated"):
+            return self.xp.widened(self.xp.gated(grad, y, *gate), dtype)
+        g, y = self.xp.widened(grad, dtype), self.xp.cast(y, dtype)
+        return functions(activation, self.xp)[1](g, y)
 
     def _split(
         self,

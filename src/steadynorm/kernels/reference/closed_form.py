@@ -67,6 +67,9 @@ class ClosedForm(Backend):
         """The gradients in closed form, from what was saved, in full."""
         need_x, need_weight, need_bias, need_residual = needs
         stages, known, normalizer = self.stages, saved.coefficients, saved.normalizer
+        if saved.y is not None and not self.compiled:  # once, not in both stages
+            grad = stages.gradient_from_output(grad, saved.y, saved.activation, known.center.dtype)
+            saved = saved._replace(y=None, activation=None)
         names = ("y", "residual", "activation", "groups", *(("signs",) if self.compiled else ()))
         read: dict[str, Any] = {name: getattr(saved, name) for name in names}
         maps = (grad, saved.x, *known[:3])

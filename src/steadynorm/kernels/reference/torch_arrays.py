@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steadynorm.kernels import compat
+from steadynorm.kernels.activations import functions
 from steadynorm.kernels.reference import Reference
 
 
@@ -26,7 +29,6 @@ class TorchArrays:
     int32 = torch.int32
     where = staticmethod(torch.where)
     square = staticmethod(torch.square)
-    isfinite = staticmethod(torch.isfinite)
     reshape = staticmethod(torch.reshape)
     expand_dims = staticmethod(torch.unsqueeze)
     concatenate = staticmethod(torch.cat)
@@ -54,6 +56,22 @@ class TorchArrays:
         return x.to(dtype)
 
     @staticmethod
+    def isfinite(x: Tensor) -> Tensor:
+        return x - x == 0  # two launches; torch.isfinite has four
+
+    @staticmethod
+    def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Half precision stays: beside float32, operators widen it as they read."""
+        return x if x.dtype in (torch.float16, torch.bfloat16) else x.to(dtype)
+
+    @staticmethod
+    def gated(g: Tensor, y: Tensor, low: float, high: float) -> Tensor:
+        """g where y lies between, or is NaN; else 0."""
+        if high == math.inf:
+            return torch.ops.aten.threshold_backward(g, y, low)  # type: ignore[no-any-return]
+        return torch.ops.aten.hardtanh_backward(g, y, low, high)  # type: ignore[no-any-return]
+
+    @staticmethod
     def constant(numbers: Sequence[int], like: Tensor) -> Tensor:
         return torch.tensor(numbers, dtype=like.dtype, device=like.device)
 
@@ -70,12 +88,21 @@ class TorchArrays:
 
     @staticmethod
     def sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-        return x.sum(axes, keepdim=True)
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        return x.sum(axes, keepdim=True, dtype=torch.float32 if half else None)
 
     @staticmethod
     def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
         # An empty batch is summed too: replicas then meet in its backward.
-        return x.mean(axes, keepdim=True) if x.numel() else x.sum(axes, keepdim=True)
+        mean = x.mean if x.numel() else x.sum
+        return mean(axes, keepdim=True, dtype=TorchArrays.statistics_dtype(x))
+
+    @staticmethod
+    def mean_and_variance(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if not x.numel():
+            return TorchArrays.mean(x, axes), TorchArrays.mean(x * x, axes)
+        var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)  # reads x once
+        return mean, var
 
     @staticmethod
     def add(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
@@ -94,5 +121,31 @@ def in_type(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
     return (t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
 
 
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": partial(F.relu6, inplace=True),
+    "leaky_relu": partial(F.leaky_relu, inplace=True),
+    "elu": partial(F.elu, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+"""Activations that autograd differentiates from the output, in their argument's memory."""
+
 xp = TorchArrays()
 reference = Reference(xp)
+
+
+def finished(y: Tensor, call: Any, *, fresh: bool = False) -> Tensor:
+    """`activation(y + residual)` in the type that a call returns.
+
+    It takes y's memory if that is `fresh` and autograd does not need what stands there.
+    """
+    dtype, residual, activation = call.x.dtype, call.residual, call.activation
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        fits = fresh and torch.promote_types(y.dtype, residual.dtype) is y.dtype
+        y = y.add_(residual) if fits else y + residual
+    if activation is not None:
+        in_place = IN_PLACE.get(activation) if fresh else None
+        y = (in_place or functions(activation, xp)[0])(y)
+    return y if y.dtype is dtype else y.to(dtype)

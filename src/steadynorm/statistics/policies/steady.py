@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from steadynorm.statistics.moments import Array, Moments, at_least_one
 from steadynorm.statistics.normalizer import Normalizer
 from steadynorm.statistics.policies.base import Context, Policy, check_number
-from steadynorm.statistics.running import RunningStatistics, blend, first_alone
+from steadynorm.statistics.running import (
+    RunningStatistics,
+    blend,
+    first_alone,
+    merge_average,
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,7 @@ class Steady(Policy):
         self, batch: Moments, running: RunningStatistics, context: Context
     ) -> RunningStatistics:
         weight = self._weight(context.samples, self.horizon, running, context)
-        mean, _, var = blend(batch, running, weight)
-        batches = None if running.batches is None else running.batches + 1
-        return RunningStatistics(mean, var, batches)
+        return merge_average(running, batch, weight)
 
     def gradient_rate(self, samples: Array) -> Array | None:
         return None if self.window is None else samples / (samples + self.window)
