@@ -32,7 +32,6 @@ class ArrayNamespace(Protocol):
     int32: Any
     where: Any
     square: Any
-    isfinite: Any
     reshape: Any
     expand_dims: Any
     concatenate: Any
@@ -43,6 +42,9 @@ class ArrayNamespace(Protocol):
 
     def cast(self, x: Array, dtype: Any) -> Array:
         """`x` in another type."""
+
+    def isfinite(self, x: Array) -> Array:
+        """Where x is neither infinite nor NaN."""
 
     def widened(self, x: Array, dtype: Any) -> Array:
         """`x` in the type statistics have; half precision may stay where operators widen it."""
