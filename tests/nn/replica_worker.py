@@ -7,13 +7,13 @@ whole batch, normalizes its own part of it in the group, and the whole of it alo
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
+from tests.nn import replica_disagreements  # noqa: F401 - its cases, too
+from tests.nn.replica_cases import CASES, Collectives, case, error_of
 
 import steadynorm as sn
 from steadynorm.kernels.cpu import operators
@@ -35,28 +35,6 @@ COUNTS = {1: [(9,)], 2: [(4, 5), (9, 0)], 4: [(3, 0, 5, 1), (0, 0, 2, 7)]}
 SHAPES = {"vectors": (5,), "images": (3, 4, 2)}
 # Sums in float32 depend on the order of their terms; in float64 that hides nothing else.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
-
-CASES: dict[str, Callable[[], None]] = {}
-
-
-def case(function: Callable[..., None], *arguments: Any) -> Callable[..., None]:
-    CASES["-".join([function.__name__, *map(str, arguments)])] = lambda: function(*arguments)
-    return function
-
-
-class Collectives(TorchDispatchMode):
-    """Records the number of values in every collective that runs inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func.namespace in {"c10d", "_c10d_functional"} and "wait" not in func.__name__:
-            self.sizes.append(args[0].numel())
-        return func(*args, **(kwargs or {}))
 
 
 def layer(policy: sn.Batch, shape: tuple[int, ...], **settings: Any) -> torch.nn.Module:
@@ -80,14 +58,6 @@ def data(counts: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, se
     mask[::4] = mask[1::4] = mask[2::4] = True  # two values or more in every ghost group
     start = sum(counts[: dist.get_rank()])
     return 2 * x + 3, residual, mask, grad, slice(start, start + counts[dist.get_rank()])
-
-
-def error_of(call: Callable[[], object]) -> Exception | None:
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001 - the caller judges it
-        return error
-    return None
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -278,98 +248,6 @@ def not_finite_batches_are_skipped_everywhere() -> None:
     ours(x)
     for key, value in ours.state_dict().items():
         assert torch.equal(value, before[key]), key
-
-
-def odd_one_out(made: torch.nn.Module, x: torch.Tensor, *wanted: str) -> None:
-    """Every rank raises, says who differs in what, and leaves its statistics as they were."""
-    before = {key: value.clone() for key, value in made.state_dict().items()}
-    error = error_of(lambda: made(x))
-    assert isinstance(error, RuntimeError), error
-    message = str(error)
-    for words in wanted:
-        assert words in message, message
-    for key, value in made.state_dict().items():
-        assert torch.equal(value, before[key]), key
-
-
-def names(common: object, odd: object) -> str:
-    """What the error says where the last rank is the odd one."""
-    ranks = [str(rank) for rank in range(dist.get_world_size())]
-    return f"{common} on rank {', '.join(ranks[:-1])} and {odd} on rank {ranks[-1]}"
-
-
-@case
-def replicas_that_disagree_at_first_all_raise() -> None:
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if world == 1:
-        return
-    odd = rank == world - 1
-    kinds = [
-        (lambda: sn.BatchNorm1d(4, statistics="steady" if odd else "batch", synchronize=True),
-         torch.randn(5, 4), names("statistics=Batch()", f"statistics={sn.Steady()!r}")),
-        (lambda: sn.BatchNorm1d(4, statistics="batch" if odd else "ghost", synchronize=True),
-         torch.randn(5, 4), names(f"statistics={sn.Ghost()!r}", "statistics=Batch()")),
-        (lambda: sn.BatchNorm1d(7 if odd else 4, synchronize=True),
-         torch.randn(5, 7 if odd else 4), names("4 channels", "7 channels")),
-        (lambda: sn.BatchNorm1d(4, synchronize=True, dtype=torch.float64 if odd else None),
-         torch.randn(5, 4, dtype=torch.float64 if odd else None),
-         names("statistics in float32", "statistics in float64")),
-        (lambda: sn.BatchNorm1d(4, track_running_stats=odd, synchronize=True),
-         torch.randn(5, 4), names("without running statistics", "with running statistics")),
-        (lambda: sn.BatchNorm1d(4, nonfinite="skip" if odd else "propagate", synchronize=True),
-         torch.randn(0, 4), names("nonfinite='propagate'", "nonfinite='skip'")),
-        (lambda: sn.BatchNorm1d(4, affine=False, track_running_stats=False, synchronize=True,
-                                statistics=sn.Ghost(2) if odd else "batch"),
-         torch.randn(5, 4), names("statistics=Batch()", f"statistics={sn.Ghost(2)!r}")),
-    ]  # fmt: skip
-    for make, x, wanted in kinds:
-        odd_one_out(make(), x, "BatchNorm1d: `synchronize`: the replicas must call", wanted)
-
-
-@case
-def a_replica_that_changes_alone_makes_all_raise() -> None:
-    """Also where it changes later; once all have changed, or it is as before, they go on."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if world == 1:
-        return
-    odd = rank == world - 1
-    for first, then in (("batch", "steady"), ("steady", "ghost"), ("ghost", "batch")):
-        made = sn.BatchNorm1d(4, statistics=first, synchronize=True)
-        for step in range(3):
-            made(torch.randn(5 * (step != rank), 4))  # one is without samples
-        before = made.statistics
-        if odd:
-            made.statistics = then
-        odd_one_out(made, torch.randn(5, 4), f"rank {rank}" if odd else f"rank {world - 1}")
-        made.statistics = before
-        made(torch.randn(5, 4))
-        made.statistics = then
-        made(torch.randn(5, 4))
-    made = sn.BatchNorm1d(4, synchronize=True)
-    made(torch.randn(5, 4))
-    if odd:
-        made.double()
-    x = torch.randn(5, 4, dtype=torch.float64 if odd else None)
-    odd_one_out(made, x, names("statistics in float32", "statistics in float64"))
-    made.double()
-    with Collectives() as forward:
-        made(x.double())
-        made(x.double())
-    # Those that had changed before announce it, and all compare; then nothing more is sent.
-    assert forward.sizes == [14, DESCRIPTION, 14, 14], forward.sizes
-
-
-@case
-def an_agreement_ends_with_its_group() -> None:
-    if dist.get_world_size() == 1:
-        return
-    made = sn.BatchNorm1d(4, synchronize=True)
-    made(torch.randn(5, 4))
-    made.synchronize = dist.new_group()
-    with Collectives() as forward:
-        made(torch.randn(5, 4))
-        made(torch.randn(5, 4))
-    assert forward.sizes == [DESCRIPTION, 14, 14], forward.sizes
 
 
 def compiled_equals_one_process(name: str) -> None:

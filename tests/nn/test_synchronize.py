@@ -26,7 +26,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(request.param)),
-            *(str(HERE / "replica_worker.py"), str(results)),
+            *("-m", "tests.nn.replica_worker", str(results)),
         ],
         env=ENVIRONMENT,
         cwd=HERE.parents[1],
