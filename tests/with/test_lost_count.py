@@ -65,7 +65,7 @@ def layer(policy: str, momentum: float | None, *, trained: bool, count: int = 0)
 
 
 SETTINGS = pytest.mark.parametrize(
-    ("policy", "momentum"), [("steady", 0.1), ("running", 0.1), ("batch", None), ("steady", None)]
+    ("policy", "momentum"), [("steady", 0.1), ("running", 0.1), ("running", None), ("steady", None)]
 )
 
 
@@ -91,11 +91,16 @@ def test_a_new_layer_still_starts_with_its_first_batch(policy: str, momentum: fl
     assert int(made.num_batches_tracked) == 1
 
 
-def test_the_count_of_batch_is_torchs() -> None:
-    """No weight depends on it there."""
-    made = layer("batch", 0.1, trained=True)
-    made(torch.randn(6, 3))
-    assert int(made.num_batches_tracked) == 1
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_does_as_torch_does(momentum: float | None) -> None:
+    """A drop-in: with momentum=None torch's average starts anew at a count of 0."""
+    made = layer("batch", momentum, trained=True)
+    theirs = torch.nn.BatchNorm1d(3, momentum=momentum)
+    theirs.load_state_dict(made.state_dict())
+    x = torch.randn(6, 3)
+    torch.testing.assert_close(made(x), theirs(x))
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(dict(made.named_buffers())[name], buffer)
 
 
 @SETTINGS

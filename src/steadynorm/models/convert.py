@@ -179,7 +179,7 @@ def _to_ours(
     if isinstance(mean, torch.Tensor) and mean.dtype in HALF:
         module._widen_statistics()
         notes.append("running statistics are float32 now")
-    if (chosen.counts_batches or module.momentum is None) and _lost_count(module):
+    if chosen.counts_batches and _lost_count(module):
         notes.append("num_batches_tracked is 0 beside trained statistics: read as many batches")
     notes.insert(0, repr(chosen) + ("" if pooled is False else ", synchronized"))
     return Change("converted", name, before, describe(module), "; ".join(notes))

@@ -266,8 +266,9 @@ class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
     Differs from torch: the mean is subtracted before scaling, so that a large mean costs no
     precision (on accelerators see `numerics`); running statistics stay float32 under `.half()` and
     `.bfloat16()`; an empty batch or a refused one updates nothing; activation checkpointing updates
-    once; a `num_batches_tracked` of 0 beside statistics that are not 0 and 1 reads as many. Keras
-    and flax mean by `momentum` the weight of the old average, and keep the biased variance.
+    once; under `Steady`, `Running` and `Renorm` a `num_batches_tracked` of 0 beside statistics that
+    are not 0 and 1 reads as many. Keras and flax mean by `momentum` the weight of the old average,
+    and keep the biased variance.
 
     Source: Ioffe & Szegedy 2015; the policies name theirs.
     """

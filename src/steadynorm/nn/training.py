@@ -90,8 +90,7 @@ class TrainingStep(Call):
         if isinstance(batches, Tensor) and dtype == torch.float64:
             batches = batches.double()  # weights such as 1/(t + 1) would else be float32
         running = RunningStatistics(mean.to(dtype), var.to(dtype), batches)
-        counted = policy.counts_batches or self.momentum is None
-        if counted and (isinstance(batches, Tensor) or batches == 0):
+        if policy.counts_batches and (isinstance(batches, Tensor) or batches == 0):
             seen = batches_seen(running, xp=torch)
             running = running._replace(batches=seen if isinstance(batches, Tensor) else int(seen))
         return running
