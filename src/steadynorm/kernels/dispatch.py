@@ -42,9 +42,7 @@ def choose(call: Call) -> Backend:
 
 def normalize(call: Call) -> Tensor:
     """`activation(γ·x̂ + β + residual)`, by the statistics that the call decides on."""
-    for backend in BACKENDS:  # `choose`, written out
-        if backend.supports(call) is None:
-            break
+    backend = choose(call)
     if backend.differentiable:
         return backend.forward(call)[0]
     x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
