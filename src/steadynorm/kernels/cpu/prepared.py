@@ -22,7 +22,6 @@ from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved, coeffi
 from steadynorm.statistics import Moments, Normalizer
 
 from . import loops, slabs
-from .allocator import empty_like
 from .arguments import BACKWARD, FORWARD, ROWS, Arguments, writer
 from .kernels import backward_kernel, forward_kernel, gradient_options
 from .readable import PLAIN, readable
@@ -86,7 +85,7 @@ class Plan:
     def train(self, call: Call) -> tuple[Tensor, Packed]:
         """Normalize by the batch and move the running statistics."""
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
-        y = empty_like(x)
+        y = torch.empty_like(x)
         rows = torch.empty(self.rows_bytes // 2 + self.signs, dtype=torch.int16)
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
         a = Arguments.from_buffer_copy(self._training)
@@ -112,7 +111,7 @@ class Plan:
     def infer(self, call: Call) -> Tensor:
         """Normalize by the running statistics; nothing moves."""
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
-        y = empty_like(x)
+        y = torch.empty_like(x)
         rows = torch.empty((2, self.channels), dtype=self.real)
         a = Arguments.from_buffer_copy(self._inference)
         a.x, a.y, a.eps = x.data_ptr(), y.data_ptr(), call.eps
@@ -128,8 +127,8 @@ class Plan:
         x, rows, y, residual, *_ = tensors
         grad = slabs.alike(grad, x, "grad")
         want = needs[3] and self.activation is not None
-        dx = empty_like(x)
-        dresidual = empty_like(x) if want else None
+        dx = torch.empty_like(x)
+        dresidual = torch.empty_like(x) if want else None
         dweight = torch.empty(self.channels, dtype=self.real)
         dbias = torch.empty(self.channels, dtype=self.real)
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None

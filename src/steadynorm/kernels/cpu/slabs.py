@@ -14,7 +14,6 @@ from torch import Tensor
 from steadynorm.kernels.spec import Groups, statistics_dtype
 
 from . import loops
-from .allocator import empty_like
 from .arguments import PASSES, Arguments
 from .pointers import LANES, ROOM, WIDTH
 from .readable import unreadable
@@ -68,7 +67,7 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
         and not t._is_zerotensor()
     ):
         return t
-    return empty_like(x).copy_(t)
+    return torch.empty_like(x).copy_(t)
 
 
 def residual_alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
