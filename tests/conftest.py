@@ -16,6 +16,7 @@ SLOW = (
     "keras/test_backends.py",
     "kernels/test_compiled.py",
     "kernels/test_cpu_runtime.py",
+    "kernels/test_inductor.py",
     "models/calibration/test_replicas.py",
     "models/surgery/test_models.py",
     "models/test_other_tools.py",

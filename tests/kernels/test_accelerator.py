@@ -15,7 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steadynorm as sn
 from steadynorm.kernels import dispatch
+from steadynorm.kernels.autograd import by_device
 from steadynorm.kernels.reference.closed_form import REFERENCE
+from steadynorm.kernels.reference.torch_arrays import moments_at_once
+from steadynorm.kernels.spec import Call
 
 ROOT = Path(__file__).parents[2]
 
@@ -215,3 +218,46 @@ def test_conversion_carries_numerics_or_says_that_it_is_lost():
     assert not hasattr(theirs[0], "numerics")
     assert changes[0].why == "numerics='exact' is lost"
     assert sn.convert(theirs)[0][0].numerics == "device"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(9, 3), (4, 3, 5, 2)])
+def test_moments_in_one_pass_are_those_of_the_values(shape, dtype):
+    """Mean, variance, and the gradient that the mean's part `mean_low` carries."""
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * 2 + 1).to(dtype)
+    wide = x.double().requires_grad_()
+    axes = tuple(i for i in range(len(shape)) if i != 1)
+    mean, var = wide.mean(axes), wide.var(axes, correction=0)
+    weights = torch.randn(2, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((mean * weights[0] + var * weights[1]).sum(), wide)
+
+    live = x.clone().requires_grad_()
+    found = moments_at_once(live)
+    exact = 1e-12 if dtype is torch.float64 else 1e-6
+    assert found.count == x.numel() // 3
+    assert not found.mean.requires_grad
+    torch.testing.assert_close((found.mean + found.mean_low).double(), mean, rtol=exact, atol=exact)
+    torch.testing.assert_close(found.var.double(), var, rtol=exact, atol=exact)
+    loss = (found.mean_low * weights[0] + found.var * weights[1]).sum()
+    (grad,) = torch.autograd.grad(loss, live)
+    loose = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(grad.double(), expected, rtol=loose, atol=loose)
+
+
+def test_moments_in_one_pass_keep_an_infinite_mean():
+    x = torch.tensor([[1.0, 2.0], [float("inf"), 4.0]])
+    found = moments_at_once(x)
+    assert found.mean.tolist() == [float("inf"), 3.0]
+    assert found.mean_low.tolist() == [0.0, 0.0]
+
+
+def test_compiled_calls_on_a_device_take_its_numerics_where_eager_ones_do():
+    x = torch.empty(8, 3, 4, 4, device="meta")
+    buffers = (torch.empty(3, device="meta"), torch.empty(3, device="meta"))
+    plain = {"running_mean": buffers[0], "running_var": buffers[1], "momentum": 0.1}
+    assert by_device(Call(x, policy=sn.Batch(), **plain))
+    assert not by_device(Call(x, policy=sn.Batch(), exact=True, **plain))
+    assert not by_device(Call(x, policy=sn.Steady(), **plain))
+    assert not by_device(Call(torch.zeros(8, 3, 4, 4), policy=sn.Batch(), momentum=0.1))
+    assert not by_device(Call(x[:0], policy=sn.Batch(), **plain))

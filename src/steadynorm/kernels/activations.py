@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 Array = Any
@@ -188,7 +187,6 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-@cache
 def functions(activation: str, m: Any) -> Functions:
     """`forward(z)` and `gradient(g, t)` of one activation over the namespace `m`."""
     forward, gradient = ACTIVATIONS[activation].define(m)

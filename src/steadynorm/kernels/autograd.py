@@ -11,7 +11,7 @@ from steadynorm.kernels import aten, compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.cpu.backend import CPU
-from steadynorm.kernels.reference.torch_arrays import reference
+from steadynorm.kernels.reference.torch_arrays import moments_at_once, reference
 from steadynorm.kernels.spec import Backend, Call, Gradients, Packed, Saved, coefficients_of
 from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory
 
@@ -136,8 +136,12 @@ class Traced(Backend):
         if call.by_running and _is_exported():
             return aten.one_operator(call), ((), None)
         by_operators = operators.serve(call)
-        moments = operators.moments if by_operators else reference.moments
-        live = moments(x, mask=call.mask, groups=call.groups) if measured else None
+        live = None
+        if measured and by_device(call):
+            live = moments_at_once(x)
+        elif measured:
+            moments = operators.moments if by_operators else reference.moments
+            live = moments(x, mask=call.mask, groups=call.groups)
         batch, normalizer = call.decide(None if live is None else _constant(live))
         saved = Saved(
             x, call.weight, call.bias, call.residual, call.mask, None, None, batch, normalizer,
@@ -149,6 +153,11 @@ class Traced(Backend):
 
 
 TRACED = Traced()
+
+
+def by_device(call: Call) -> bool:
+    """Whether the call is one of PyTorch's operator and its device's numerics will do."""
+    return call.basic and not call.exact and not call.x.is_cpu and call.x.numel() > 0
 
 
 def _is_exported() -> bool:

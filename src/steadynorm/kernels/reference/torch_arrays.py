@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from steadynorm.kernels import compat
 from steadynorm.kernels.activations import functions
 from steadynorm.kernels.reference import Reference
+from steadynorm.statistics import Moments
 
 
 def _may_overwrite() -> bool:
@@ -111,6 +112,19 @@ class TorchArrays:
     @staticmethod
     def addcmul(a: Tensor, b: Tensor, c: Tensor, *, out: Tensor) -> Tensor:
         return torch.addcmul(a, b, c, out=out if _may_overwrite() else None)
+
+
+def moments_at_once(x: Tensor) -> Moments:
+    """`reference.moments` in one pass over x, without a pivot: with the error of the device's sums.
+
+    The mean's gradient flows through `mean_low`, which is 0, as in the stage.
+    """
+    axes = tuple(i for i in range(x.ndim) if i != 1)
+    wide = x.to(TorchArrays.statistics_dtype(x))
+    var, mean = torch.var_mean(wide, axes, correction=0)
+    high = mean.detach()
+    low = torch.where(TorchArrays.isfinite(high), mean - high, 0)  # else NaN
+    return Moments(TorchArrays.size(x, axes), high, var, low)
 
 
 def in_type(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
