@@ -11,10 +11,14 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 from tests import attack
+
+from steadynorm.evidence.workers import cores
+from steadynorm.report.machine import processor
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "promises.md"
 BEGIN, END = "<!-- table of the standing attack -->", "<!-- end of the table -->"
@@ -68,7 +72,8 @@ def table(results: list[Result], seed: int, *, long: bool) -> str:
     ]
     lines.insert(1, f"|{'-' * (width + 2)}|" + "-------:|" * 3)
     form = "long" if long else "short"
-    about = f"The {form} form, seed {seed}, torch {torch.__version__}, {platform.platform()}."
+    where = f"{platform.system()} {platform.machine()}, {processor()}, {cores()} cores"
+    about = f"The {form} form, seed {seed}, {date.today()}, torch {torch.__version__}, {where}."
     return "\n".join([*lines, "", about])
 
 
