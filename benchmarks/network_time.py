@@ -22,7 +22,7 @@ from steadynorm.evidence.timing import in_turns
 
 KINDS = {
     "convolution": ("convolution",),
-    "batch norm": ("batch_norm", "_plain", "_normalize"),
+    "batch norm": ("batch_norm", "normalize"),
     "activation": ("clamp", "threshold", "hardtanh", "relu"),
     "sum": ("aten::add",),
 }

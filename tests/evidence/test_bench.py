@@ -6,9 +6,12 @@ import csv
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("altair", reason="charts need the extra lab")
 
+from steadynorm.evidence.bench import clock
+from steadynorm.evidence.bench.contenders import available
 from steadynorm.evidence.bench.measure import Measurement, measure
 from steadynorm.evidence.bench.results import charts, rows, tables, write
 from steadynorm.evidence.bench.workloads import SMALL, Workload, workloads
@@ -53,6 +56,51 @@ def test_every_contender_is_timed_in_every_direction(training):
         assert m.milliseconds > 0
         assert m.low <= m.copies <= m.high
         assert m.of_limit == pytest.approx(m.copies / limits[m.direction])
+
+
+class Event:
+    """An event of an accelerator whose queue is 5 ms behind the host."""
+
+    queue: list = []
+    done = False
+
+    def __init__(self, device, enable_timing):
+        assert enable_timing
+        assert device == torch.device("cuda")
+
+    def record(self):
+        self.at = 5.0 + 2.0 * len(self.queue)
+        self.queue.append(self)
+
+    def elapsed_time(self, end):
+        assert Event.done, "asked before the device was done"
+        return end.at - self.at
+
+
+def test_on_an_accelerator_events_are_read_after_the_last_call(monkeypatch):
+    def synchronize(device):
+        Event.done = True
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    device = torch.device("cuda")
+    laps = []
+    for _ in range(2):
+        start, middle, end = (clock.mark(device) for _ in range(3))
+        laps.append((start, middle, end))
+    assert clock.seconds_of(laps, device) == [(0.002, 0.002), (0.002, 0.002)]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="--device cuda: PyTorch sees cpu alone"):
+        clock.check_device("cuda")
+
+
+def test_contenders_run_where_they_can():
+    names = ["ours", "given", "eager", "compile", "graph"]
+    assert available(names) == ["ours", "given", "eager", "compile"]
+    assert available(names, "cuda") == ["ours", "eager", "compile", "graph"]
 
 
 def test_only_positions_have_layouts():

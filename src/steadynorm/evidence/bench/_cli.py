@@ -29,11 +29,16 @@ def bench(
     ] = "resnet50,networks",
     cases: Annotated[str, typer.Option(help="bn, bn+relu, bn+add+relu.")] = "bn,bn+add+relu",
     layouts: Annotated[str, typer.Option(help="nchw, nhwc.")] = "nchw,nhwc",
-    dtypes: Annotated[str, typer.Option(help="float32, bfloat16.")] = "float32",
+    dtypes: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     modes: Annotated[str, typer.Option(help="training, inference.")] = "training,inference",
     contenders: Annotated[
-        str, typer.Option(help="ours, given (our kernels, outputs given), eager, compile, jax.")
+        str,
+        typer.Option(
+            help="ours, given (our CPU kernels, outputs given), eager, compile, jax, "
+            "graph (ours as CUDA graphs)."
+        ),
     ] = "ours,given,eager",
+    device: Annotated[str, typer.Option(help="cpu, or an accelerator: cuda, xpu.")] = "cpu",
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 9,
     shapes: Annotated[str, typer.Option(help="Only shapes with these numbers, from 0.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for bench.csv, .json and .html.")] = Path(
@@ -42,7 +47,8 @@ def bench(
 ) -> None:
     """Time the layer against its peers and against a plain copy of the tensor."""
     with errors_in_one_line("bench", "nothing was written."):
-        require("torch", "numba", "altair", "vl_convert")
+        require("torch", "altair", "vl_convert", *(["numba"] if device == "cpu" else []))
+    from steadynorm.evidence.bench.clock import check_device
     from steadynorm.evidence.bench.contenders import CONTENDERS, available
     from steadynorm.evidence.bench.measure import Measurement, machine, measure
     from steadynorm.evidence.bench.networks import NETWORKS, measure_networks
@@ -51,7 +57,9 @@ def bench(
     from steadynorm.report.terminal import to_rich
 
     wanted = _words(suites, (*SUITES, "networks"), "--suites")
-    names = available(_words(contenders, tuple(CONTENDERS), "--contenders"))
+    with errors_in_one_line("bench", "nothing was written."):
+        check_device(device)
+    names = available(_words(contenders, tuple(CONTENDERS), "--contenders"), device)
     picked = {int(number) for number in shapes.split(",") if number.strip()}
     loads = [
         load
@@ -71,11 +79,13 @@ def bench(
         if loads:
             bars.begin("kernels", len(loads) * rounds)
             for load in loads:
-                found += measure(load, names, rounds, lambda: bars.step("kernels"))
+                found += measure(load, names, rounds, lambda: bars.step("kernels"), device)
         if "networks" in wanted:
             bars.begin("networks", len(NETWORKS))
-            networks = measure_networks(list(NETWORKS), rounds, lambda: bars.step("networks"))
-    about = machine()
+            networks = measure_networks(
+                list(NETWORKS), rounds, lambda: bars.step("networks"), device
+            )
+    about = machine(device)
     for table in [*tables(found), *([networks] if networks is not None else [])]:
         Console().print(to_rich(table))
     say(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -16,10 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import steadynorm as sn
+from steadynorm.evidence.bench.clock import Laps, Marks, mark
 from steadynorm.evidence.bench.workloads import Workload
-
-Laps = Callable[[], tuple[float, float]]
-"""A call, which returns the seconds of its forward and of its backward (0 in inference)."""
 
 
 class Inputs(NamedTuple):
@@ -31,7 +29,7 @@ class Inputs(NamedTuple):
     y: Tensor
 
 
-def make_inputs(load: Workload) -> Inputs:
+def make_inputs(load: Workload, device: str = "cpu") -> Inputs:
     """Random tensors of the workload's shape, type and layout, with a mean other than 0."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, load.dtype)
@@ -40,16 +38,16 @@ def make_inputs(load: Workload) -> Inputs:
 
     def tensor(mean: float) -> Tensor:
         values = torch.randn(load.shape, generator=generator).add_(mean)
-        return values.to(dtype).contiguous(memory_format=kind)
+        return values.to(device, dtype).contiguous(memory_format=kind)
 
     x = tensor(1.0)
     return Inputs(x, tensor(0.0), tensor(0.0), torch.empty_like(x))
 
 
-def _layer(load: Workload, package: Any, **options: Any) -> Any:
+def _layer(load: Workload, inputs: Inputs, package: Any, **options: Any) -> Any:
     kind = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}[len(load.shape)]
     layer = getattr(package, f"BatchNorm{kind}")(load.shape[1], **options)
-    return layer.train(load.training)
+    return layer.to(inputs.x.device).train(load.training)
 
 
 def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Workload) -> Laps:
@@ -58,18 +56,21 @@ def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Worklo
     residual = inputs.residual.detach().requires_grad_(load.training) if add else None
     wanted = [x, *layer.parameters(), *([residual] if residual is not None else [])]
 
-    def run() -> tuple[float, float]:
-        start = perf_counter()
+    device = x.device
+
+    def run() -> Marks:
+        start = mark(device)
         if not load.training:
             with torch.no_grad():
                 y = call(x, residual)
-            return perf_counter() - start, 0.0
+            end = mark(device)
+            return start, end, end
         y = call(x, residual)
-        middle = perf_counter()
+        middle = mark(device)
         gradients = torch.autograd.grad(y, wanted, inputs.grad)
-        end = perf_counter()
+        end = mark(device)
         del gradients
-        return middle - start, end - middle
+        return start, middle, end
 
     return run
 
@@ -77,7 +78,7 @@ def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Worklo
 def ours(load: Workload, inputs: Inputs) -> Laps:
     """The layer of this package, activation and residual inside."""
     activation = None if load.case == "bn" else "relu"
-    layer = _layer(load, sn, activation=activation)
+    layer = _layer(load, inputs, sn, activation=activation)
     return _timed(lambda x, residual: layer(x, residual=residual), layer, inputs, load)
 
 
@@ -99,18 +100,19 @@ def ours_outputs_given(load: Workload, inputs: Inputs) -> Laps:
     factors = (rho**3 / count, rho / count, batch.mean_low, batch.mean_low)
     dx, dresidual = torch.empty_like(x), torch.empty_like(x) if add else None
 
-    def run() -> tuple[float, float]:
+    def run() -> Marks:
         start = perf_counter()
         if not load.training:
             cpu.apply(x, batch.mean, rho, shift, out=y, **fused)
-            return perf_counter() - start, 0.0
+            end = perf_counter()
+            return start, end, end
         cpu.normalize(x, weight, bias, 1e-5, signs=signs, out=y, **fused)
         middle = perf_counter()
         cpu.normalize_grad(
             grad, x, batch.mean, rho, shift, *factors, signs=signs, activation=activation,
             want_residual=add, out=(dx, dresidual),
         )  # fmt: skip
-        return middle - start, perf_counter() - middle
+        return start, middle, perf_counter()
 
     return run
 
@@ -127,13 +129,13 @@ def _unfused(layer: Any, case: str) -> Callable[[Tensor, Tensor | None], Tensor]
 
 def eager(load: Workload, inputs: Inputs) -> Laps:
     """`torch.nn`'s layer, `+` and `relu`, as most networks are written."""
-    layer = _layer(load, torch.nn)
+    layer = _layer(load, inputs, torch.nn)
     return _timed(_unfused(layer, load.case), layer, inputs, load)
 
 
 def compiled(load: Workload, inputs: Inputs) -> Laps:
     """The same under `torch.compile`."""
-    layer = _layer(load, torch.nn)
+    layer = _layer(load, inputs, torch.nn)
     torch._dynamo.reset()
     call = torch.compile(_unfused(layer, load.case), dynamic=False)
     return _timed(call, layer, inputs, load)
@@ -168,19 +170,40 @@ def jax(load: Workload, inputs: Inputs) -> Laps:
 
     both_ways = j.jit(both)
 
-    def run() -> tuple[float, float]:
+    def run() -> Marks:
         start = perf_counter()
         j.block_until_ready(one_way(state, x, residual))  # type: ignore[no-untyped-call]
         middle = perf_counter()
         if not load.training:
-            return middle - start, 0.0
+            return start, middle, middle
         j.block_until_ready(  # type: ignore[no-untyped-call]
             both_ways(state, x, residual, grad)
         )
         # One compiled program does both ways; its backward is what it takes beyond the forward.
-        return middle - start, (perf_counter() - middle) - (middle - start)
+        return start, middle, perf_counter() - (middle - start)
 
     return run
+
+
+def graphed(load: Workload, inputs: Inputs) -> Laps:
+    """The layer of this package, replayed as CUDA graphs of its forward and its backward."""
+    activation = None if load.case == "bn" else "relu"
+    add = load.case == "bn+add+relu"
+    layer = _layer(load, inputs, sn, activation=activation)
+
+    class WithResidual(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+            y: Tensor = self.layer(x, residual=residual if add else None)
+            return y
+
+    samples = tuple(t.clone().requires_grad_(load.training) for t in inputs[:2])
+    module = WithResidual().train(load.training)
+    graph: Any = torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True)
+    return _timed(lambda x, r: graph(x, inputs.residual if r is None else r), layer, inputs, load)
 
 
 CONTENDERS: dict[str, Callable[[Workload, Inputs], Laps]] = {
@@ -189,12 +212,17 @@ CONTENDERS: dict[str, Callable[[Workload, Inputs], Laps]] = {
     "eager": eager,
     "compile": compiled,
     "jax": jax,
+    "graph": graphed,
 }
+WHERE = {"given": "cpu", "jax": "cpu", "graph": "cuda"}
+"""Contenders that run on one kind of device alone."""
 
 
-def available(names: Sequence[str]) -> list[str]:
-    """Those of `names` that are installed here."""
+def available(names: Sequence[str], device: str = "cpu") -> list[str]:
+    """Those of `names` that are installed here and run on the device."""
     if "jax" in names:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     has_jax = find_spec("jax") is not None and find_spec("flax") is not None
-    return [name for name in names if name != "jax" or has_jax]
+    kind = torch.device(device).type
+    here = [name for name in names if WHERE.get(name, kind) == kind]
+    return [name for name in here if name != "jax" or has_jax]

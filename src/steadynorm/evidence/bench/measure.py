@@ -9,14 +9,16 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from steadynorm.evidence.bench.contenders import CONTENDERS, Inputs, Laps, make_inputs
+from steadynorm.evidence.bench.clock import Laps, Marks, device_name, mark, seconds_of
+from steadynorm.evidence.bench.contenders import CONTENDERS, Inputs, make_inputs
 from steadynorm.evidence.bench.workloads import Workload
-from steadynorm.evidence.timing import in_turns, seconds
+from steadynorm.evidence.timing import in_turns
 from steadynorm.evidence.workers import cores
 from steadynorm.report.machine import processor
 
@@ -39,19 +41,24 @@ class Measurement(NamedTuple):
 
 
 def measure(
-    load: Workload, contenders: Sequence[str], rounds: int, progress: Callable[[], None]
+    load: Workload,
+    contenders: Sequence[str],
+    rounds: int,
+    progress: Callable[[], None],
+    device: str = "cpu",
 ) -> Iterator[Measurement]:
     """Time the contenders on a workload."""
-    inputs = make_inputs(load)
+    inputs = make_inputs(load, device)
+    where = inputs.x.device
     runs: dict[str, Laps] = {"copy": partial(_copy, inputs)}
     for name in contenders:
         runs[name] = CONTENDERS[name](load, inputs)
         for _ in range(2):
             runs[name]()  # compiles, and warms caches and allocator
     # Three calls a round, and as many more as the quickest contender needs to take 2 ms.
-    quickest = min(sum(run()) for run in runs.values())
+    quickest = min(sum(seconds_of([run()], where)[0]) for run in runs.values())
     repeats = max(3, min(500, math.ceil(2e-3 / max(quickest, 1e-7))))
-    turns = {name: partial(_typical, run, repeats) for name, run in runs.items()}
+    turns = {name: partial(_typical, run, repeats, where) for name, run in runs.items()}
     laps = in_turns(turns, rounds, tick=lambda _: progress())
     copies = [copy for copy, _ in laps.pop("copy")]
     forward, backward = load.limit
@@ -69,25 +76,27 @@ def measure(
             )  # fmt: skip
 
 
-def _copy(inputs: Inputs) -> tuple[float, float]:
-    return seconds(lambda: inputs.y.copy_(inputs.x)), 0.0
+def _copy(inputs: Inputs) -> Marks:
+    start = mark(inputs.x.device)
+    inputs.y.copy_(inputs.x)
+    end = mark(inputs.x.device)
+    return start, end, end
 
 
-def _typical(run: Laps, repeats: int) -> tuple[float, float]:
+def _typical(run: Laps, repeats: int, device: torch.device) -> tuple[float, float]:
     """The median of the calls: on a shared machine single calls stall for milliseconds. The first
     does not count: it pays for what the others left, such as memory to trim.
     """
     run()
-    forward, backward = zip(*(run() for _ in range(repeats)), strict=True)
+    forward, backward = zip(*seconds_of([run() for _ in range(repeats)], device), strict=True)
     return statistics.median(forward), statistics.median(backward)
 
 
-def machine() -> dict[str, str]:
+def machine(device: str = "cpu") -> dict[str, str]:
     """What the figures were measured on and with."""
-    import numba
-
     import steadynorm
 
+    accelerator = device_name(device)
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": f"{processor()}, {cores()} cores",
@@ -95,7 +104,7 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numba": numba.__version__,
+        **({"device": accelerator} if accelerator else {"numba": version("numba")}),
         "steadynorm": steadynorm.__version__,
         "commit": _commit(),
     }

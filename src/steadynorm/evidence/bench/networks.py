@@ -53,11 +53,11 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return output.square().mean()
 
 
-def prepared(name: str) -> tuple[nn.Module, Tensor]:
+def prepared(name: str, device: str = "cpu") -> tuple[nn.Module, Tensor]:
     """A network in training and its input, channels-last where it is 2-d."""
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
-    model, x = make().train(), torch.randn(shape)
+    model, x = make().train().to(device), torch.randn(shape).to(device)
     if len(shape) == 4:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = x.contiguous(memory_format=torch.channels_last)
@@ -71,15 +71,17 @@ def _stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
         optimizer.zero_grad(set_to_none=True)
         loss_of(model, x).backward()
         optimizer.step()
+        if x.device.type != "cpu":
+            torch.accelerator.synchronize(x.device)
 
     return step
 
 
-def _measure(name: str, rounds: int) -> list[str | float | None]:
+def _measure(name: str, rounds: int, device: str) -> list[str | float | None]:
     """One network's row of the table; steps with torch.nn's layers and with ours take turns."""
     from steadynorm import convert
 
-    model, x = prepared(name)
+    model, x = prepared(name, device)
     converted, changes = convert(model, example_inputs=x[:2])
     steps = {"before": _stepper(model, x), "after": _stepper(converted, x)}
     before, after = interleaved(steps, rounds, least=0.0).values()
@@ -90,7 +92,9 @@ def _measure(name: str, rounds: int) -> list[str | float | None]:
     return [name, size, *medians, f"{faster.middle:.2f}x", spread, len(changes)]
 
 
-def measure_networks(names: list[str], rounds: int, progress: Callable[[], None]) -> Table:
+def measure_networks(
+    names: list[str], rounds: int, progress: Callable[[], None], device: str = "cpu"
+) -> Table:
     """Median training step with `torch.nn`'s layers and with ours, in the same interleaved run.
 
     Each network runs in a process of its own: page faults on fresh memory are much of a
@@ -99,7 +103,7 @@ def measure_networks(names: list[str], rounds: int, progress: Callable[[], None]
     lines: list[list[str | float | None]] = []
     for name in names:
         with get_context("spawn").Pool(1) as own:
-            lines.append(own.apply(_measure, (name, rounds)))
+            lines.append(own.apply(_measure, (name, rounds, device)))
         progress()
     return Table(
         "One training step, torch.nn's batch norm against ours",

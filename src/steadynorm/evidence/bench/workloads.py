@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 CASES = ("bn", "bn+relu", "bn+add+relu")
 LAYOUTS = ("nchw", "nhwc")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 # The distinct inputs of batch normalization in ResNet-50 at 224 x 224 and batch 32.
 RESNET50 = (
