@@ -1,10 +1,10 @@
 """Interfaces of PyTorch that are not public: each with why, and what serves in its place.
 
-Tested with torch 2.7.1 (`make test-oldest`) and 2.13.0 (all tests). Those that have no other form stand
-where they are used:
+Tested with torch 2.7.1 (`make test-oldest`) and 2.13.0 (all tests). Those that have no other
+form stand where they are used:
 
-- `torch.nn.modules.batchnorm._BatchNorm` and `_LazyNormBase`: the classes by which everybody tells a
-  batch norm;
+- `torch.nn.modules.batchnorm._BatchNorm` and `_LazyNormBase`: the classes by which everybody
+  tells a batch norm;
 - `_parameters`, `_buffers`, `_modules` and the hooks of a module: surgery replaces entries, and
   reading a name there costs a small call 0.4 µs less;
 - `torch.ops._c10d_functional`: collectives that the compiler sees;
