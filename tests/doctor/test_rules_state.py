@@ -325,6 +325,23 @@ def test_our_layers_keep_float32() -> None:
     assert found(model.bfloat16(), "SN109") == []
 
 
+# --- SN110 lost count
+
+
+def test_a_lost_count_that_nothing_goes_by_is_information() -> None:
+    model = small()
+    model[1].num_batches_tracked.zero_()
+    message = "num_batches_tracked is 0 beside trained statistics"
+    for target in (model, model.state_dict(), sn.convert(model, statistics="steady")[0]):
+        assert said(target, "SN110") == [("1", "info", message)]
+    model[1].momentum = None
+    averaging = sn.convert(model, statistics="running")[0]
+    assert said(averaging, "SN110") == [("1", "info", message)]
+    for quiet in (sn.freeze(model)[0], nn.Sequential(nn.BatchNorm1d(3, momentum=None))):
+        assert said(quiet, "SN110") == []
+    assert said(norm(**FRESH, num_batches_tracked=0), "SN110") == []
+
+
 def test_time_steps_beyond_the_longest_sequence_are_left_alone() -> None:
     torch.manual_seed(0)
     layer = sn.BatchNormLSTM(3, 4, max_length=6)

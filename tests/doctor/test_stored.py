@@ -123,7 +123,7 @@ def test_layers_are_found_in_every_format(saved: Path) -> None:
     found = [(f.code, f.layer, str(f.severity)) for f in report.findings]
     momentum = [("SN107", name, "warning") for name in names]
     assert found == (momentum if saved.suffix == ".keras" else [])
-    assert report.codes == tuple(f"SN10{n}" for n in range(1, 10))
+    assert report.codes == tuple(f"SN{100 + n}" for n in range(1, 11))
 
 
 def test_keras_settings_are_taken_where_layers_agree(tmp_path: Path) -> None:

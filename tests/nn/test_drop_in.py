@@ -254,7 +254,8 @@ def test_a_lazy_subclass(kind: type[nn.Module]) -> None:
     layer = ours(statistics=sn.Steady(prior=7), activation="relu", bias=False, eps=0.5)
     layer(torch.randn(4, 6, *(3,) * (int(kind.__name__[-2]))))
     assert type(layer) is LAYERS[kind]
-    assert (layer.num_features, layer.eps, layer.bias) == (6, 0.5, None)
+    settings = vars(layer)
+    assert (settings["num_features"], settings["eps"], layer.bias) == (6, 0.5, None)
     assert (layer.statistics, layer.activation) == (sn.Steady(prior=7), "relu")
 
 

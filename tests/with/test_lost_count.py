@@ -121,3 +121,28 @@ def test_compiled_and_exported_too(policy: str, momentum: float | None, trained:
         found = {k.split(".")[-1]: v for k, v in program.named_buffers()}
         for name, buffer in eager.named_buffers():
             torch.testing.assert_close(found[name], buffer)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_time_steps_of_a_recurrent_layer(joined: bool) -> None:
+    """Each step has a count of its own; here the first two lost theirs, the last is new."""
+
+    def made(count: int) -> Any:
+        torch.manual_seed(0)
+        network = sn.BatchNormLSTM(2, 3, statistics="running", max_length=3)
+        for norm in (network.cells[0].input_norm, network.cells[0].hidden_norm):
+            for step in norm.steps[:2]:
+                step.running_mean.fill_(1)
+                step.num_batches_tracked.fill_(count)
+            if not joined:
+                norm.steps[0].register_forward_hook(lambda *_: None)
+        return network
+
+    x = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1))
+    found, expected = made(0), made(MANY_BATCHES)
+    for network in (found, expected):
+        network(x)
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(dict(found.named_buffers())[name], buffer, msg=name)
+    counts = [int(step.num_batches_tracked) for step in found.cells[0].input_norm.steps]
+    assert [count >= MANY_BATCHES for count in counts] == [True, True, False]

@@ -4,150 +4,31 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
-import re
 import tempfile
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import steadynorm as sn
 
-WORKS, RAISES = "works", "raises"
+from .case import (
+    CASES,
+    RAISES,
+    WORKS,
+    X,
+    case,
+    close,
+    ours,
+    refusal,
+    same_answers,
+    table,
+    theirs,
+    trains,
+    verdict,
+)  # fmt: skip
 
-
-class Case(NamedTuple):
-    """One thing that a tool does.
-
-    `run` raises AssertionError where a result is wrong. Where the tool is to refuse, `raises` is
-    what its error says, and `cure`, which the table shows, is what `cured` does.
-    """
-
-    tool: str
-    does: str
-    run: Callable[[], None]
-    needs: tuple[str, ...] = ()
-    raises: str | None = None
-    cure: str = ""
-    cured: Callable[[], None] | None = None
-
-
-CASES: list[Case] = []
-
-
-def case(tool: str, does: str, *needs: str) -> Callable[[Callable[[], None]], None]:
-    def add(run: Callable[[], None]) -> None:
-        CASES.append(Case(tool, does, run, needs))
-
-    return add
-
-
-def refusal(
-    tool: str, does: str, *needs: str, raises: str, cure: str, cured: Callable[[], None]
-) -> Callable[[Callable[[], None]], None]:
-    def add(run: Callable[[], None]) -> None:
-        CASES.append(Case(tool, does, run, needs, raises, cure, cured))
-
-    return add
-
-
-def verdict(case: Case) -> str:
-    """ "works", "raises" (as declared, and the cure works), or what went wrong."""
-    try:
-        case.run()
-    except AssertionError as error:
-        if case.raises is None or not re.search(case.raises, str(error)):
-            return f"wrong: {error}"
-    except Exception as error:  # noqa: BLE001  any tool's
-        if case.raises is None or not re.search(case.raises, str(error)):
-            return f"fails: {type(error).__name__}: {error}"
-    else:
-        return WORKS if case.raises is None else "silent: it did not raise"
-    assert case.cured is not None
-    try:
-        case.cured()
-    except Exception as error:  # noqa: BLE001
-        return f"the cure fails: {type(error).__name__}: {error}"
-    return RAISES
-
-
-def table() -> str:
-    """The cases as a table in Markdown; every one is run."""
-    logging.disable()
-    rows = ["| tool | what it does | result | cure |", "|---|---|---|---|"]
-    for each in CASES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = verdict(each)
-        rows.append(f"| {each.tool} | {each.does} | {result} | {each.cure} |")
-    return "\n".join(rows) + "\n"
-
-
-# --- models and comparisons
-
-X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-class Block(nn.Module):
-    """A residual block, as everybody writes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x
-        out = self.relu(out)
-        return out  # noqa: RET504  as in most code
-
-
-def theirs() -> Any:
-    """A network of torch's layers that has seen some batches, in inference."""
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Block(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
-    )  # fmt: skip
-    with torch.no_grad():
-        for _ in range(10):
-            network(X)
-    return network.eval()
-
-
-def ours(statistics: str = "steady") -> Any:
-    """The same, converted."""
-    return sn.convert(theirs(), statistics=statistics)[0]
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    found, expected = found.detach().float(), expected.detach().float()
-    off = float((found - expected).abs().max() / expected.abs().max())
-    assert found.shape == expected.shape, "another shape"
-    assert off <= tolerance, f"off by {off:.2g} of the largest value"
-
-
-def same_answers(network: nn.Module, tolerance: float = 1e-5) -> None:
-    """The converted model answers in inference as the one it was made of."""
-    with torch.no_grad():
-        close(network(X), theirs()(X), tolerance)
-
-
-def trains(step: Callable[[Any], Any], network: Any, tolerance: float = 1e-5) -> None:
-    """Three forwards in training through a tool, and three without, leave the same model."""
-    alone = copy.deepcopy(network).train()
-    through = step(network.train())
-    for _ in range(3):
-        close(through(X), alone(X), tolerance)
-    for found, expected in zip(network.eval().buffers(), alone.eval().buffers(), strict=True):
-        close(found, expected, tolerance)
-
+__all__ = ["CASES", "RAISES", "WORKS", "X", "close", "table", "verdict"]
 
 # --- torch
 
@@ -200,6 +81,31 @@ def _() -> None:
     network[0] = torch.nn.utils.fusion.fuse_conv_bn_eval(network[0], network[1])
     network[1] = nn.Identity()
     same_answers(network)
+
+
+def _inside() -> Any:
+    """A converted model whose first batch norm has its activation inside."""
+    network = ours()
+    network[1].activation, network[2] = "relu", nn.Identity()
+    return network
+
+
+@refusal(
+    "SyncBatchNorm.convert_sync_batchnorm", "a layer with an activation inside",
+    raises=r"lose the relu\. Use sn\.convert", cure="`sn.convert(model, synchronize=True)`",
+    cured=lambda: same_answers(sn.convert(_inside(), synchronize=True)[0]),
+)  # fmt: skip
+def _() -> None:
+    nn.SyncBatchNorm.convert_sync_batchnorm(_inside())
+
+
+@refusal(
+    "torch.nn.utils.fusion", "fuse_conv_bn_eval of a layer with an activation inside",
+    raises=r"lose the relu\. Use .*sn\.fold", cure="`sn.fold` in its place",
+    cured=lambda: same_answers(sn.fold(_inside())[0]),
+)  # fmt: skip
+def _() -> None:
+    torch.nn.utils.fusion.fuse_conv_bn_eval(*_inside()[:2])
 
 
 @case("torch.optim.swa_utils", "AveragedModel and update_bn")

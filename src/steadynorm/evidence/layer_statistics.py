@@ -69,14 +69,14 @@ def _deviations(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     running = RunningStatistics(
         layer.running_mean.double(), layer.running_var.double(), layer.num_batches_tracked
     )
-    used = var
+    used, eps = var, vars(layer)["eps"]
     policy = getattr(layer, "statistics", None)  # torch's own layers have none
     if policy is not None:
-        context = Context(len(x), layer.momentum, layer.eps, torch)
+        context = Context(len(x), layer.momentum, eps, torch)
         normalizer = policy.normalizer(moments, running, context)
         # x is multiplied by gain/√(u + ε): the effective variance is (u + ε)/gain² - ε.
-        used = (normalizer.var + layer.eps) / normalizer.gain**2 - layer.eps
-    unit = (running.var + layer.eps).sqrt()
+        used = (normalizer.var + eps) / normalizer.gain**2 - eps
+    unit = (running.var + eps).sqrt()
     return (mean - running.mean) / unit, var.sqrt() / unit, used.clamp(min=0).sqrt() / unit
 
 

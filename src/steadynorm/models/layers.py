@@ -65,13 +65,14 @@ def recognize(module: nn.Module) -> Norm | None:
         if isinstance(module, SteadyNorm):
             kind, frozen = "ours", isinstance(module.statistics, Frozen)
         if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():
-            return Norm(kind, module.eps, None, None, None, None, None, frozen)
+            return Norm(kind, vars(module)["eps"], None, None, None, None, None, frozen)
     elif "BatchNorm" in type(module).__name__ and _holds_statistics(module):
         # Frozen ones keep weight and bias as buffers, or not at all.
         kind, frozen = "other", "weight" not in module._parameters
     else:
         return None
-    eps: Any = getattr(module, "eps", 1e-5)  # DETR's is in its forward; `behaves` checks it
+    # DETR's is in its forward; `behaves` checks it.
+    eps: Any = vars(module).get("eps", getattr(type(module), "eps", 1e-5))
     weight, bias, mean, var = (
         getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var")
     )
@@ -200,7 +201,7 @@ def behaves(module: nn.Module, norm: Norm) -> bool:
 def describe(module: nn.Module) -> str:
     """A batch norm in a table: its class and number of channels."""
     mean = recognize(module).running_mean  # type: ignore[union-attr]
-    size = getattr(module, "num_features", None) if mean is None else len(mean)
+    size = vars(module).get("num_features") if mean is None else len(mean)
     return f"{type(module).__name__}({size})"
 
 

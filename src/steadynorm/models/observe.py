@@ -52,7 +52,7 @@ def input_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, Tensor 
     if not isinstance(x, Tensor) or x.ndim < 2:
         return None
     mean: Any = getattr(module, "running_mean", None)
-    channels = getattr(module, "num_features", None) if mean is None else len(mean)
+    channels = vars(module).get("num_features") if mean is None else len(mean)
     if channels is not None and x.shape[1] != channels:
         return None
     mask = kwargs.get("mask") if isinstance(module, SteadyNorm) else None

@@ -117,7 +117,7 @@ def moved(
     now: RunningStatistics,
 ) -> LayerReport:
     """The record of a layer whose statistics were `before` and, from the data alone, are `now`."""
-    eps = float(layer.module.eps)  # type: ignore[arg-type]
+    eps = float(vars(layer.module)["eps"])
     tiny = torch.finfo(torch.float64).tiny
     unit = (now.var + eps).clamp(min=tiny).sqrt()
     shift = (before.mean - now.mean) / unit

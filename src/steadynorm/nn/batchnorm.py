@@ -18,10 +18,40 @@ from steadynorm.statistics import Policy
 _HALF = (torch.float16, torch.bfloat16)
 
 
+def _for_rebuilding(name: str) -> Any:
+    """A setting that tools read to build another batch norm from one, which has no activation."""
+
+    def read(layer: SteadyNorm) -> Any:
+        inside = layer.__dict__.get("activation")
+        if inside is not None:
+            raise RuntimeError(
+                f"{type(layer).__name__}: `{name}` is not given to other tools while the layer has "
+                f"an activation inside: what they build from it would lose the {inside}. Use "
+                f"sn.convert(model, synchronize=True), sn.freeze or sn.fold; or set `activation` "
+                f"to None and put a module for it after the layer. To read it nevertheless: "
+                f"vars(layer)[{name!r}]."
+            )
+        return layer.__dict__[name]
+
+    def write(layer: SteadyNorm, value: Any) -> None:
+        layer.__dict__[name] = value
+
+    return property(read, write)
+
+
 class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the three layers share; see `BatchNorm2d` for the documentation."""
 
     _axes: ClassVar[dict[int, str]]  # number of input axes -> their names
+
+    num_features = _for_rebuilding("num_features")
+    eps = _for_rebuilding("eps")
+
+    def __dir__(self) -> list[str]:
+        """What can be read: torch.jit.trace and inspect.getmembers read all of it."""
+        names = super().__dir__()  # type: ignore[no-untyped-call]
+        hidden = () if self.activation is None else ("num_features", "eps")
+        return [name for name in names if name not in hidden]
 
     def __init__(
         self,
@@ -130,7 +160,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             bias,
             training,
             self.momentum,
-            self.eps,
+            self.__dict__["eps"],
             num_batches_tracked=batches if tracked else None,
             statistics=self.statistics,
             activation=self.activation if activation is None else activation,
@@ -255,6 +285,8 @@ class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
         ValueError: wrong number of axes or channels, wrong mask or residual shape, unknown names,
             one value per channel in training under `Batch` or `Ghost`. Nothing is updated then.
         TypeError: a mask that is not boolean, a policy that is none.
+        RuntimeError: `num_features` or `eps` is read while an activation is inside. Tools that
+            build another layer from these two would lose it.
 
     >>> import torch, steadynorm as sn
     >>> layer = sn.BatchNorm2d(8, statistics=sn.Steady(), activation="relu")
@@ -289,6 +321,8 @@ class BatchNorm3d(SteadyNorm, torch.nn.BatchNorm3d):
 
 class _Lazy(_LazyNormBase, SteadyNorm):
     """Waits for the first input to learn its number of channels; then becomes the plain layer."""
+
+    num_features = 0  # what torch's lazy layers read and set
 
     def __init__(
         self,

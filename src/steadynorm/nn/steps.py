@@ -21,6 +21,7 @@ from steadynorm.statistics import (
     Normalizer,
     Policy,
     RunningStatistics,
+    batches_seen,
     of_running,
     step,
 )
@@ -213,6 +214,8 @@ class _AllSteps(Call):
         seen = torch.stack([step.num_batches_tracked for step in self.steps]).unsqueeze(1)
         samples = torch.tensor(self.groups, dtype=wide, device=mean.device).unsqueeze(1)
         running = RunningStatistics(mean.to(wide), var.to(wide), seen.to(wide))
+        if first.statistics.counts_batches:
+            running = running._replace(batches=batches_seen(running, xp=torch, rows=True))
         context = Context(samples, first.momentum, first.eps, torch)
         batch = batch._replace(count=samples)
         normalizer, after = step(first.statistics, batch, running, context)

@@ -174,12 +174,12 @@ MANY_BATCHES = 1 << 30
 running statistics. Fits int32 with as many batches to come."""
 
 
-def batches_seen(running: RunningStatistics, *, xp: Any) -> Array:
+def batches_seen(running: RunningStatistics, *, xp: Any, rows: bool = False) -> Array:
     """How many batches the running statistics have seen, where a count of 0 may be missing data.
 
     A checkpoint without `num_batches_tracked` leaves the count at 0. Beside running statistics that
     are not the initial 0 and 1 that cannot be right: it reads as `MANY_BATCHES`, so that the first
-    batch does not replace statistics from pretraining.
+    batch does not replace statistics from pretraining. `rows`: each row is a layer's own.
 
     >>> import numpy as np
     >>> pretrained = RunningStatistics(np.array([2.0]), np.array([3.0]), 0)
@@ -190,5 +190,6 @@ def batches_seen(running: RunningStatistics, *, xp: Any) -> Array:
     """
     if running.batches is None:
         return None
-    trained = xp.any((running.mean != 0) | (running.var != 1))
+    moved = (running.mean != 0) | (running.var != 1)
+    trained = xp.any(moved, axis=1, keepdims=True) if rows else xp.any(moved)
     return xp.where((running.batches == 0) & trained, MANY_BATCHES, running.batches)

@@ -151,7 +151,7 @@ def _state(module: nn.Module, norm: Norm) -> NormState:
     batches = getattr(module, "num_batches_tracked", None)
     momentum = getattr(module, "momentum", None)
     return NormState(
-        num_features=sizes[0] if sizes else int(getattr(module, "num_features", 0)),
+        num_features=sizes[0] if sizes else int(vars(module).get("num_features", 0)),
         framework="torch",
         eps=float(norm.eps),
         momentum=None if momentum is None else float(momentum),
