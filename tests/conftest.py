@@ -28,6 +28,7 @@ SLOW = (
     "nn/test_synchronize.py",
     "report/test_browser.py",
     "test_attack.py",
+    "test_typing.py",
     "with/test_tools.py",
 )
 

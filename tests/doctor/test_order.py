@@ -99,7 +99,7 @@ def test_select_and_ignore() -> None:
     evidence = probe_model(small())
     assert judge(evidence, select=["SN1"]).codes == tuple(f"SN{100 + n}" for n in range(1, 11))
     assert judge(evidence, select=["dead-scale", "sn103"]).codes == ("SN103", "SN105")
-    assert judge(evidence, select=["SN1"], ignore=["SN10"]).codes == ()
+    assert judge(evidence, select=["SN1"], ignore=["SN10"]).codes == ("SN110",)
     report = judge(evidence, ignore=["SN1", "SN2", "SN4"])
     assert report.codes == ()
     assert report.skipped == tuple(rule for rule in report.skipped if rule.startswith("SN3"))

@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 
 from steadynorm.jax import checks
 from steadynorm.jax.functional import batch_norm
+from steadynorm.kernels.activations import ActivationName
 from steadynorm.kernels.checks import activation_name, nonfinite_name
-from steadynorm.statistics import Policy, RunningStatistics, one_way, policy_from
+from steadynorm.statistics import Policy, PolicyName, RunningStatistics, one_way, policy_from
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -97,8 +98,8 @@ class BatchNorm(nnx.BatchNorm):
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
-        statistics: Policy | str = "batch",
-        activation: str | None = None,
+        statistics: Policy | PolicyName = "batch",
+        activation: ActivationName | None = None,
         nonfinite: str = "propagate",
     ) -> None:
         activation_name(activation, "BatchNorm")

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from steadynorm.jax import checks
 from steadynorm.jax.arrays import reference
 from steadynorm.jax.named_axis import NamedAxis, varying_like
-from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.activations import ACTIVATIONS, ActivationName
 from steadynorm.kernels.checks import activation_name, nonfinite_name, residual_shape
 from steadynorm.kernels.reference import Groups
 from steadynorm.statistics import (
@@ -25,6 +25,7 @@ from steadynorm.statistics import (
     Moments,
     Normalizer,
     Policy,
+    PolicyName,
     RunningStatistics,
     batches_seen,
     coefficients,
@@ -101,8 +102,8 @@ def batch_norm(
     axis: int = -1,
     momentum: float = 0.99,
     epsilon: float = 1e-5,
-    statistics: Policy | str = "batch",
-    activation: str | None = None,
+    statistics: Policy | PolicyName = "batch",
+    activation: ActivationName | None = None,
     residual: Array | None = None,
     mask: Array | None = None,
     axis_name: Hashable | None = None,

@@ -21,6 +21,7 @@ from steadynorm.statistics import (
     Moments,
     Normalizer,
     Policy,
+    PolicyName,
     RunningStatistics,
     attach,
     batches_seen,
@@ -104,7 +105,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         scale: bool = True,
         *others: Any,
         synchronized: bool = False,
-        statistics: Policy | str | Mapping[str, Any] = "batch",
+        statistics: Policy | PolicyName | Mapping[str, Any] = "batch",
         activation: str | Callable[[Tensor], Tensor] | None = None,
         nonfinite: str = "propagate",
         **keras_arguments: Any,
@@ -278,7 +279,7 @@ class _KerasRenorm(Policy):
         return running
 
 
-def _policy(statistics: Policy | str | Mapping[str, Any]) -> Policy:
+def _policy(statistics: Policy | PolicyName | Mapping[str, Any]) -> Policy:
     """A policy from itself, its name, or a configuration."""
     if not isinstance(statistics, Mapping):
         return one_way(policy_from(statistics), "BatchNormalization")

@@ -9,11 +9,14 @@ from typing import Any
 import keras
 
 from steadynorm.keras.batchnorm import BatchNormalization
-from steadynorm.statistics import Policy
+from steadynorm.statistics import Policy, PolicyName
 
 
 def convert(
-    model: Any, *, statistics: Policy | str | Mapping[str, Any] | None = None, **settings: Any
+    model: Any,
+    *,
+    statistics: Policy | PolicyName | Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Any:
     """A copy of a Keras model whose batch normalization layers are `BatchNormalization`.
 

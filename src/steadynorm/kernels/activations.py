@@ -173,6 +173,11 @@ class Activation(NamedTuple):
     gate: tuple[float, float] | None = None
 
 
+ActivationName = Literal[
+    "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "elu", "sigmoid", "tanh", "mish"
+]  # fmt: skip
+"""The keys of the table below, for type checkers."""
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(_relu, "either", "ReLU", gate=(0.0, math.inf)),
     "relu6": Activation(_relu6, "either", "ReLU6", gate=(0.0, 6.0)),

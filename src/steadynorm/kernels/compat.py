@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 
 # Export from compilation: public since 2.7.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -54,6 +55,16 @@ def is_traced() -> bool:
 def has_saved_tensor_hooks() -> bool:
     """Whether saved tensors pass through hooks."""
     return _saved_hooks(True) is not None
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks run at the call of every module; torch 2.7 has no function that tells."""
+    return bool(
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

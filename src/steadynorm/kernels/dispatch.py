@@ -14,7 +14,7 @@ from steadynorm.kernels.cpu.backend import CPU
 from steadynorm.kernels.reference.closed_form import REFERENCE
 from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Backend, Call
-from steadynorm.statistics import Frozen, Policy, Steady, policy_from
+from steadynorm.statistics import Frozen, Policy, PolicyName, Steady, policy_from
 
 BACKENDS: tuple[Backend, ...] = (TRACED, ATEN, CPU, REFERENCE)
 """In order of preference; the last takes every call."""
@@ -69,7 +69,7 @@ def explain(
     training: bool = True,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
-    statistics: Policy | str = "batch",
+    statistics: Policy | PolicyName = "batch",
     activation: str | None = None,
     numerics: str = "device",
 ) -> Choice:

@@ -48,11 +48,13 @@ def convert(
 ) -> None:
     """Turn every batch norm of a model into ours, and say what changed."""
     from steadynorm.models.convert import convert as convert_model
+    from steadynorm.statistics import policy_from
 
     with errors_in_one_line("convert"):
+        policy = None if statistics is None else policy_from(statistics)
         loaded, example_inputs = _load(model, weights), _example(data)
         result, changes = convert_model(
-            loaded, statistics, fuse, to=to, example_inputs=example_inputs, inplace=True
+            loaded, policy, fuse, to=to, example_inputs=example_inputs, inplace=True
         )
         typer.echo(changes)
         _write(result, out)

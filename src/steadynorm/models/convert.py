@@ -29,6 +29,7 @@ from steadynorm.statistics import (
     Batch,
     Frozen,
     Policy,
+    PolicyName,
     RunningStatistics,
     Steady,
     batches_seen,
@@ -42,7 +43,7 @@ FUSED_TOLERANCE = 1e-7  # float64: two thousand times what rounding made of any 
 
 def convert(
     model: Model,
-    statistics: Policy | str | None = None,
+    statistics: Policy | PolicyName | None = None,
     fuse: bool = True,
     synchronize: Synchronize | None = None,
     *,

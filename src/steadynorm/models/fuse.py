@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
+from steadynorm.kernels.compat import has_global_hooks
 from steadynorm.models import rewrite
 from steadynorm.models.changes import Change, Changes
 from steadynorm.models.layers import ACTIVATIONS, DROPOUTS, activation_name, hooked, is_host, named
@@ -70,7 +70,7 @@ class Fused:
 
         `norm` may be a sequence that ends in a batch norm; `order` is how the sum was written.
         """
-        merges = not _has_any_global_hook()
+        merges = not has_global_hooks()
         while merges and (parts := _sequence(norm)) and not hooked(norm):
             for module in parts[:-1]:
                 x = module(x)
@@ -170,7 +170,7 @@ def fused_class(kind: Any, sites: frozenset[rewrite.Site]) -> Any:
 
 def _run_in_order(self: Any, input: Any) -> Any:
     """The forward of `nn.Sequential`, a batch norm with the activation after it."""
-    modules = list(self._modules.values()) if _has_any_global_hook() else _doing(self)
+    modules = list(self._modules.values()) if has_global_hooks() else _doing(self)
     value = input
     at = 0
     while at < len(modules):

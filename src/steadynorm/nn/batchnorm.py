@@ -10,10 +10,11 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import is_lazy
 
+from steadynorm.kernels.activations import ActivationName
 from steadynorm.nn import checks
 from steadynorm.nn.functional import batch_norm
 from steadynorm.nn.synchronize import Synchronize
-from steadynorm.statistics import Policy
+from steadynorm.statistics import Policy, PolicyName
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -64,8 +65,8 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        statistics: Policy | str = "batch",
-        activation: str | None = None,
+        statistics: Policy | PolicyName = "batch",
+        activation: ActivationName | None = None,
         synchronize: Synchronize = False,
         nonfinite: str = "propagate",
         numerics: str = "device",
@@ -76,8 +77,8 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
     def _set(
         self,
         drops_bias: bool,
-        statistics: Policy | str,
-        activation: str | None,
+        statistics: Policy | PolicyName,
+        activation: ActivationName | None,
         synchronize: Synchronize,
         nonfinite: str,
         numerics: str,
@@ -134,7 +135,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         *,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
-        activation: str | None = None,
+        activation: ActivationName | None = None,
     ) -> Tensor:
         """Normalize `input`; see the class. `activation`: for this call, if the layer has none."""
         if input.ndim not in self._axes:
@@ -334,8 +335,8 @@ class _Lazy(_LazyNormBase, SteadyNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        statistics: Policy | str = "batch",
-        activation: str | None = None,
+        statistics: Policy | PolicyName = "batch",
+        activation: ActivationName | None = None,
         synchronize: Synchronize = False,
         nonfinite: str = "propagate",
         numerics: str = "device",

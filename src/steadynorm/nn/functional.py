@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels import dispatch
-from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.activations import ACTIVATIONS, ActivationName
 from steadynorm.kernels.checks import activation_name, nonfinite_name, numerics_name
 from steadynorm.kernels.spec import Call, Memory, statistics_dtype
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, Terms, process_group
 from steadynorm.nn.training import TrainingStep
-from steadynorm.statistics import Batch, Frozen, Ghost, Policy, policy_from
+from steadynorm.statistics import Batch, Frozen, Ghost, Policy, PolicyName, policy_from
 
 BATCH = Batch()
 
@@ -33,8 +33,8 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     num_batches_tracked: Tensor | None = None,
-    statistics: Policy | str = BATCH,
-    activation: str | None = None,
+    statistics: Policy | PolicyName = BATCH,
+    activation: ActivationName | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     synchronize: Synchronize = False,

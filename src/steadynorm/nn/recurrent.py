@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from steadynorm.nn import checks
 from steadynorm.nn.steps import StepNorm
-from steadynorm.statistics import Policy, one_way, policy_from
+from steadynorm.statistics import Policy, PolicyName, one_way, policy_from
 
 State = tuple[Tensor, Tensor]
 
@@ -76,7 +76,7 @@ class BatchNormLSTMCell(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         max_length: int,
-        statistics: Policy | str = "batch",
+        statistics: Policy | PolicyName = "batch",
         gain: float = 0.1,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -243,7 +243,7 @@ class BatchNormLSTM(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         max_length: int,
-        statistics: Policy | str = "batch",
+        statistics: Policy | PolicyName = "batch",
         gain: float = 0.1,
         initial_noise: float = 0.0,
         eps: float = 1e-5,

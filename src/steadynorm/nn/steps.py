@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from steadynorm.kernels import compat, dispatch
+from steadynorm.kernels.activations import ActivationName
 from steadynorm.kernels.spec import Call
 from steadynorm.nn import recomputation
 from steadynorm.nn.batchnorm import BatchNorm1d
@@ -20,6 +21,7 @@ from steadynorm.statistics import (
     Moments,
     Normalizer,
     Policy,
+    PolicyName,
     RunningStatistics,
     batches_seen,
     of_running,
@@ -39,7 +41,7 @@ class TimeStep(BatchNorm1d):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         *,
-        activation: str | None = None,
+        activation: ActivationName | None = None,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -81,7 +83,7 @@ class StepNorm(_NormBase):
         bias: bool,
         eps: float,
         momentum: float | None,
-        statistics: Policy | str,
+        statistics: Policy | PolicyName,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

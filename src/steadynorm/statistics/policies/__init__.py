@@ -6,6 +6,8 @@ before this batch: what normalizes (`normalizer`), and what is kept (`update`). 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from steadynorm.statistics.policies.base import Context, Policy
 from steadynorm.statistics.policies.batch import Batch
 from steadynorm.statistics.policies.frozen import Frozen
@@ -20,12 +22,16 @@ __all__ = [
     "Frozen",
     "Ghost",
     "Policy",
+    "PolicyName",
     "Renorm",
     "Running",
     "Steady",
     "one_way",
     "policy_from",
 ]
+
+PolicyName = Literal["batch", "steady", "running", "renorm", "ghost", "frozen"]
+"""The keys of the table below, for type checkers."""
 
 POLICIES: dict[str, type[Policy]] = {
     kind.__name__.lower(): kind for kind in (Batch, Steady, Running, Renorm, Ghost, Frozen)

@@ -13,6 +13,7 @@ from steadynorm.evidence.digits import Digits, load
 from steadynorm.evidence.tour.demo import Demo, DemoResult, Outcomes, TourOptions
 from steadynorm.evidence.workers import Job
 from steadynorm.report.page import Table
+from steadynorm.statistics import policy_from
 
 Step = Callable[[Any, Any], float]
 Predict = Callable[[Any], Any]
@@ -123,7 +124,8 @@ def _keras(arm: str, inputs: int, rate: float, seed: int) -> tuple[Step, Predict
     def norm() -> Any:
         if arm == ARMS[0]:
             return keras.layers.BatchNormalization(momentum=MOMENTUM)
-        return BatchNormalization(momentum=MOMENTUM, statistics=arm.rpartition(" ")[2])
+        policy = policy_from(arm.rpartition(" ")[2])
+        return BatchNormalization(momentum=MOMENTUM, statistics=policy)
 
     keras.utils.set_random_seed(seed)
     model = keras.Sequential([keras.Input((inputs,))])
@@ -151,8 +153,8 @@ def _jax(arm: str, inputs: int, rate: float, seed: int) -> tuple[Step, Predict]:
     def norm(width: int) -> Any:
         if arm == ARMS[0]:
             return nnx.BatchNorm(width, momentum=MOMENTUM, rngs=rngs)
-        statistics = arm.rpartition(" ")[2]
-        return BatchNorm(width, momentum=MOMENTUM, statistics=statistics, rngs=rngs)
+        policy = policy_from(arm.rpartition(" ")[2])
+        return BatchNorm(width, momentum=MOMENTUM, statistics=policy, rngs=rngs)
 
     layers: list[Any] = []
     for width in WIDTHS:
