@@ -24,6 +24,7 @@ SLOW = (
     "nn/test_compile.py",
     "nn/test_distributed_wrappers.py",
     "nn/test_export.py",
+    "nn/test_gradient_memory_compiled.py",
     "nn/test_recurrent.py",
     "nn/test_synchronize.py",
     "report/test_browser.py",

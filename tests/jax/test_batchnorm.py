@@ -216,3 +216,25 @@ def advance(x: jax.Array, state: Any, _: None) -> tuple[Any, None]:
     layer = nnx.merge(nnx.graphdef(BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0))), state)
     layer(x)
     return nnx.state(layer), None
+
+
+def test_steady_is_one_way_and_says_so() -> None:
+    """No state leaves a backward pass in JAX: `window` is as None, in value and gradient."""
+    layers = [
+        BatchNorm(3, statistics=sn.Steady(prior=16, window=window), rngs=nnx.Rngs(0))
+        for window in (16, None)
+    ]
+    for seed in range(3):
+        x, grad = draw(2, 5, 3, seed=seed), draw(2, 5, 3, seed=seed + 9)
+        found, expected = (
+            nnx.value_and_grad(lambda layer, x, g=grad: (layer(x) * g).sum(), argnums=(0, 1))(
+                layer, x
+            )
+            for layer in layers
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    close(nnx.state(layers[0]), nnx.state(layers[1]))
+    assert "one-way='JAX keeps no memory of the gradient'" in repr(layers[0])
+    assert "one-way" not in repr(layers[1])
+    y, _ = sn.jax.batch_norm(x, sn.jax.initial_state(3), statistics=sn.Steady(window=16))
+    assert y.shape == x.shape

@@ -123,6 +123,64 @@ def test_values_gradients_and_statistics_are_right(policy: str, masked: bool) ->
     np.testing.assert_allclose(np.moveaxis(y, axis, 1), expected.y, atol=3e-6)
 
 
+TWO_WAY = sn.Steady(prior=16, horizon=64, window=16)
+
+
+def start(policy: sn.Steady, shape: tuple[int, ...], axis: int) -> tuple[Layer, Any, Any]:
+    """A layer, and its running statistics and parameters for the truth."""
+    layer = built(BatchNormalization, shape, axis=axis, statistics=policy, activation="tanh")
+    gamma, beta, mean, var, *_ = layer.get_weights()
+    setting = truth.Setting(gamma, beta, "tanh", 0.01, 1e-3, unbiased=False)
+    return layer, truth.Running(mean, var, 7), setting
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_memory_of_the_gradient_on_torch_and_one_way_elsewhere(masked: bool) -> None:
+    """Ten steps; one-way is `window=None`, and the layer says so."""
+    two_way = BACKEND == "torch"
+    shape, axis = SHAPES["first"]
+    layer, running, setting = start(TWO_WAY, shape, axis)
+    policy = TWO_WAY if two_way else sn.Steady(prior=16, horizon=64, window=None)
+    memory = np.zeros((2, 3)) if two_way else None
+    for step in range(10):
+        x, grad = 2 * draw(*shape, seed=2 * step) + 1, draw(*shape, seed=2 * step + 1)
+        mask = draw(*np.delete(shape, axis), seed=99 + step) < 0.5 if masked else None
+        right = truth.train(x, policy, running, setting, mask=mask, grad=grad, memory=memory)
+        assert right.running is not None
+        running, memory = right.running, right.memory
+        dx, *_ = gradients(layer, x, grad, **({} if mask is None else {"mask": mask}))
+        np.testing.assert_allclose(dx, right.dx, atol=1e-5)
+        if two_way:
+            np.testing.assert_allclose(array(layer.gradient_memory.value), memory, atol=1e-5)
+    why = f"one-way: Keras on {BACKEND} keeps no memory of the gradient"
+    assert (why in repr(layer)) is not two_way
+    assert layer.get_config()["statistics"]["window"] == 16
+    assert len(layer.get_weights()) == 4
+    layer.set_weights(layer.get_weights())
+    assert layer.gradient_memory is None or not array(layer.gradient_memory.value).any()
+
+
+def test_the_memory_moves_once_for_a_forward() -> None:
+    if BACKEND != "torch":
+        return  # the test above says that there is none
+    shape, axis = SHAPES["2d"]
+    x, grad = (
+        ops.convert_to_tensor(draw(*shape)).requires_grad_(),
+        ops.convert_to_tensor(draw(*shape, seed=1)),
+    )
+    layer, alone = (start(TWO_WAY, shape, axis)[0] for _ in range(2))
+    y = layer(x, training=True)
+    y.backward(grad, retain_graph=True)
+    first, moved = array(x.grad), array(layer.gradient_memory.value)
+    assert moved.any()
+    x.grad = None
+    y.backward(grad)
+    np.testing.assert_array_equal(array(x.grad), first)
+    np.testing.assert_array_equal(array(layer.gradient_memory.value), moved)
+    alone(x.detach(), training=True)  # a forward without a backward
+    assert not array(alone.gradient_memory.value).any()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"axis": 1, "momentum": 0.5, "epsilon": 1e-5}, {"scale": False}, {"center": False}],

@@ -53,9 +53,10 @@ def test_the_kernels_run_and_agree_with_eager(policy, activation, residual, mask
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("remembers", [False, True], ids=["one-way", "two-way"])
 @pytest.mark.parametrize("groups", [None, [2, 4]])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_the_operators_are_what_torch_library_asks_of_them(activation, groups):
+def test_the_operators_are_what_torch_library_asks_of_them(activation, groups, remembers):
     """Schemas, aliases, fake results, and gradients under compilation."""
     torch.manual_seed(4)
     x, residual = (torch.randn(SHAPE, requires_grad=True) for _ in range(2))
@@ -65,14 +66,17 @@ def test_the_operators_are_what_torch_library_asks_of_them(activation, groups):
         torch.library.opcheck(torch.ops.steadynorm.measure, (x.detach(), valid, groups))
         count, (mean, var, low) = torch.ops.steadynorm.measure(x.detach(), valid, groups)
         one = torch.ones_like(mean)
-        normalizer = torch.stack([mean, low, var, one, 0 * one, one])
+        parts, memory = [mean, low, var, one, 0 * one, one], None
+        if remembers:
+            parts, memory = [*parts[:5], 0.3 * one, 0.2 * one], torch.rand(2, *mean.shape)
+        normalizer = torch.stack(parts)
         batch = torch.stack([count.expand_as(mean), mean, var, low])
         settings = (1e-5, activation, groups)
-        given = (x, weight, bias, residual, valid, normalizer, batch, *settings)
+        given = (x, weight, bias, residual, valid, normalizer, batch, memory, *settings)
         torch.library.opcheck(torch.ops.steadynorm.apply, given)
         y = torch.ops.steadynorm.apply(*given).detach()
         detached = (t.detach() for t in (torch.randn(SHAPE), x, weight, bias, residual))
         torch.library.opcheck(
             torch.ops.steadynorm.gradients,
-            (*detached, valid, y, normalizer, batch, *settings, activation is not None),
+            (*detached, valid, y, normalizer, batch, memory, *settings, activation is not None),
         )

@@ -18,7 +18,6 @@ from steadynorm.statistics import (
     coefficients,
     gradient_coefficients,
     gradient_factors,
-    one_way,
     remember,
     with_memory,
 )
@@ -215,10 +214,5 @@ def test_policies_with_and_without_a_memory() -> None:
     assert Steady(window=16).gradient_rate(16) == 0.5
     assert Steady().gradient_rate(16) is None
     assert repr(Steady(window=4)) == "Steady(prior=4.0, horizon=640, window=4)"
-    assert one_way(Batch(), "BatchNorm") == Batch()
-    with pytest.raises(ValueError) as caught:
-        one_way(Steady(window=4), "BatchNorm")
-    assert str(caught.value) == (
-        "BatchNorm: statistics=Steady(prior=4.0, horizon=640, window=4) needs a memory of the "
-        "gradient, which is not kept here. Use sn.Steady(window=None)."
-    )
+    assert Batch().one_way() == Batch()
+    assert Steady(8, 320, 4).one_way() == Steady(8, 320, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import reprlib
 from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes, initializers
 from jax import Array
@@ -19,7 +20,7 @@ from steadynorm.jax import checks
 from steadynorm.jax.functional import batch_norm
 from steadynorm.kernels.activations import ActivationName
 from steadynorm.kernels.checks import activation_name, nonfinite_name
-from steadynorm.statistics import Policy, PolicyName, RunningStatistics, one_way, policy_from
+from steadynorm.statistics import Policy, PolicyName, RunningStatistics, policy_from
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -55,7 +56,8 @@ class BatchNorm(nnx.BatchNorm):
         scale_metadata: metadata of the scale.
         statistics: `sn.Batch()`, `sn.Steady()`, `sn.Running()`, `sn.Renorm()`, `sn.Ghost()`,
             `sn.Frozen()`, or a lower-case name. A policy that asks how many batches were seen adds
-            one variable, `num_batches_tracked`; the default adds none.
+            one variable, `num_batches_tracked`; the default adds none. `Steady` is one-way here, as
+            with `window=None`: nothing but gradients leaves a backward pass in JAX.
         activation: one that runs inside the layer, by name, or None.
         nonfinite: "skip" keeps batches with NaN or infinity out of the running statistics.
 
@@ -125,11 +127,16 @@ class BatchNorm(nnx.BatchNorm):
             bias_metadata=bias_metadata,
             scale_metadata=scale_metadata,
         )
-        self.statistics = one_way(policy_from(statistics), type(self).__name__)
+        self.statistics = policy_from(statistics)
         self.activation = activation
         self.nonfinite = nonfinite
         if self.statistics.counts_batches:
             self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        yield from super().__nnx_repr__()
+        if self.statistics.one_way() != self.statistics:
+            yield reprlib.Attr("one-way", "JAX keeps no memory of the gradient")
 
     def __call__(
         self,

@@ -32,7 +32,6 @@ from steadynorm.statistics import (
     gradient_coefficients,
     gradient_factors,
     of_running,
-    one_way,
     parameter_gradients,
     policy_from,
     step,
@@ -131,7 +130,8 @@ def batch_norm(
         axis: the channel axis.
         momentum: weight of the old average.
         epsilon: added to the variance.
-        statistics: a policy or its lower-case name.
+        statistics: a policy or its lower-case name. `Steady` is one-way here, as with
+            `window=None`: nothing but gradients leaves a backward pass in JAX.
         activation: None, or one of relu, relu6, leaky_relu (slope 0.01), silu, gelu (exact),
             hardswish, elu, sigmoid, tanh, mish.
         residual: of x's shape; added before the activation.
@@ -173,7 +173,7 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the policies name theirs.
     """
-    policy = one_way(policy_from(statistics), owner)
+    policy = policy_from(statistics).one_way()
     activation_name(activation, owner)
     nonfinite_name(nonfinite, owner)
     checks.momentum_range(momentum, owner)

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from steadynorm.keras.arrays import reference, xp
+from steadynorm.keras.gradient_memory import GradientMemoryOfLayer, Seen
 from steadynorm.keras.replica_context import replica_context
 from steadynorm.kernels.checks import nonfinite_name, residual_shape
 from steadynorm.kernels.reference import Groups
@@ -28,7 +29,6 @@ from steadynorm.statistics import (
     coefficients,
     of_batch,
     of_running,
-    one_way,
     policy_from,
     step,
     usable,
@@ -62,7 +62,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             default process group. With JAX the batch is that of all devices in any case.
         statistics: `sn.Batch()`, `sn.Steady()`, `sn.Running()`, `sn.Renorm()`, `sn.Ghost()`,
             `sn.Frozen()`, or a lower-case name. A policy that asks how many batches were seen adds
-            one variable, `num_batches_tracked`, which is saved but is none of `weights`.
+            one variable, `num_batches_tracked`, which is saved but is none of `weights`. The memory
+            of the gradient of `Steady(window=...)` is kept on the torch backend; on the others
+            `Steady` is one-way, as with `window=None`, since no state leaves their backward pass.
         activation: one that runs inside the layer: whatever `keras.activations.get` takes, with
             Keras's meaning ("leaky_relu" has slope 0.2 there), or None.
         nonfinite: "skip" keeps batches with NaN or infinity out of the moving statistics.
@@ -124,6 +126,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         self.activation = None if activation is None else keras.activations.get(activation)
         self.nonfinite = nonfinite
         self.num_batches_tracked: Any = None
+        self.gradient_memory: GradientMemoryOfLayer | None = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the weights: Keras's, and the number of batches where the policy asks for it."""
@@ -137,6 +140,20 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 trainable=False,
                 autocast=False,
             )
+        self._forget_gradient()
+
+    def _forget_gradient(self) -> None:
+        if keras.config.backend() == "torch" and self.statistics.gradient_rate(1) is not None:
+            channels = self.moving_mean.shape[0]
+            self.gradient_memory = GradientMemoryOfLayer(ops.zeros((2, channels), "float32"))
+
+    def __repr__(self) -> str:
+        shown: str = super().__repr__()
+        one_way = self.statistics.one_way()
+        if self.statistics == one_way or keras.config.backend() == "torch":
+            return shown
+        why = f"one-way: Keras on {keras.config.backend()} keeps no memory of the gradient"
+        return f"{shown[:-1]}, statistics={self.statistics!r}, {why}>"
 
     @property
     def weights(self) -> list[Any]:
@@ -164,12 +181,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if training and self.trainable and not isinstance(self.statistics, Frozen):
             if mask is not None:
                 mask = _expanded(mask, inputs, axis)
-            normalizer, groups = self._train(x, axis, mask)
+            normalizer, groups, seen = self._train(x, axis, mask)
         else:
-            normalizer, groups = of_running(self._running(dtype)), None
+            normalizer, groups, seen = of_running(self._running(dtype)), None, None
         gamma, beta = (None if w is None else ops.cast(w, dtype) for w in (self.gamma, self.beta))
         affine = coefficients(normalizer, gamma, beta, self.epsilon)
         y = reference.apply(x, *affine[:3], axis=axis, residual=residual, groups=groups)
+        if seen is not None and self.gradient_memory is not None:
+            y = self.gradient_memory.joined(y, x, affine, seen, axis, mask)
         return ops.cast(y if self.activation is None else self.activation(y), self.compute_dtype)
 
     def _running(self, dtype: str) -> RunningStatistics:
@@ -181,11 +200,20 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         )
         return running._replace(batches=batches_seen(running, xp=xp))
 
-    def _train(self, x: Tensor, axis: int, mask: Tensor | None) -> tuple[Normalizer, Groups]:
-        """What normalizes a batch, with gradient, and in which groups; moves the statistics."""
+    def _train(
+        self, x: Tensor, axis: int, mask: Tensor | None
+    ) -> tuple[Normalizer, Groups, Seen | None]:
+        """What normalizes a batch, with gradient, and in which groups; moves the statistics.
+
+        And what the memory of the gradient has to know of the batch, where there is one.
+        """
+        remembers = self.gradient_memory is not None
         groups = self._groups(x, axis)
         live = reference.moments(x, axis=axis, mask=mask, groups=groups)
         samples = xp.size(x, (0,)) if len(x.shape) > 1 else 1
+        if remembers and mask is not None and axis != 0:
+            valid = ops.any(ops.reshape(mask, (mask.shape[0], -1)), axis=1)
+            samples = ops.sum(ops.cast(valid, x.dtype))
         replicas = replica_context() if self.synchronized and groups is None else None
         if replicas is not None:
             live, samples = replicas.pool(live, samples)
@@ -195,7 +223,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         running = self._running(keras.backend.standardize_dtype(x.dtype))
         context = Context(samples, 1 - self.momentum, self.epsilon, xp, unbiased=False)
         skip_nonfinite = self.nonfinite == "skip"
-        policy = _KerasRenorm(self) if self.renorm else self.statistics
+        policy = self.statistics if remembers else self.statistics.one_way()
+        policy = _KerasRenorm(self) if self.renorm else policy
         normalizer, after = step(policy, batch, running, context, skip_nonfinite=skip_nonfinite)
         if self.renorm:
             self._move(usable(batch, skip_nonfinite=skip_nonfinite, xp=xp), batch)
@@ -204,7 +233,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             self.moving_variance.assign(ops.cast(after.var, self.moving_variance.dtype))
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.assign(ops.cast(after.batches, "int32"))
-        return attach(normalizer, batch, live), groups
+        seen = None
+        if remembers:
+            seen = Seen(batch, normalizer, self.statistics.gradient_rate(samples), replicas)
+        return attach(normalizer, batch, live), groups, seen
 
     def _move(self, usable: Tensor, batch: Moments) -> None:
         """Move the five moving statistics of `renorm=True`, by Keras's own rule."""
@@ -248,6 +280,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if self.num_batches_tracked is not None and len(values) == len(self.weights):
             values[str(len(values))] = np.int32(0)  # beside trained statistics it reads as many
         super().load_own_variables(values)
+        self._forget_gradient()
 
     def set_weights(self, weights: list[Any]) -> None:
         """Set the weights that Keras's layer has, and the count of batches where it is given."""
@@ -257,6 +290,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             count.assign(weights[-1] if given else np.int32(0))
             weights = weights[:-1] if given else weights
         super().set_weights(weights)
+        self._forget_gradient()
 
 
 class _KerasRenorm(Policy):
@@ -282,7 +316,7 @@ class _KerasRenorm(Policy):
 def _policy(statistics: Policy | PolicyName | Mapping[str, Any]) -> Policy:
     """A policy from itself, its name, or a configuration."""
     if not isinstance(statistics, Mapping):
-        return one_way(policy_from(statistics), "BatchNormalization")
+        return policy_from(statistics)
     settings = dict(statistics)
     return type(policy_from(settings.pop("policy", None)))(**settings)
 

@@ -102,7 +102,9 @@ def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
     assert saved.batch is not None
     x, known, normalizer = saved.x, saved.coefficients, saved.normalizer
     with torch.no_grad():
-        sums: tuple[Tensor, ...] = reference.reduce_grad(grad.detach(), x, *known[:3])
+        sums: tuple[Tensor, ...] = reference.reduce_grad(
+            grad.detach(), x, *known[:3], groups=saved.groups
+        )
         if saved.replicas is not None:
             sums = saved.replicas.sum(torch.stack(sums)).unbind()
         memory = saved.memory.follow(normalizer, saved.batch, known.rho, *sums)
@@ -110,7 +112,7 @@ def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
     known = coefficients_of(normalizer, x, saved.weight, None, saved.eps)
     nothing = GradientCoefficients(0.0, 0.0)
     slope, constant = with_memory(nothing, memory, normalizer, known.scale, known.rho)
-    part: Tensor = reference.apply(x, known.center, slope, constant)
+    part: Tensor = reference.apply(x, known.center, slope, constant, groups=saved.groups)
     return part if saved.mask is None else torch.where(saved.mask.unsqueeze(1), part, 0)
 
 
@@ -125,12 +127,12 @@ class Traced(Backend):
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y, by operators that keep the kernels whole where compiled code may call these."""
-        if call.memory is not None:
+        if call.memory is not None and not _may_remember(call):
             raise NotImplementedError(
                 f"statistics={call.policy!r} keeps a memory that moves in the backward pass, which "
-                f"torch.compile, torch.func, forward mode and export do not follow. Use "
-                f"sn.Steady(window=None), or take the layer out of the compiler: "
-                f"layer.forward = torch.compiler.disable(layer.forward)."
+                f"torch.func, forward mode, torch.jit.trace, and `synchronize` under torch.compile "
+                f"do not follow. Use sn.Steady(window=None); or, if it is compiled, take the layer "
+                f"out: layer.forward = torch.compiler.disable(layer.forward)."
             )
         x, measured = call.x, not call.by_running
         if call.by_running and _is_exported():
@@ -145,7 +147,7 @@ class Traced(Backend):
         batch, normalizer = call.decide(None if live is None else _constant(live))
         saved = Saved(
             x, call.weight, call.bias, call.residual, call.mask, None, None, batch, normalizer,
-            None, call.eps, call.activation, call.groups, call.replicas, None,
+            None, call.eps, call.activation, call.groups, call.replicas, None, call.memory,
         )  # fmt: skip
         live = None if by_operators or live is None else _live(saved, live)
         y = operators.apply(saved) if by_operators else _differentiable(saved, live)
@@ -158,6 +160,12 @@ TRACED = Traced()
 def by_device(call: Call) -> bool:
     """Whether the call is one of PyTorch's operator and its device's numerics will do."""
     return call.basic and not call.exact and not call.x.is_cpu and call.x.numel() > 0
+
+
+def _may_remember(call: Call) -> bool:
+    """Whether the operator, whose backward moves the memory, can stand for the call."""
+    compiled = torch.compiler.is_compiling() and not compat.is_transforming()
+    return compiled and call.replicas is None
 
 
 def _is_exported() -> bool:

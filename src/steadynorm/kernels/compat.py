@@ -67,6 +67,27 @@ def has_global_hooks() -> bool:
     )
 
 
+def is_recomputed_when_compiled() -> bool:
+    """Whether the operator being traced lies in a region under activation checkpointing."""
+    from torch.fx.traceback import current_meta
+    from torch.utils.checkpoint import CheckpointPolicy as Policy
+
+    again = (Policy.PREFER_RECOMPUTE, Policy.MUST_RECOMPUTE)
+    return current_meta.get("recompute") in again
+
+
+def leave_unchecked(saved: Any) -> None:
+    """Let a compiled graph save a tensor that may change before its backward.
+
+    As autograd does with what stands in `ctx` itself. torch before 2.13 cannot: there a backward
+    fails, with autograd's own error, if another one has come between it and its forward.
+    """
+    from torch.fx.experimental import proxy_tensor
+
+    for proxy in getattr(proxy_tensor, "_get_proxies", lambda _: ())(saved):
+        proxy.node.meta["saved_tensor_with_no_vc_check"] = True
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its own look for transforms, which the caller has ruled out.
 

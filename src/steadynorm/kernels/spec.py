@@ -74,10 +74,18 @@ class Memory:
     same forward start from where the first did, and so give the same for the same gradient.
     """
 
-    def __init__(self, state: Tensor) -> None:
+    def __init__(self, state: Tensor, rate: Any = None) -> None:
         self.state = state
-        self.rate: Any = None  # of this batch; known once the call has decided
+        self.rate = rate  # of this batch; known once the call has decided
         self.before: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """What is remembered now."""
+        return self.state
+
+    def write(self, after: Tensor) -> None:
+        """Remember this from now on."""
+        self.state.copy_(after)
 
     def follow(
         self,
@@ -90,11 +98,11 @@ class Memory:
         """The memory after this backward pass, by its sums over all replicas."""
         first = self.before is None
         if self.before is None:
-            self.before = self.state.to(rho.dtype, copy=True)
+            self.before = self.read().to(rho.dtype, copy=True)
         memory = GradientMemory(*self.before.unbind())
         memory = remember(memory, self.rate, normalizer, batch, rho, sum_grad, sum_grad_x, xp=torch)
         if first:
-            self.state.copy_(torch.stack(memory))
+            self.write(torch.stack(memory))
         return memory
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from steadynorm.nn import checks
 from steadynorm.nn.steps import StepNorm
-from steadynorm.statistics import Policy, PolicyName, one_way, policy_from
+from steadynorm.statistics import Policy, PolicyName
 
 State = tuple[Tensor, Tensor]
 
@@ -97,11 +97,7 @@ class BatchNormLSTMCell(nn.Module):
             self.bias: nn.Parameter | None = nn.Parameter(torch.empty(4 * hidden_size, **made))
         else:
             self.register_parameter("bias", None)
-        made |= {
-            "eps": eps,
-            "momentum": momentum,
-            "statistics": one_way(policy_from(statistics), owner),
-        }
+        made |= {"eps": eps, "momentum": momentum, "statistics": statistics}
         self.input_norm = StepNorm(4 * hidden_size, max_length, gain, bias=False, **made)
         self.hidden_norm = StepNorm(4 * hidden_size, max_length, gain, bias=False, **made)
         self.cell_norm = StepNorm(hidden_size, max_length, gain, bias=True, **made)

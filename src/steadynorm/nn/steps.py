@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from steadynorm.kernels import compat, dispatch
 from steadynorm.kernels.activations import ActivationName
-from steadynorm.kernels.spec import Call
+from steadynorm.kernels.spec import Call, Memory
 from steadynorm.nn import recomputation
 from steadynorm.nn.batchnorm import BatchNorm1d
 from steadynorm.nn.functional import batch_norm
@@ -62,13 +62,14 @@ class TimeStep(BatchNorm1d):
             mask=mask,
             synchronize=self.synchronize,
             nonfinite=self.nonfinite,
+            gradient_memory=self._buffers.get("gradient_memory") if self.training else None,
             numerics=self.numerics,
             owner=type(self).__name__,
         )
 
 
 class StepNorm(_NormBase):
-    """Batch normalization with statistics for each of `max_length` time steps.
+    """Batch normalization with statistics, and memories, for each of `max_length` time steps.
 
     Steps from `max_length` on use the last one's. In inference so do steps that no training batch
     has reached: they use those of the last step that was reached.
@@ -187,6 +188,20 @@ def _settings(step: Any) -> tuple[Any, ...]:
     return step.statistics, step.training, step.momentum, step.eps, step.numerics
 
 
+class _MemoryOfSteps(Memory):
+    """The memories of all time steps, (2, T, C)."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        self.states = [step.gradient_memory for step in steps]
+        super().__init__(self.states[0])
+
+    def read(self) -> Tensor:
+        return torch.stack(self.states, 1)
+
+    def write(self, after: Tensor) -> None:
+        torch._foreach_copy_(self.states, list(after.unbind(1)))
+
+
 class _AllSteps(Call):
     """Every time step is a group of samples with running statistics of its own."""
 
@@ -200,7 +215,11 @@ class _AllSteps(Call):
         training: bool,
     ) -> None:
         policy = steps[0].statistics if training else None
-        super().__init__(x, weight, bias, policy=policy, eps=steps[0].eps, groups=sizes)
+        remembers = policy is not None and policy.gradient_rate(1) is not None
+        memory = _MemoryOfSteps(steps) if remembers else None
+        super().__init__(
+            x, weight, bias, policy=policy, eps=steps[0].eps, groups=sizes, memory=memory
+        )
         self.steps = steps
 
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
@@ -219,6 +238,8 @@ class _AllSteps(Call):
         if first.statistics.counts_batches:
             running = running._replace(batches=batches_seen(running, xp=torch, rows=True))
         context = Context(samples, first.momentum, first.eps, torch)
+        if self.memory is not None:
+            self.memory.rate = first.statistics.gradient_rate(samples)
         batch = batch._replace(count=samples)
         normalizer, after = step(first.statistics, batch, running, context)
         if after is not None:

@@ -82,7 +82,7 @@ class TrainingStep(Call):
         dtype = statistics_dtype(self.x)
         if torch.compiler.is_compiling() and not compat.is_exporting():
             mean, var, *rest = recomputation.snapshot(
-                [mean, var] if batches is None else [mean, var, batches]
+                [mean, var] if batches is None else [mean, var, batches], policy.needs_running
             )
             batches = rest[0] if rest else None
         elif batches is not None and batches.is_cpu and not compat.is_traced():

@@ -30,7 +30,6 @@ from steadynorm.statistics.policies import (
     Renorm,
     Running,
     Steady,
-    one_way,
     policy_from,
 )
 from steadynorm.statistics.running import (
@@ -79,7 +78,6 @@ __all__ = [
     "new_batch_weight",
     "of_batch",
     "of_running",
-    "one_way",
     "parameter_gradients",
     "policy_from",
     "pool",

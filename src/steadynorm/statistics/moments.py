@@ -24,6 +24,11 @@ class Moments(NamedTuple):
     mean_low: Array
 
 
+def is_number(value: Array) -> bool:
+    """Whether it is a plain number, or a tracer's symbol for one, and no array."""
+    return isinstance(value, int | float) or not hasattr(value, "shape")
+
+
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """The rounded sum `a + b` and exactly what the rounding lost (Knuth's TwoSum)."""
     total = a + b

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-from steadynorm.statistics.moments import Array, Moments, difference, two_sum
+from steadynorm.statistics.moments import Array, Moments, difference, is_number, two_sum
 
 
 class RunningStatistics(NamedTuple):
@@ -67,7 +67,7 @@ def convert_momentum(momentum: float, source: str, target: str) -> float:
 
 def bessel(count: Array, *, xp: Any) -> Array:
     """n / (n - 1), the factor from a biased to an unbiased variance; 1 where n is 1 or less."""
-    if isinstance(count, int | float):
+    if is_number(count):
         return count / (count - 1) if count > 1 else 1.0
     one = xp.ones_like(count)
     return xp.where(count > 1, count / xp.where(count > 1, count - 1, one), one)
@@ -92,11 +92,11 @@ def convert_variance(var: Array, count: Array, source: str, target: str, *, xp: 
 
 def larger(a: Array, b: Array, *, xp: Any) -> Array:
     """The larger of two weights, each a number or a scalar array."""
-    if isinstance(a, int | float) and isinstance(b, int | float):
+    if is_number(a) and is_number(b):
         return max(a, b)
-    if isinstance(a, int | float):
+    if is_number(a):
         return xp.clip(b, a, math.inf)  # `where` may round a plain number to float32
-    if isinstance(b, int | float):
+    if is_number(b):
         return xp.clip(a, b, math.inf)
     return xp.maximum(a, b)
 

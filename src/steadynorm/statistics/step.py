@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from steadynorm.statistics.moments import Array, Moments
+from steadynorm.statistics.moments import Array, Moments, is_number
 from steadynorm.statistics.normalizer import Normalizer, of_running
 from steadynorm.statistics.policies.base import Context, Policy
 from steadynorm.statistics.running import RunningStatistics
@@ -21,7 +21,7 @@ def usable(batch: Moments, *, skip_nonfinite: bool, xp: Any) -> Array | bool:
     Not without a value; with counts of their own, channel by channel. With `skip_nonfinite` nowhere
     if the moments hold NaN or infinity.
     """
-    known = isinstance(batch.count, int | float)
+    known = is_number(batch.count)
     if known and batch.count == 0:
         return False
     some = True if known else batch.count > 0  # a compiler's symbol is a number, but not its test
@@ -53,7 +53,7 @@ def step(
     if keep is False:
         return idle, running
     normalizer = policy.normalizer(batch, running, context)
-    if not isinstance(batch.count, int | float):
+    if not is_number(batch.count):
         some = batch.count > 0 if len(batch.mean.shape) > 1 else xp.any(batch.count > 0)
         zero = 0 * batch.count  # `where` of two plain numbers would be float32 in torch
         normalizer = Normalizer(

@@ -26,7 +26,6 @@ __all__ = [
     "Renorm",
     "Running",
     "Steady",
-    "one_way",
     "policy_from",
 ]
 
@@ -60,16 +59,3 @@ def policy_from(value: object) -> Policy:
         f"statistics must be a policy such as sn.Steady() or its lower-case name; "
         f"got {value!r}.{hint}"
     )
-
-
-def one_way(policy: Policy, owner: str) -> Policy:
-    """The policy, for who keeps no memory of the gradient.
-
-    Raises ValueError for a policy that needs one.
-    """
-    if policy.gradient_rate(1) is not None:
-        raise ValueError(
-            f"{owner}: statistics={policy!r} needs a memory of the gradient, which is not kept "
-            f"here. Use sn.Steady(window=None)."
-        )
-    return policy

@@ -50,6 +50,10 @@ class Policy:
         """At which rate the memory of the gradient follows a batch; None where there is none."""
         return None
 
+    def one_way(self) -> Policy:
+        """The policy without a memory of the gradient, for who keeps none."""
+        return self
+
     def update(
         self, batch: Moments, running: RunningStatistics, context: Context
     ) -> RunningStatistics:

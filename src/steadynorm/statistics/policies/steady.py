@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steadynorm.statistics.moments import Array, Moments, at_least_one
 from steadynorm.statistics.normalizer import Normalizer
@@ -43,7 +43,8 @@ class Steady(Policy):
     `horizon`: how many samples the running averages span, at every batch size. It replaces
     `momentum`: 640 samples equal momentum 0.1 at batch 64.
     `window`: how many samples the memory of the gradient spans; None keeps none. Batches of one
-    and deep networks need it: `Steady(prior=16, window=16)`. Layers of PyTorch alone keep it.
+    and deep networks need it: `Steady(prior=16, window=16)`. Kept by PyTorch's layers and by
+    Keras's on torch; elsewhere `Steady` is one-way, as with None.
 
     No gradient flows through k or the δ² term. Ours; kin of Yong et al. 2020 (momentum batch
     normalization) and Schneider et al. 2020 (prior-weighted statistics); of the gradient's memory
@@ -69,7 +70,7 @@ class Steady(Policy):
             check_number("Steady", "window", self.window, low=0, strict=True)
 
     def __repr__(self) -> str:
-        window = "" if self.window is None else f", window={self.window!r}"
+        window = "" if self.window == type(self).window else f", window={self.window!r}"
         return f"Steady(prior={self.prior!r}, horizon={self.horizon!r}{window})"
 
     def normalizer(
@@ -86,6 +87,9 @@ class Steady(Policy):
     ) -> RunningStatistics:
         weight = self._weight(context.samples, self.horizon, running, context)
         return merge_average(running, batch, weight)
+
+    def one_way(self) -> Steady:
+        return replace(self, window=None)
 
     def gradient_rate(self, samples: Array) -> Array | None:
         return None if self.window is None else samples / (samples + self.window)
