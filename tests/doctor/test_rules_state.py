@@ -134,12 +134,12 @@ def test_trained_values_that_are_not_finite_have_no_line() -> None:
         (
             [1.0, 1.0, 1.0, 0.0],
             "info",
-            "running_var lies below eps = 1e-05 in 1 of 4 channels, below a hundredth of it in 1",
+            "running_var lies below eps = 1e-05 in 1 of 4 channels, below a tenth of it in 1",
         ),
         (
             [0.0, 9e-8, 1.1e-7, 1.0],
             "warning",
-            "running_var lies below eps = 1e-05 in 3 of 4 channels, below a hundredth of it in 2",
+            "running_var lies below eps = 1e-05 in 3 of 4 channels, below a tenth of it in 3",
         ),
     ],
 )

@@ -68,6 +68,11 @@ class Original:
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self.accept_buffers(b for _, held in self._bindings for b in held.values() if b is not None)
 
+    @property
+    def training(self) -> bool:
+        """Whether the model itself was in training mode."""
+        return self._modes[0][1]
+
     def accept_buffers(self, buffers: Iterable[Tensor]) -> None:
         """The values that these buffers hold now are the ones to restore from now on."""
         now = {id(b): (b, b.detach().clone()) for b in buffers if not (is_lazy(b) or b.is_meta)}

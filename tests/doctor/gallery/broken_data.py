@@ -19,6 +19,7 @@ from tests.doctor.gallery.networks import (
 )
 from tests.doctor.gallery.patient import patient, seen
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import steadynorm as sn
@@ -158,6 +159,42 @@ def _() -> Case:
 def _() -> Case:
     bright = [(images + 1.5, labels) for images, labels in batches(seed=2)]
     return Case(trained(), {**seen(None, batches()).given, "against": bright})
+
+
+class Rows(nn.Module):
+    """Reads a digit row by row."""
+
+    def __init__(self, *, told: bool = True, drop: float = 0.0, axis: int = 1) -> None:
+        super().__init__()
+        self.told, self.drop, self.axis = told, drop, axis
+        self.steps = nn.LSTM(8, 32, batch_first=True)
+        self.norm = nn.BatchNorm1d(32 if axis == 2 else 8)
+        self.out = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.steps(x[:, 0])[0].movedim(self.axis, 1)
+        rows = F.dropout(rows, self.drop, self.training if self.told else True)
+        return self.out(self.norm(rows).movedim(1, self.axis).flatten(1))
+
+
+def _rows(**settings: Any) -> Case:
+    torch.manual_seed(0)
+    return seen(fit(Rows(**settings)), batches())
+
+
+@patient("SN311", "BatchNorm1d(8) on the 8 steps of an LSTM")
+def _() -> Case:
+    return _rows()
+
+
+@patient("SN312", "F.dropout before a batch norm")
+def _() -> Case:
+    return _rows(axis=2, drop=0.5)
+
+
+@patient("SN313", "F.dropout without training=self.training")
+def _() -> Case:
+    return _rows(axis=2, drop=0.5, told=False)
 
 
 @patient("SN307", "sigmoids after batch norms whose weight has grown to 30")

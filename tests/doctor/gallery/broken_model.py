@@ -59,6 +59,12 @@ def _() -> Case:
     return seen(fit(network), batches())
 
 
+@patient("SN212", "a classifier that ends in a batch norm")
+def _() -> Case:
+    network = fresh()
+    return seen(fit(nn.Sequential(*network, nn.BatchNorm1d(10))), batches())
+
+
 class Twins(nn.Module):
     """Both halves of a picture through the same layers."""
 

@@ -17,6 +17,37 @@ from torch import nn
 import steadynorm as sn
 
 
+@patient("SN213", "fine-tuning with momentum=None after 50,000 batches")
+def _() -> Case:
+    network = trained("convolutional")
+    for norm in norms(network):
+        norm.momentum = None
+        norm.num_batches_tracked.fill_(50_000)
+    return seen(fit(network, steps=30).train(), batches())
+
+
+@patient("SN214", "torch's AveragedModel with the statistics of the last model")
+def _() -> Case:
+    network = fresh()
+    average = torch.optim.swa_utils.AveragedModel(network)
+
+    def take(step: int) -> None:
+        if step > 20 and step % 10 == 9:
+            average.update_parameters(network)
+
+    fit(network, steps=200, rate=0.03, cycle=False, before=take)
+    return seen(average.eval(), batches())
+
+
+@patient("SN111", "means and variances as Caffe stores them, in a checkpoint alone")
+def _() -> Case:
+    network = trained("convolutional")
+    for norm in norms(network):
+        norm.running_mean.mul_(999.982)
+        norm.running_var.mul_(999.982)
+    return stored(network.state_dict())
+
+
 def stored(weights: Any, name: str = "checkpoint.pt") -> Case:
     """A checkpoint file alone; it is read at once, so the folder may go."""
     folder = tempfile.mkdtemp()

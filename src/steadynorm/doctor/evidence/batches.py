@@ -6,13 +6,15 @@ normalizing as in training; and in inference with the statistics that calibratio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
+from steadynorm.doctor.evidence.chance import by_chance
 from steadynorm.doctor.evidence.divergence import divergence
 from steadynorm.doctor.evidence.gradients import gradients, saturations
 from steadynorm.doctor.evidence.inputs import InputStatistics, trains
@@ -20,11 +22,14 @@ from steadynorm.doctor.evidence.moments import mean_and_var
 from steadynorm.doctor.evidence.passes import Exact, Passes, PassResult, feeding, read, samples_of
 from steadynorm.doctor.evidence.records import LossByMode, ModelData, NormData
 from steadynorm.doctor.evidence.resampling import resample
+from steadynorm.models.graph import tensors
 from steadynorm.models.layers import NormLayer, batch_norms
 from steadynorm.models.observe import eagerly
 from steadynorm.models.untouched import Original
-from steadynorm.statistics import Ghost
+from steadynorm.statistics import CONVENTIONS, Ghost
 
+TORCH_EPS, KERAS_EPS = (CONVENTIONS[framework].eps for framework in ("torch", "keras"))
+NARROW = KERAS_EPS / 0.1025  # √((NARROW + KERAS_EPS)/NARROW) = 1.05
 GROUPS = 64  # of samples in each of two sets, to resample
 
 
@@ -61,8 +66,11 @@ def measure(
         calibrated, exact = passes.calibrated(training)
         saturated = saturations(layers, lambda: passes.forward(held[0]))
         original.restore_buffers()
+        chance, with_gradient = by_chance(passes)
         depth = gradients(model, layers, passes.differentiable)
         original.restore_buffers()
+        other = _other_eps(layers, training) if inference.losses else None
+        swapped = None if other is None else passes.losses_at(other)
         if two:
             second = read(feeds[1], "against")
             reference = passes.run(by_sample=True, groups=GROUPS, batches=second)
@@ -76,7 +84,10 @@ def measure(
             by_name[name], order, seen, inference.inputs.get(name, seen),
             calibrated.inputs.get(name, seen), exact,
         )  # fmt: skip
-        data = replace(data, saturation=saturated.get(name))
+        data = replace(
+            data, saturation=saturated.get(name), chance=chance.get(name),
+            with_gradient=with_gradient.get(name),
+        )  # fmt: skip
         if reference is not None and name in reference.inputs:
             mean, var = reference.inputs[name].mean_and_var()
             data = replace(data, reference_mean=mean, reference_var=var, **resampled.get(name, {}))
@@ -91,6 +102,8 @@ def measure(
         last_batch=_last_batch(batches),
         outputs_finite=all(bool(np.isfinite(o).all()) for o in inference.outputs),
         cures=cures,
+        targets=_targets(held[0]),
+        loss_at_other_eps=swapped,
         first_nonfinite=training.observer.first_nonfinite,
     )
 
@@ -124,8 +137,33 @@ def _norm_data(
         nonfinite=training.nonfinite,
         masked=calibrated.masked,
         padding=calibrated.padding.result(),
+        axis_shares=calibrated.axis_shares,
         calls_divergence=_calls_divergence(calibrated),
     )
+
+
+def _other_eps(layers: Sequence[NormLayer], training: PassResult) -> float | None:
+    """Keras's eps, where all layers have torch's and it would scale a tenth of the channels of any
+    layer anew, by 5 % or more, with the statistics of the data.
+    """
+    if not all(math.isclose(getattr(layer.module, "eps", 0.0), TORCH_EPS) for layer in layers):
+        return None
+    variances = (seen.mean_and_var()[1] for seen in training.inputs.values())
+    return KERAS_EPS if any(np.mean(var < NARROW) >= 0.1 for var in variances) else None
+
+
+def _targets(batch: Any) -> str:
+    """What a batch says of the outputs that are wanted; see `ModelData`."""
+    wanted: Any = None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        wanted = batch[1]
+    elif isinstance(batch, Mapping):
+        wanted = next((batch[name] for name in ("labels", "label") if name in batch), None)
+    if not isinstance(wanted, Tensor):
+        return ""
+    if wanted.is_floating_point() and wanted.shape == next(tensors(batch)).shape:
+        return ""  # a second view
+    return "values" if wanted.is_floating_point() else "classes"
 
 
 def _calls_divergence(seen: InputStatistics) -> float | None:

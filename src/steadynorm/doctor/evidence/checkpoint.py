@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from steadynorm.models.checkpoints import NAMES, find_layers, join
 from steadynorm.models.files import entries, keras_settings
 from steadynorm.models.formats import Entry, array_of, tensor_entry, unnested
 
+WIDE = 10.0  # variances of layers fed by normalized values rarely are
 PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -43,10 +45,13 @@ def probe_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Evidence
 def norms_in(state: Mapping[str, Any]) -> tuple[NormEvidence, ...]:
     """The batch norms in arrays or tensors by name; none for a state dict without any."""
     named = state.items()
-    return _norms({str(n): _entry(v) for n, v in named if hasattr(v, "shape")}, {})
+    return _norms({str(n): entry_of(v) for n, v in named if hasattr(v, "shape")}, {})
 
 
-def _entry(value: Any) -> Entry:
+def entry_of(value: Any) -> Entry:
+    """An array or tensor as an entry of a file."""
+    if isinstance(value, Entry):
+        return value
     if isinstance(value, torch.Tensor):
         return tensor_entry(value)
     array = np.asarray(value)
@@ -68,8 +73,33 @@ def _norms(held: Mapping[str, Entry], settings: Mapping[str, float]) -> tuple[No
                     NormEvidence(prefix, "BatchNorm", _stored(found, framework, settings))
                 )
         if layers:
-            return tuple(layers)
+            return with_weights(layers, held)
     return ()
+
+
+def with_weights(
+    layers: Sequence[NormEvidence], held: Mapping[str, Entry]
+) -> tuple[NormEvidence, ...]:
+    """The layers with `weight_square` of torch's, where most of their variances are wide."""
+    variances = [layer.state.running_var for layer in layers]
+    wide = sum(v is not None and 2 * int(np.sum(v > WIDE)) > v.size for v in variances)
+    if layers and layers[0].state.framework == "torch" and 2 * wide > len(layers):
+        return tuple(replace(layer, state=_with_weight(layer, held)) for layer in layers)
+    return tuple(layers)
+
+
+def _with_weight(layer: NormEvidence, held: Mapping[str, Entry]) -> NormState:
+    """Of the last matrix or kernel before it that makes as many channels."""
+    square = None
+    for name, entry in held.items():
+        if name == join(layer.name, "running_var", "torch"):
+            break
+        if len(entry.shape) > 1 and entry.shape[0] == layer.state.num_features:
+            square = entry
+    if square is None:
+        return layer.state
+    weight = array_of(square.load()).astype(np.float64).reshape(layer.state.num_features, -1)
+    return replace(layer.state, weight_square=np.sum(weight**2, axis=1))
 
 
 def _is_norm(found: Mapping[str, Entry], framework: str) -> bool:

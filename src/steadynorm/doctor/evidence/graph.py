@@ -16,13 +16,20 @@ from torch import Tensor, nn
 from steadynorm.doctor.evidence.records import Neighbour
 from steadynorm.models.bias import biases
 from steadynorm.models.graph import Graph, Node, is_atom, trace
-from steadynorm.models.layers import DROPOUTS, TRANSPOSED, is_host, recognize
+from steadynorm.models.layers import DROPOUTS, TRANSPOSED, channel_axis, is_host, recognize
 
 CHECKPOINTING = (
     "torch.utils.checkpoint",
     "fairscale.nn.checkpoint",
     "deepspeed.runtime.activation_checkpointing",
 )
+
+FEATURES_LAST = ("native_layer_norm", "embedding", "addmm", "mm")
+"""Operators whose results hold features on the last axis, as those of recurrent layers do."""
+BY_ELEMENT = (
+    "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "hardswish", "hardtanh", "add",
+    "mul", "div", "native_dropout", "_to_copy",
+)  # fmt: skip
 
 Call = tuple[bool, int | None]
 """Of a batch norm: whether inside activation checkpointing, and how many samples."""
@@ -70,7 +77,7 @@ def _traced(
 
 
 def _is_atom(module: nn.Module) -> bool:
-    return is_atom(module) or isinstance(module, DROPOUTS)
+    return is_atom(module) or isinstance(module, (*DROPOUTS, nn.RNNBase))
 
 
 def _facts(
@@ -80,6 +87,7 @@ def _facts(
     sources = [source for call in calls if (source := call.origin()) is not None]
     hosts = {node.module for node in sources}
     host = hosts.pop() if len(hosts) == 1 else None
+    axes = {_channel_axis(call.inputs[0]) for call in calls if call.inputs}
     users = (user for call in calls for user, _ in call.ends(None))
     return {
         "calls": len(calls),
@@ -87,9 +95,32 @@ def _facts(
         "before": tuple(dict.fromkeys(_neighbour(node, modules) for node in sources)),
         "after": tuple(dict.fromkeys(_neighbour(node, modules) for node in users)),
         "host_peak": _peak(host) if host is not None and is_host(host) else None,
+        "channel_axis": axes.pop() if len(axes) == 1 else None,
         "recomputed": any(inside for inside, _ in ran) if ran else None,
         "samples": min((n for _, n in ran if n is not None), default=None),
     }
+
+
+def _channel_axis(node: Node) -> int | None:
+    """Where the channels of the layer that made these values lie in them; None if not known."""
+    while node.shape is not None:
+        last = len(node.shape) - 1
+        if node.module is not None and is_host(node.module):
+            return channel_axis(node.module, last + 1)
+        if node.module is not None and recognize(node.module) is not None:
+            return 1
+        if isinstance(node.module, nn.RNNBase) or _operator(node) in FEATURES_LAST:
+            return last
+        source = next(iter(node.inputs), None)
+        if source is None:
+            return None
+        if node.axes is not None:
+            before = _channel_axis(source)
+            return None if before is None else node.axes.get(before)
+        if source.shape != node.shape or not (_operator(node) in BY_ELEMENT or node.module):
+            return None
+        node = source
+    return None
 
 
 def _neighbour(node: Node, modules: dict[str, nn.Module]) -> Neighbour:

@@ -17,6 +17,7 @@ from steadynorm.models.observe import observing
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.statistics import Moments, pool
 
+FEW = 32  # samples, from which axes are told apart
 SEVERAL = 8  # batches, from which the scatter of their means is known to about a half
 
 
@@ -60,6 +61,7 @@ class InputStatistics:
         self.single: tuple[int, ...] | None = None
         self.nonfinite = 0
         self.masked = False
+        self.axis_shares: tuple[float, ...] = ()
         self.padding = PaddingStatistics()
 
     def add(
@@ -133,6 +135,16 @@ def _by_sample(x: Tensor, mask: Tensor | None) -> Moments:
     return Moments(torch.ones(len(mean), 1).double(), mean, 0 * mean, 0 * mean)
 
 
+def _axis_shares(x: Tensor) -> tuple[float, ...]:
+    """Of the variance, the share between the means along each axis from the second on."""
+    shares = []
+    for axis in range(1, x.ndim):
+        moments = wide_moments(x[:FEW].movedim(axis, 1), None)
+        between, within = float(moments.mean.var(correction=0)), float(moments.var.mean())
+        shares.append(between / max(between + within, 1e-30))
+    return tuple(shares)
+
+
 def _ratio(var: np.ndarray, of_means: np.ndarray) -> float:
     """`var` over `of_means`, harmonic mean over the channels that vary."""
     some = var > 0
@@ -167,6 +179,11 @@ class InputObserver:
         if self.by_sample and self._batches <= CALLS:
             self._padding = PaddingHint.of(batch)
 
+    def called(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """The model is called: its arguments may hold masks that the batch does not name."""
+        if self.by_sample and self._batches <= CALLS:
+            self._padding = self._padding.with_arguments(model.forward, args, kwargs)
+
     def record(self, layer: NormLayer, x: Tensor, mask: Tensor | None) -> None:
         """Take in one call, and see that it can be answered."""
         if not x.numel():
@@ -175,14 +192,13 @@ class InputObserver:
         call = self._calls.setdefault(layer.name, 0)
         self._calls[layer.name] += 1
         seen = self.found.setdefault(layer.name, InputStatistics())
-        part = seen.add(
-            self._with_positions(x) if mask is None else x, mask, call,
-            by_sample=self.by_sample, parts=self.parts,
-        )  # fmt: skip
+        given = self._with_positions(x) if mask is None else x
+        part = seen.add(given, mask, call, by_sample=self.by_sample, parts=self.parts)
         if part is None and self.first_nonfinite is None and not bool(x.isfinite().all()):
             self.first_nonfinite = layer.name
-        if part is not None and self.by_sample and mask is None and x.ndim > 2:
-            seen.padding.add(x, part, self._padding)
+        if part is not None and self.by_sample and mask is None and given.ndim > 2:
+            seen.padding.add(given, part, self._padding)
+            seen.axis_shares = seen.axis_shares or (_axis_shares(x) if x.ndim > 2 else ())
         if self.training and trains(layer):
             _let_train(layer.module, part, x, seen)
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from steadynorm.doctor.evidence.batches import measure
-from steadynorm.doctor.evidence.checkpoint import PARTS, norms_in
+from steadynorm.doctor.evidence.checkpoint import PARTS, entry_of, norms_in, with_weights
 from steadynorm.doctor.evidence.graph import graph_facts
 from steadynorm.doctor.evidence.passes import feeding
 from steadynorm.doctor.evidence.records import (
@@ -23,7 +24,7 @@ from steadynorm.doctor.evidence.records import (
     NormUsage,
 )
 from steadynorm.models.batches import moved
-from steadynorm.models.formats import array_of
+from steadynorm.models.formats import Entry, array_of
 from steadynorm.models.layers import Norm, batch_norms, recognize, unwrapped
 from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Policy
@@ -80,27 +81,32 @@ def probe_model(
         some = ", ".join(map(repr, empty[:3])) + " and others" * (len(empty) > 3)
         remarks = (*remarks, f"Lazy or on the meta device, so without values to judge: {some}.")
     decay = _decay(optimizer)
+    left_out = _left_out(inner, decay)
     layers = tuple(
         NormEvidence(
             name, type(module).__name__, _state(module, norm),
-            _usage(module, norm, usage[module], decay), data[0].get(name),
+            _usage(module, norm, usage[module], decay, left_out), data[0].get(name),
         )
         for name, (module, norm) in norms.items()
     )  # fmt: skip
-    return Evidence(target, layers, facts, data[1], remarks)
+    return Evidence(target, with_weights(layers, _stored(inner)), facts, data[1], remarks)
 
 
 def _state_alone(model: nn.Module, target: str, facts: ModelFacts, batches: Any) -> Evidence | None:
     """Evidence of a model without layers that can be recognized, but whose state dict holds some,
     such as a TorchScript or an exported one; None for others.
     """
-    layers = norms_in({n: t for n, t in model.state_dict().items() if _has_values(t)})
+    layers = norms_in(_stored(model))
     if not layers:
         return None
     remark = f"The layers of {facts.kind} cannot be examined or run: its state alone was judged."
     if batches is not None:
         remark += " The batches were not read."
     return Evidence(target, layers, None, None, (remark,))
+
+
+def _stored(model: nn.Module) -> dict[str, Entry]:
+    return {n: entry_of(t) for n, t in model.state_dict().items() if _has_values(t)}
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -162,8 +168,9 @@ def _state(module: nn.Module, norm: Norm) -> NormState:
 
 
 def _usage(
-    module: nn.Module, norm: Norm, graph: Mapping[str, Any], decay: Mapping[int, float]
-) -> NormUsage:
+    module: nn.Module, norm: Norm, graph: Mapping[str, Any], decay: Mapping[int, float],
+    left_out: set[int],
+) -> NormUsage:  # fmt: skip
     policy = getattr(module, "statistics", None)
     tracked = norm.running_mean is not None and bool(getattr(module, "track_running_stats", True))
     affine = {n: p for n, p in module._parameters.items() if p is not None and n in PARTS}
@@ -178,6 +185,7 @@ def _usage(
         synchronized=isinstance(module, nn.SyncBatchNorm) or synchronize is not False,
         ours=norm.kind == "ours",
         decay={n: decay[id(p)] for n, p in affine.items() if decay.get(id(p))},
+        left_out=bool(affine) and all(id(p) in left_out for p in affine.values()),
         **graph,
     )
 
@@ -210,6 +218,14 @@ def _decay(optimizer: Any) -> dict[int, float]:
     }
 
 
+def _left_out(model: nn.Module, decay: Mapping[int, float]) -> set[int]:
+    """Parameters that no optimizer holds, by id; none if the optimizers hold nothing of the model,
+    and so train another.
+    """
+    ids = {id(parameter) for parameter in model.parameters()}
+    return ids - decay.keys() if ids & decay.keys() else set()
+
+
 def _model_facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: bool) -> ModelFacts:
     wrapper, replicas = "", 1
     outer: Any = model
@@ -233,4 +249,12 @@ def _model_facts(model: nn.Module, inner: nn.Module, optimizer: Any, exporting: 
         replicas=replicas,
         optimizer=" and ".join(names),
         exporting=exporting,
+        averaged=max(map(_averaged, inner.modules())),
     )
+
+
+def _averaged(module: nn.Module) -> int:
+    """How many models torch's AveragedModel averages, its buffers left out; 0 for other modules."""
+    if not isinstance(module, AveragedModel) or module.use_buffers:
+        return 0
+    return int(module.n_averaged)

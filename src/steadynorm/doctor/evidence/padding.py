@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -13,24 +14,32 @@ from steadynorm.doctor.evidence.records import Padding
 from steadynorm.models.graph import tensors
 from steadynorm.statistics import Moments, pool
 
+BETWEEN = ("attn_mask", "src_mask", "tgt_mask", "memory_mask")
 EDGE = 4  # positions at the end that a convolution's own zeros may have touched
 CALLS = 4  # inputs of a layer that are searched; the others hold the same
 FEW = 0.1  # of the samples may be constant at the other end too
 
 
 class PaddingHint(NamedTuple):
-    """What a batch says of padding: `masks` by the names of its keyword arguments; `seen` whether
-    samples of its tensors end, or begin, in equal values of different lengths.
+    """What a batch says of padding: `masks`, true where valid, by the names of arguments; `seen`
+    whether samples of its tensors end, or begin, in equal values of different lengths.
     """
 
     masks: Sequence[Tensor]
     seen: bool = False
 
+    def with_arguments(self, forward: Any, args: Any, kwargs: Any) -> PaddingHint:
+        """The hint, and the masks among the arguments of a call of the model."""
+        try:
+            named = signature(forward).bind_partial(*args, **kwargs).arguments
+        except (TypeError, ValueError):
+            named = kwargs
+        return self._replace(masks=_masks({**named, **named.get("kwargs", {})}) or self.masks)
+
     @classmethod
     def of(cls, batch: Any) -> PaddingHint:
         """The hint that a batch gives."""
-        named = batch.items() if isinstance(batch, Mapping) else ()
-        masks = [v for k, v in named if str(k).endswith("mask") and isinstance(v, Tensor)]
+        masks = _masks(batch if isinstance(batch, Mapping) else {})
         given = [t for t in tensors(batch) if t.ndim > 1 and len(t) > 1 and t.numel()]
         # Any axis may hold the positions: (N, C, L), (N, L, C), or tokens (N, L).
         lines = (
@@ -43,6 +52,17 @@ class PaddingHint(NamedTuple):
             if t.shape[axis] > EDGE
         )
         return cls(masks, any(_padded(line) is not None for line in lines))
+
+
+def _masks(named: Mapping[str, Any]) -> list[Tensor]:
+    """Masks of valid positions. torch's `key_padding_mask` is true where nothing is; its
+    `attn_mask` and `src_mask` say who may look at whom.
+    """
+    return [
+        ~mask.bool() if str(name).endswith("padding_mask") else mask.bool()
+        for name, mask in named.items()
+        if str(name).endswith("mask") and isinstance(mask, Tensor) and name not in BETWEEN
+    ]
 
 
 class PaddingStatistics:
@@ -62,7 +82,7 @@ class PaddingStatistics:
             return
         self.calls += 1
         shape = (x.shape[0], *x.shape[2:])
-        valid = next((mask.bool() for mask in hint.masks if mask.shape == shape), None)
+        valid = next((mask for mask in hint.masks if mask.shape == shape), None)
         self.known |= valid is not None
         if valid is None:
             valid = by_values(x) if hint.seen else torch.ones(shape, dtype=torch.bool)
@@ -102,8 +122,9 @@ def _padded(lines: Tensor) -> Tensor | None:
     """Padded positions (N, L) of lines (N, C, L, others); None where none look so.
 
     The values of a sample are the same vector from some place up to its end (or from its
-    beginning), the vector is the same for all such samples, and the place is not. Next to no sample
-    is constant at the other end: that would be the plain background of a picture.
+    beginning), and the place differs. The vector is the same for all such samples; or it is each
+    sample's own, repeated more than `EDGE` times. Next to no sample is constant at the other end:
+    that would be the plain background of a picture.
     """
     at_end, at_beginning = _runs(lines), _runs(lines.flip(2))
     runs, other = sorted((at_end, at_beginning), key=lambda run: -int(run.sum()))
@@ -129,16 +150,26 @@ def _runs(lines: Tensor) -> Tensor:
 
 
 def _run(lines: Tensor, vector: Tensor, skipped: int) -> Tensor:
-    same = (lines == vector[None, :, None, None]).all(1).all(-1)  # (N, L)
+    """`vector`: (C,), or (N, C) with each sample's own, which must be repeated `EDGE` times."""
+    expected = vector[..., :, None, None]
+    if vector.ndim == 1:
+        equal = lines == expected
+    else:  # a convolution rounds the same values one way here and another there
+        equal = torch.isclose(lines, expected, rtol=1e-5, atol=1e-6 * float(lines.abs().max()))
+    same = equal.all(1).all(-1)  # (N, L)
     same[:, same.shape[1] - skipped :] = True
     run = same.flip(1).to(torch.int64).cumprod(1).sum(1)
-    return torch.where(run > skipped + 1, run, 0)
+    return torch.where(run > skipped + (1 if vector.ndim == 1 else EDGE), run, 0)
 
 
 def _candidates(lines: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Vectors that several samples hold near their end, and how many positions lie behind."""
+    """Vectors that several samples hold near their end, or each sample's own, and how many
+    positions lie behind.
+    """
     for skipped in range(min(EDGE, lines.shape[2] - 1)):
         ends = lines[:, :, lines.shape[2] - 1 - skipped, 0]
         vectors, counts = torch.unique(ends, dim=0, return_counts=True)
         if int(counts.max()) > 1:
             yield vectors[int(counts.argmax())], skipped
+        if lines.shape[2] > 4 * EDGE:  # shorter ones end in a few equal values by chance
+            yield ends, skipped

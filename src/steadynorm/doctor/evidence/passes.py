@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -67,7 +67,12 @@ class Passes:
         """
         batches, state = self.batches if batches is None else batches, state or self.original
         parts = -(-groups // len(batches))
-        with observed(self.layers, training=training, by_sample=by_sample, parts=parts) as observer:
+        with ExitStack() as hooks:
+            observer = hooks.enter_context(
+                observed(self.layers, training=training, by_sample=by_sample, parts=parts)
+            )
+            called = self.model.register_forward_pre_hook(observer.called, with_kwargs=True)
+            hooks.callback(called.remove)
             result = PassResult(observer, [], [])
             state.restore_random()
             for batch in batches:
@@ -84,6 +89,16 @@ class Passes:
     def forward(self, batch: Any) -> Any:
         """The model's answer in inference."""
         set_training(self.model, False)
+        return self.feed.forward(self.model, batch)
+
+    def in_training_mode(self, batch: Any) -> Any:
+        """The model's answer with all of it in training mode, but what its owner holds in inference
+        while the rest trains.
+        """
+        if self.original.training:
+            self.original.restore_modes()
+        else:
+            set_training(self.model, True)
         return self.feed.forward(self.model, batch)
 
     def calibrated(self, training: PassResult) -> tuple[PassResult, Exact]:
@@ -118,6 +133,15 @@ class Passes:
              progress=False, **settings)  # fmt: skip
         with untouched(self.model) as cured:
             return self.run(by_sample=by_sample, batches=batches, state=cured)
+
+    def losses_at(self, eps: float) -> np.ndarray:
+        """Losses of the batches in inference with this eps in all layers."""
+        with ExitStack() as restored:
+            modules: list[Any] = [layer.module for layer in self.layers]
+            for module in modules:
+                restored.callback(setattr, module, "eps", module.eps)
+                module.eps = eps
+            return np.array(self.run().losses)
 
     def cures(self, batches: list[Any]) -> dict[str, np.ndarray]:
         """Losses on a second set of batches in inference: as they are, and after each cure."""
@@ -232,10 +256,13 @@ def samples_of(batch: Any) -> int:
 
 def _values(answer: Any) -> np.ndarray:
     """Up to `COMPARED` of each output's values, always the same ones."""
-    parts = []
-    for tensor in tensors(answer):
-        if tensor.is_floating_point() and tensor.ndim:
-            flat = tensor.detach().flatten()
-            step = len(flat) // COMPARED + 1 | 1  # odd, so that classes of even number take turns
-            parts.append(flat[::step].to("cpu", torch.float64).numpy())
+    parts = [some_values(t) for t in tensors(answer) if t.is_floating_point() and t.ndim]
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def some_values(tensor: Tensor) -> np.ndarray:
+    """Up to `COMPARED` of its values, always the same ones, in float64."""
+    flat = tensor.detach().flatten()
+    step = len(flat) // COMPARED + 1 | 1  # odd, so that classes of even number take turns
+    found: np.ndarray = flat[::step].to("cpu", torch.float64).numpy()
+    return found

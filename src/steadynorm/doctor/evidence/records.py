@@ -21,7 +21,8 @@ class NormState:
     `eps`, `momentum`: None where a checkpoint does not say; `momentum` also where the layer
     averages over all batches. `weight`, `bias`, `running_mean`, `running_var`: None where the
     layer has none. `dtypes`: the stored type of each, such as {"running_mean": "float32"}.
-    `num_batches_tracked`: None where it is not counted.
+    `num_batches_tracked`: None where it is not counted. `weight_square`: sum of the squared weights
+    that make each channel, of the layer stored before; read where most variances are above 10.
     """
 
     num_features: int
@@ -34,6 +35,7 @@ class NormState:
     running_var: np.ndarray | None
     dtypes: Mapping[str, str] = field(default_factory=dict)
     num_batches_tracked: int | None = None
+    weight_square: np.ndarray | None = None
 
     @property
     def known_eps(self) -> float:
@@ -69,12 +71,14 @@ class NormUsage:
     `training`: its own mode. `policy`: the statistics it trains with, such as "Batch" or "Steady".
     `moves`: whether a training forward would update its statistics. `trained`: whether weight and
     bias, where they exist, require a gradient. `decay`: weight decay of each, where an optimizer is
-    known and has it. `synchronized`: pools moments over replicas. `ours`: a layer of this package.
+    known and has it. `left_out`: an optimizer of the model is known and holds neither.
+    `synchronized`: pools moments over replicas. `ours`: a layer of this package.
 
     From the graph of calls, None where it is not known: `calls` in one forward, on how many
     different `inputs`; `before` and `after`, the layers that produce its input and take its output,
     directly or through operators that only rearrange; `redundant_bias`, the name of the bias that
-    it cancels; `host_peak`, the largest weight of each output channel of the one layer before it.
+    it cancels; `host_peak`, the largest weight of each output channel of the one layer before it;
+    `channel_axis`, where the channels of the layer that made its input lie in it.
 
     From running the model, None without batches: `recomputed`, inside activation checkpointing;
     `samples` in its batch, the smallest if called several times.
@@ -88,12 +92,14 @@ class NormUsage:
     synchronized: bool = False
     ours: bool = False
     decay: Mapping[str, float] = field(default_factory=dict)
+    left_out: bool = False
     calls: int | None = None
     inputs: int | None = None
     before: tuple[Neighbour, ...] | None = None
     after: tuple[Neighbour, ...] | None = None
     redundant_bias: str | None = None
     host_peak: np.ndarray | None = None
+    channel_axis: int | None = None
     recomputed: bool | None = None
     samples: int | None = None
 
@@ -126,6 +132,20 @@ class Saturation:
     idle: float
 
 
+@dataclass(frozen=True)
+class Chance:
+    """What drawing at random does to a layer's input.
+
+    `std_ratio`: its standard deviation with all of the model in training mode, over the one with
+    dropout and all else in inference, batches normalized as in training both times; geometric mean
+    over channels. `noise`: share of its variance that differs from one inference pass to the next,
+    on the same batch.
+    """
+
+    std_ratio: float
+    noise: float
+
+
 @dataclass(frozen=True, eq=False)
 class NormData:
     """What the batches show of the input of one layer.
@@ -153,6 +173,11 @@ class NormData:
     the largest divergence of one call's inputs from all of them.
     `reference_noise`, `reference_limit`: the divergence between the two sets that their samples
     give if dealt out at random, in the mean and at most.
+
+    `axis_shares`: of an input with more than two axes, by axis from the second on, the share of the
+    variance that lies between the means along that axis.
+    `chance`: what dropout and its kin do here, None where nothing is drawn at random.
+    `with_gradient`: whether its calls take part in a gradient while the model trains.
     """
 
     order: int
@@ -179,6 +204,9 @@ class NormData:
     reference_limit: float = 0.0
     padding: Padding | None = None
     saturation: Saturation | None = None
+    axis_shares: tuple[float, ...] = ()
+    chance: Chance | None = None
+    with_gradient: bool | None = None
 
     @property
     def worth(self) -> float | None:
@@ -213,7 +241,8 @@ class ModelFacts:
 
     `wrapper`: "DistributedDataParallel", "DataParallel" or "". `replicas`: how many processes or
     devices share a batch. `optimizer`: its class, "" where none is known. `exporting`: the model is
-    about to be shipped.
+    about to be shipped. `averaged`: how many models its weights are the average of, where buffers
+    were left out (torch's `AveragedModel`); 0 for others.
     """
 
     kind: str
@@ -224,6 +253,7 @@ class ModelFacts:
     replicas: int = 1
     optimizer: str = ""
     exporting: bool = False
+    averaged: int = 0
 
 
 @dataclass(frozen=True)
@@ -260,6 +290,9 @@ class ModelData:
     `first_nonfinite`: the layer that NaN or infinity reaches first, None where all is finite.
     `outputs_finite`: in inference. `cures`: losses on a second set of data, by batch, with the
     statistics that there are ("none"), and after "calibrate" and "adapt" on that set.
+    `targets`: "classes" or "values" where batches hold what the outputs are to be, else "".
+    `loss_at_other_eps`: of inference, by batch, with another framework's default eps in all layers;
+    where that would matter.
     """
 
     batches: int = 0
@@ -272,6 +305,8 @@ class ModelData:
     first_nonfinite: str | None = None
     outputs_finite: bool = True
     cures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    targets: str = ""
+    loss_at_other_eps: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,14 @@ are constant in the training data, weights so small that the signal fades on its
 that were filled with 0.
 
 When: An error where every channel is exactly 0: even a network that has died varies by rounding. A
-warning where at least half of the channels lie below a hundredth of eps: they leave with a tenth of
-the standard deviation they should have. Information where any channel lies below eps, as a few do
-in most trained networks.
+warning where at least half of the channels lie below a tenth of eps: they leave with less than a
+third of the standard deviation they should have. Information where any channel lies below eps, as a
+few do in most trained networks. Where the layer before has no weight above 0.01 it is named:
+weight decay without bound shrinks what a batch norm follows, until eps decides.
 
 Cure: Measure the statistics on data that varies; if they are right, look for dead units and
-constant features before this layer, and for weights made too small.
+constant features before this layer, and for weights made too small: multiply them, and let weight
+decay end where a batch norm follows.
 
 Code: sn.calibrate(model, batches)
 
@@ -34,7 +36,8 @@ from steadynorm.doctor.rules.rule import (
     Rule,
 )  # fmt: skip
 
-FAR_BELOW = 100
+FAR_BELOW = 10
+SHRUNK = 0.01
 
 rule = Rule(__name__, __doc__, ERROR, safe=True, explains=("SN106", "SN302"))
 
@@ -68,7 +71,12 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         return
     message = f"running_var lies below eps = {eps:g} in {count} of {var.size} channels"
     if far:
-        message += f", below a hundredth of it in {far}"
+        message += f", below a tenth of it in {far}"
+    usage = layer.usage
+    peak = None if usage is None or usage.host_peak is None else float(usage.host_peak.max())
+    if far and usage is not None and usage.before and peak is not None and peak < SHRUNK:
+        numbers["largest_weight"] = peak
+        message += f"; {usage.before[0].name!r} before it has no weight above {peak:.2g}"
     many = 2 * far >= var.size
     severity = WARNING if many else INFO
     yield rule.finding(layer, message, numbers, severity=severity)

@@ -4,9 +4,11 @@ Batch statistics then tell what kind of batch it is: sorted by class, by recordi
 network learns to read that, which inference cannot give it, or is disturbed by it; either way the
 batch counts for far fewer samples than it holds.
 
-When: Over at least 8 batches of at least 8 samples: the means of batches scatter so much that a
-batch counts for less than a quarter of its samples' worth. By chance, in a single channel, one set
-of 8 batches in 5,000 does. A warning: how data are dealt out may be meant.
+When: Over at least 8 batches of at least 8 samples: the means of batches scatter so much that, by
+chance and in a single channel, one set of batches in 5,000 does: of 8 batches where each counts for
+less than a quarter of its samples' worth, of 32 for less than a half. Frames of one recording and
+samples of one patient in a batch show like classes in order. A warning: how data are dealt out may
+be meant.
 
 Cure: Shuffle the data before they are dealt into batches.
 
@@ -23,6 +25,16 @@ from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 
 
+def _limit(batches: int) -> float:
+    """χ²/k, k = batches - 1, that one in 5,000 exceeds, after Wilson and Hilferty.
+
+    >>> round(_limit(8), 1), round(_limit(32), 1)
+    (4.1, 2.1)
+    """
+    spread = 2 / (9 * (batches - 1))
+    return float((1 - spread + 3.54 * spread**0.5) ** 3)
+
+
 @rule.whole
 def _check(evidence: Evidence) -> Findings:
     batches = 0 if evidence.data is None else evidence.data.batches
@@ -34,7 +46,7 @@ def _check(evidence: Evidence) -> Findings:
         if data.effective is None or data.worth_of_mean is None or data.calls != batches:
             continue
         expected = data.samples * data.worth_of_mean
-        if data.effective >= expected / 4:
+        if data.effective >= expected / _limit(batches):
             continue
         alike = data.effective / data.worth_of_mean
         yield rule.finding(
