@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steadynorm.evidence.digits import Digits
 from steadynorm.statistics import Policy, Renorm
@@ -47,22 +47,73 @@ def convolutional(
     normalization: Normalization | None,
     *,
     channels: Sequence[int] = (16, 32, 32),
+    strides: Sequence[int] | None = None,
     classes: int = 10,
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """3×3 convolutions, each with normalization and activation, all but the first of stride 2;
-    then the mean over positions and Linear to the classes. Takes (N, 1, H, W).
+    """3×3 convolutions, each with normalization and activation; then the mean over positions and
+    Linear to the classes. Takes (N, 1, H, W). `strides`: 1 for the first, 2 for the others.
     """
     layers: list[nn.Module] = []
     inputs = 1
-    for index, width in enumerate(channels):
-        stride = 1 if index == 0 else 2
+    strides = strides or (1, *(2,) * (len(channels) - 1))
+    for width, stride in zip(channels, strides, strict=True):
         bias = normalization is None
         layers.append(nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=bias))
         if normalization is not None:
             layers.append(normalization(width))
         layers.append(activation())
         inputs = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return nn.Sequential(*layers)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions around a shortcut, as in He et al. 2015, each normalized. Where the size
+    changes the shortcut is a normalized 1×1 convolution.
+    """
+
+    def __init__(
+        self, inputs: int, width: int, stride: int, normalization: Normalization | None
+    ) -> None:
+        super().__init__()
+
+        def normalized(inputs: int, kernel: int, stride: int) -> nn.Sequential:
+            bias = normalization is None
+            conv = nn.Conv2d(inputs, width, kernel, stride, padding=kernel // 2, bias=bias)
+            return nn.Sequential(conv, *([] if normalization is None else [normalization(width)]))
+
+        self.first, self.second = normalized(inputs, 3, stride), normalized(width, 3, 1)
+        same = stride == 1 and inputs == width
+        self.shortcut = nn.Identity() if same else normalized(inputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, width, H/stride, W/stride)."""
+        y = self.second(torch.relu(self.first(x)))
+        return torch.relu(y + self.shortcut(x))
+
+
+def residual(
+    normalization: Normalization | None,
+    *,
+    widths: Sequence[int] = (8, 16, 32),
+    blocks: int = 2,
+    classes: int = 10,
+) -> nn.Sequential:
+    """A convolution, `blocks` residual blocks of each width, all but the first width at half the
+    size of the one before, the mean over positions and Linear: by default 14 layers deep. Takes
+    (N, 1, H, W).
+    """
+    inputs = widths[0]
+    layers: list[nn.Module] = [nn.Conv2d(1, inputs, 3, padding=1, bias=normalization is None)]
+    if normalization is not None:
+        layers.append(normalization(inputs))
+    layers.append(nn.ReLU())
+    for width in widths:
+        for block in range(blocks):
+            stride = 2 if block == 0 and width != widths[0] else 1
+            layers.append(ResidualBlock(inputs, width, stride, normalization))
+            inputs = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
     return nn.Sequential(*layers)
 

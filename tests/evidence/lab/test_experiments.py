@@ -26,6 +26,7 @@ from steadynorm.evidence.lab.experiments import (
 )
 from steadynorm.evidence.lab.runs import FinishedRun, Runs
 from steadynorm.evidence.networks import fully_connected, initialize, normalization_1d
+from steadynorm.statistics import Context, GradientMemory, Moments, RunningStatistics
 
 NAMES = (
     "convergence",
@@ -36,7 +37,6 @@ NAMES = (
     "smoothness",
     "regularization_by_noise",
     "small_batches",
-    "steady_parts",
 )
 
 
@@ -181,36 +181,61 @@ def test_with_the_population_the_statistics_are_the_populations(digits):
     assert torch.equal(together(batch), network(batch))
 
 
-@pytest.mark.parametrize("part", ["gradient", "horizon", "spread"])
-def test_steady_without_a_part(part):
-    prior, horizon = 4.0, 640.0
-    torch.manual_seed(0)
-    x = torch.randn(6, 3) * 2 + 1
-    mean, var = torch.randn(3), torch.rand(3) + 0.5
-    layer = sn.BatchNorm1d(3, statistics=steady_parts.POLICIES[part](prior, horizon))
-    layer.running_mean.copy_(mean)
-    layer.running_var.copy_(var)
-    layer.num_batches_tracked.fill_(1000)
-    given = x.clone().requires_grad_()
-    upstream = torch.randn_like(x)
-    output = layer(given)
-    output.backward(upstream)
+def test_steady_without_a_part():
+    """What is taken off and what is remembered, from the values of one batch of five."""
+    random = np.random.default_rng(0)
+    x, g = random.normal(1, 2, (5, 3)), random.normal(size=(5, 3))
+    running = RunningStatistics(random.normal(size=3), random.uniform(0.5, 2, 3), 9)
+    policy, old = sn.Steady(prior=16, window=16), random.normal(size=(2, 3))
+    batch = Moments(5, x.mean(0), x.var(0), np.zeros(3))
+    decided = policy.normalizer(batch, running, Context(5, 0.1, 1e-5, np))
+    rho, centered = (decided.var + 1e-5) ** -0.5, x - decided.mean
+    sums = (g.sum(0), (g * centered).sum(0))
 
-    live = x.double().requires_grad_()
-    own = live.detach() if part == "gradient" else live
-    mu, v = own.mean(0), own.var(0, correction=0)
-    spread = 0.0 if part == "spread" else (mu.detach() - mean) ** 2
-    k = 6 / (6 + prior)
-    expected = (live - (mean + k * (mu - mean))) / (
-        (1 - k) * var + k * v + k * (1 - k) * spread + layer.eps
-    ).sqrt()
-    expected.backward(upstream.double())
-    same = dict(rtol=1e-5, atol=1e-5, check_dtype=False)
-    torch.testing.assert_close(output, expected, **same)
-    torch.testing.assert_close(given.grad, live.grad, **same)
-    a = 0.1 if part == "horizon" else 6 / (6 + horizon)
-    mu, v = mu.detach(), v.detach()
-    torch.testing.assert_close(layer.running_mean, mean + a * (mu - mean), **same)
-    torch.testing.assert_close(
-        layer.running_var, (1 - a) * var + a * v + a * (1 - a) * spread, **same
+    def followed(layer):
+        made = layer(3, policy, 5)
+        return made.follow(GradientMemory(*old), 5 / 21, decided, batch, rho, *sums)
+
+    whole, taken_off = followed(steady_parts.MicroBatchNorm)
+    np.testing.assert_array_equal(whole, taken_off)
+    for layer, expected in (
+        (steady_parts.WithoutConstant, (0 * whole.constant, whole.slope)),
+        (steady_parts.WithoutSlope, (whole.constant, 0 * whole.slope)),
+        (steady_parts.WithoutPresent, old),
+    ):
+        after, taken_off = followed(layer)
+        np.testing.assert_array_equal(after, whole)
+        np.testing.assert_array_equal(taken_off, expected)
+    after, taken_off = followed(steady_parts.Averages)
+    means = np.stack([g.mean(0), (g * centered * rho).mean(0)])
+    np.testing.assert_allclose(after, old * 16 / 21 + means * 5 / 21)
+    np.testing.assert_allclose(taken_off, np.stack(after) * 16 / 21)
+
+
+def test_a_share_that_counts_positions():
+    batch = Moments(12, np.ones(1), np.ones(1), np.zeros(1))
+    running, context = RunningStatistics(np.zeros(1), np.ones(1), 9), Context(3, 0.1, 1e-5, np)
+    made = steady_parts.CountsPositions(prior=4, window=16)
+    assert made.normalizer(batch, running, context).share == 12 / 16
+    assert made.gradient_rate(3) == 3 / 19
+
+
+def test_the_rule_of_choice():
+    networks = dict(zip(steady_parts.NETWORKS, (4.0, 2.0, 8.0), strict=True))
+    cells = [("batch", 64, (16, 640, 16), 0.0), ("whole", 1, (16, 640, 16), 1.0)]
+    cells.append(("whole", 1, (4, 640, 16), 0.5))
+    runs = Runs(
+        FinishedRun(
+            {"network": network, "part": part, "batch": batch}
+            | dict(zip(("prior", "horizon", "window"), values, strict=True)),
+            seed,
+            {"error": goal + more + (10 if seed == 1 and goal + more == 8.5 else 0)},
+        )
+        for network, goal in networks.items()
+        for part, batch, values, more in cells
+        for seed in (0, 1)
     )
+    assert steady_parts.score(runs, (16, 640, 16)) == (1.5, steady_parts.NETWORKS[1], 0)
+    assert steady_parts.score(runs, (4, 640, 16)) == (13.5 / 8, steady_parts.NETWORKS[2], 0)
+    lost = steady_parts.is_lost
+    assert (lost(18.5, 8), lost(19.5, 8), lost(7.5, 2)) == (False, True, True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +16,6 @@ from tests.evidence.lab.checks import runs_from_end_to_end
 import steadynorm as sn
 from steadynorm.evidence.digits import Digits, load
 from steadynorm.evidence.lab.experiments import (
-    batch_of_one,
     before_or_after,
     bias,
     cost,
@@ -27,13 +25,13 @@ from steadynorm.evidence.lab.experiments import (
     small_batches,
     training_against_inference,
 )
-from steadynorm.evidence.lab.gradient_memory import GradientMemoryNorm
 from steadynorm.evidence.lab.runs import FinishedRun, Runs
 from steadynorm.evidence.networks import normalization_1d, normalization_2d
 from steadynorm.models.fuse import Fused
 
 SHORT: dict[str, dict[str, Any]] = {
-    "batch_of_one": {"samples": 6},
+    "batch_of_one": {"samples": 64, "networks": 1},
+    "steady_parts": {"samples": 64, "networks": 1},
     "training_against_inference": {"samples": 512},
     "shifted_data": {"samples": 128},
     "bias": {"steps": 5},
@@ -58,87 +56,20 @@ def test_each_runs_from_end_to_end(name: str, digits: Digits, tmp_path: Path) ->
     runs_from_end_to_end(experiment, wanted, digits, tmp_path)
 
 
-def test_every_setting_of_the_full_profile_can_be_built() -> None:
-    for experiment in (batch_of_one, small_batches):
-        for setting in experiment.SETTINGS["full"]:
-            plane = setting["network"] == "convolutional"
-            normalization = normalization_2d if plane else normalization_1d
-            made = normalization(experiment.statistics(setting))
-            assert (made is None) is ("none" in setting.values())
-            if made is not None:
-                x = torch.randn(3, 8, 2, 2) if plane else torch.randn(3, 8)
-                y = made(8).eval()(x)
-                assert y.shape == x.shape
-                assert y.isfinite().all()
+def test_every_setting_of_small_batches_can_be_built() -> None:
+    for setting in small_batches.SETTINGS["full"]:
+        plane = setting["network"] == "convolutional"
+        normalization = normalization_2d if plane else normalization_1d
+        made = normalization(small_batches.statistics(setting))
+        assert (made is None) is ("none" in setting.values())
+        if made is not None:
+            x = torch.randn(3, 8, 2, 2) if plane else torch.randn(3, 8)
+            y = made(8).eval()(x)
+            assert y.shape == x.shape
+            assert y.isfinite().all()
 
 
-# A batch of one -------------------------------------------------------------------------------
-
-
-def remembered_truth(
-    x: np.ndarray, grad: np.ndarray, layer: Any, mean: np.ndarray, var: np.ndarray, batches: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Output, gradient of the input and the remembered gradient after it, in float64."""
-    samples, positions = len(x), x[0, 0].size
-    n = samples * positions**layer.power
-    k = max(n / (n + layer.prior), 1 / (batches + 1))
-    a = max(samples / (samples + layer.horizon), 1 / (batches + 1))
-    weight, bias = (t.detach().double().numpy()[:, None, None] for t in (layer.weight, layer.bias))
-    over, c = (0, 2, 3), samples * positions
-    mu, v = x.mean(over, keepdims=True), x.var(over, keepdims=True)
-    m = mean[:, None, None] + k * (mu - mean[:, None, None])
-    u = (1 - k) * var[:, None, None] + k * v + k * (1 - k) * (mu - mean[:, None, None]) ** 2
-    rho = 1 / np.sqrt(u + layer.eps)
-    hat = (x - m) * rho
-    old = layer.gradient.double().numpy()[:, None, None]
-    s1 = grad.sum(over, keepdims=True)
-    s2 = (grad * (x - m)).sum(over, keepdims=True)
-    new = old + a * (rho * s2 / c - old)
-    through = k * s1 / c + k * (x - mu) * rho**2 * s2 / c
-    if layer.remember:
-        through = through + (1 - k) * hat * new
-    return hat * weight + bias, weight * rho * (grad - through), new.reshape(-1)
-
-
-@pytest.mark.parametrize("remember", [False, True])
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("samples", [1, 3])
-def test_the_remembered_gradient(samples: int, power: float, remember: bool) -> None:
-    random = np.random.default_rng(4)
-    layer = GradientMemoryNorm(5, power=power, remember=remember)
-    with torch.no_grad():
-        for tensor in (layer.weight, layer.bias, layer.running_mean, layer.gradient):
-            tensor.copy_(torch.from_numpy(random.normal(size=5)))
-        layer.running_var.copy_(torch.from_numpy(random.uniform(0.5, 2, size=5)))
-        layer.num_batches_tracked.fill_(9)
-    x = torch.tensor(random.normal(size=(samples, 5, 2, 3)), dtype=torch.float32)
-    grad = torch.tensor(random.normal(size=x.shape), dtype=torch.float32)
-    before = (layer.running_mean.double().numpy().copy(), layer.running_var.double().numpy().copy())
-    expected = remembered_truth(x.double().numpy(), grad.double().numpy(), layer, *before, 9)
-    x.requires_grad_()
-    y = layer(x)
-    y.backward(grad)
-    np.testing.assert_allclose(y.detach(), expected[0], atol=1e-5)
-    np.testing.assert_allclose(x.grad, expected[1], atol=1e-5)
-    np.testing.assert_allclose(layer.gradient, expected[2], atol=1e-6)
-
-
-def test_counting_positions_and_remembering_nothing_is_steady() -> None:
-    torch.manual_seed(0)
-    layer = GradientMemoryNorm(3, power=1.0, remember=False)
-    steady = sn.BatchNorm2d(3, statistics="steady")
-    for _ in range(4):
-        x = torch.randn(2, 3, 4, 4)
-        grad = torch.randn_like(x)
-        first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, z = layer(first), steady(second)
-        torch.testing.assert_close(y, z)
-        y.backward(grad)
-        z.backward(grad)
-        torch.testing.assert_close(first.grad, second.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layer.running_var, steady.running_var)
-    torch.testing.assert_close(layer.weight.grad, steady.weight.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layer.eval()(x), steady.eval()(x))
+# Small batches --------------------------------------------------------------------------------
 
 
 def test_a_frozen_tail_freezes_once() -> None:

@@ -1,162 +1,228 @@
-"""Batch 1 and 2, in convolutions above all: what a batch of one should count for."""
+"""Gradients of 64 samples, normalized together or in micro-batches down to one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
+from statistics import fmean
 
 from torch import nn
 
+from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.lab.experiment import Experiment, Figures
-from steadynorm.evidence.lab.experiments.small_batches import frozen_tail, recipe
-from steadynorm.evidence.lab.figures import table
-from steadynorm.evidence.lab.gradient_memory import GradientMemoryNorm
-from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.figures import chart, plus_minus
+from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
+from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting, grid
+from steadynorm.evidence.lab.side_by_side import train
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
-from steadynorm.evidence.networks import Statistics, build, renorm_for
-from steadynorm.evidence.training import Tick, train
+from steadynorm.evidence.networks import (
+    Normalization,
+    convolutional,
+    fully_connected,
+    initialize,
+    renorm_for,
+    residual,
+)
+from steadynorm.evidence.training import Recipe, Tick
+from steadynorm.report.page import Table
+from steadynorm.statistics import Batch, Policy, Steady
 
-FLAT, CONVOLUTIONAL = "fully connected", "convolutional"
-CANDIDATES: dict[str, Callable[[int], nn.Module]] = {
-    "square root": partial(GradientMemoryNorm, power=0.5, remember=False),
-    "samples": partial(GradientMemoryNorm, power=0.0, remember=False),
-    "positions, remembered": partial(GradientMemoryNorm, power=1.0),
-    "square root, remembered": partial(GradientMemoryNorm, power=0.5),
-    "samples, remembered": partial(GradientMemoryNorm, power=0.0),
-}
-OTHERS: dict[str, Statistics] = {
-    "group": partial(nn.GroupNorm, 4), "layer": partial(nn.GroupNorm, 1), "frozen tail": "batch",
+SAMPLES = 64  # in one step
+SIZES = (1, 2, 4, 8, 64)
+FLAT, CONV, DEEP, RESIDUAL = (
+    "fully connected, 3 layers", "convolutions, 4 layers", "10 sigmoid layers",
+    "residual, 14 layers",
+)  # fmt: skip
+ALLOWED = {CONV: 0.7, FLAT: 0.7, DEEP: 2.5, RESIDUAL: 1.5}
+"""Points of error that a batch of one may have more than `Batch` at 64."""
+WEIGHTS = {FLAT: 1, CONV: 3, DEEP: 3, RESIDUAL: 7}  # of a step, in its time
+ONE_WAY = Steady(prior=4, horizon=640, window=None)
+TWO_WAY = Steady(prior=16, horizon=640, window=16)
+OUTSIDE: dict[str, Normalization | None] = {
+    "none": None, "group": partial(nn.GroupNorm, 4), "layer": partial(nn.GroupNorm, 1),
 }  # fmt: skip
 NAMES = {
     "none": "no normalization",
-    "group": "GroupNorm(4)",
+    "group": "GroupNorm",
     "layer": "LayerNorm",
     "batch": "Batch",
-    "frozen tail": "Batch, frozen tail",
     "renorm": "Renorm",
-    "running": "Running",
-    "steady": "Steady (counts positions)",
-    "square root": "Steady counting samples·√positions",
-    "samples": "Steady counting samples",
-    "positions, remembered": "positions, gradient remembered",
-    "square root, remembered": "samples·√positions, gradient remembered",
-    "samples, remembered": "samples, gradient remembered",
+    "one-way": "Steady, one-way",
+    "two-way": "Steady",
 }
-# Where there are no positions, counting them is counting samples.
-ON_VECTORS = ("none", "layer", "running", "steady", "samples, remembered")
-AT_TWO = ("none", "group", "batch", "running", "steady", "samples", "samples, remembered")
-IN_QUICK = ("group", "steady", "samples", "positions, remembered", "samples, remembered")
 
 
-def settings(samples: int, found: list[tuple[str, int, str]]) -> list[Setting]:
-    """From network, batch size and kind of normalization."""
-    return [
-        {"network": network, "batch": size, "kind": kind, "samples": samples}
-        for network, size, kind in found
-    ]
+NOTE = (
+    "Mean over the networks ± half its 95 % interval, in brackets the mean after calibration. What "
+    f"never looks across samples is the same at every size and stands at {SAMPLES}."
+)
+
+
+def settings(
+    samples: int, networks: int, kinds: Iterable[str], sizes: tuple[int, ...]
+) -> list[Setting]:
+    """Every kind at every size; what never looks across samples once, what needs two not at 1."""
+    found = grid(
+        network=tuple(ALLOWED), kind=tuple(kinds), batch=sizes, samples=samples, networks=networks
+    )
+    least = {"batch": 2, "renorm": 2} | dict.fromkeys(OUTSIDE, SAMPLES)
+    return [s for s in found if s["batch"] >= least.get(s["kind"], 1)]
 
 
 SETTINGS: dict[Profile, list[Setting]] = {
-    "quick": settings(
-        3_000,
-        [(CONVOLUTIONAL, 1, kind) for kind in IN_QUICK]
-        + [(CONVOLUTIONAL, 2, kind) for kind in AT_TWO if kind in IN_QUICK],
-    ),
-    # All rules on the convolutions, those that differ on vectors; up to batch 64 where a rule that
-    # is better at 1 could be worse.
-    "full": settings(
-        6_000,
-        [(CONVOLUTIONAL, 1, kind) for kind in NAMES]
-        + [(CONVOLUTIONAL, 2, kind) for kind in AT_TWO]
-        + [(FLAT, size, kind) for size in (1, 2) for kind in ON_VECTORS]
-        + [
-            (network, size, kind)
-            for network in (CONVOLUTIONAL, FLAT)
-            for size in (8, 64)
-            for kind in ("steady", "samples, remembered")
-        ],
-    ),
+    "quick": settings(2_000, 3, ("batch", "one-way", "two-way"), (1, SAMPLES)),
+    "full": settings(6_400, 6, NAMES, SIZES),
 }
 
 
-def statistics(setting: Setting) -> Statistics:
-    """What the setting normalizes with."""
-    kind = setting["kind"]
-    if kind == "renorm":
-        return renorm_for(recipe(setting).steps)
-    return (CANDIDATES | OTHERS).get(kind, kind)
+def recipe(setting: Setting) -> Recipe:
+    """A step for `SAMPLES` samples, whatever is normalized together."""
+    return Recipe(SAMPLES, setting["samples"], points=1)
+
+
+def weight(setting: Setting) -> int:
+    """How long a step takes."""
+    return WEIGHTS[setting["network"]]
+
+
+def build(
+    network: str, normalization: Normalization | None, digits: Digits, seed: int
+) -> nn.Module:
+    """One of the four networks, initialized by `seed`."""
+    if network == CONV:
+        made = convolutional(normalization, channels=(16, 32, 32, 64), strides=(1, 2, 1, 2))
+    elif network == RESIDUAL:
+        made = residual(normalization)
+    elif network == DEEP:
+        made = fully_connected(
+            digits.pixels, normalization, widths=(64,) * 10, activation=nn.Sigmoid
+        )
+    else:
+        made = fully_connected(digits.pixels, normalization)
+    initialize(made, seed, nonlinearity="sigmoid" if network == DEEP else "relu")
+    return made
+
+
+def trained(
+    setting: Setting, seed: int, digits: Digits, tick: Tick, normalization: Normalization | None
+) -> Result:
+    """Errors of as many networks as the setting says, each of its own seed."""
+    seeds = range(seed * setting["networks"], (seed + 1) * setting["networks"])
+    networks = [build(setting["network"], normalization, digits, one) for one in seeds]
+    return train(networks, digits, recipe(setting), seeds, tick=tick)
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
-    """Train; errors of inference, and of the test digits normalized as in training."""
-    network = build(setting["network"], statistics(setting), digits, seed)
-    freeze = frozen_tail(setting) if setting["kind"] == "frozen tail" else None
-    done = train(network, digits, recipe(setting), seed=seed, tick=tick, after_step=freeze)
-    return {
-        "error": done.error, "error_in_training": done.error_in_training, "stopped": done.stopped
+    """Train and measure."""
+    kind, size = setting["kind"], setting["batch"]
+    if kind in OUTSIDE:
+        return trained(setting, seed, digits, tick, OUTSIDE[kind])
+    policies: dict[str, Policy] = {
+        "batch": Batch(), "one-way": ONE_WAY, "two-way": TWO_WAY,
+        "renorm": renorm_for(recipe(setting).steps * SAMPLES // size),
     }  # fmt: skip
+    return trained(setting, seed, digits, tick, of(policies[kind], size))
+
+
+def of(policy: Policy, size: int, layer: type[MicroBatchNorm] = MicroBatchNorm) -> Normalization:
+    """A maker of layers that normalize `size` samples together."""
+    return partial(layer, policy=policy, size=size)
+
+
+def each(runs: Runs) -> Runs:
+    """A run for each network, of its own seed."""
+    found = []
+    for run in runs:
+        count = run.setting["networks"]
+        for index in range(count):
+            result = {name: values[index] for name, values in run.result.items()}
+            found.append(FinishedRun(run.setting, run.seed * count + index, result))
+    return Runs(found)
+
+
+def is_lost(error: float, batch: float) -> bool:
+    """Whether an error is more than twice that of `Batch` at 64 and three points."""
+    return error > 2 * batch + 3
 
 
 def verdict(runs: Runs) -> Verdict:
-    """Counting otherwise, alone and with the remembered gradient, against `Steady`."""
-    one = runs.where(network=CONVOLUTIONAL, batch=1)
-    counted, both = (
-        one.difference("error", "kind", "steady", kind)
-        for kind in ("samples", "samples, remembered")
-    )
-    rest = one.difference("error", "kind", "samples, remembered", "group")
-    steady = one.mean("error", kind="steady")
+    """A batch of one against `Batch` at 64, by network; no seed lost at any size."""
+    runs = each(runs)
+    findings, said = [], []
+    count = lost = 0
+    for network in runs.distinct("network"):
+        some = runs.where(network=network)
+        goal = some.values("error", kind="batch", batch=SAMPLES)
+        one = some.values("error", kind="two-way", batch=1)
+        more = estimates.difference(one, goal)
+        words = f"points of error more than Batch at {SAMPLES}, {network}"
+        findings.append(expect(words, more, below=ALLOWED[network]))
+        said.append(f"{fmean(one):.1f} % ({network}; {fmean(goal):.1f})")
+        two_way = some.where(kind="two-way")
+        count += len(two_way)
+        lost += sum(is_lost(run["error"], fmean(goal)) for run in two_way)
     return judge(
-        f"Convolutions at batch 1: Steady makes {steady.text(1)} % errors. Counting a sample's "
-        f"positions as one value takes off {counted.text(1)} points; with the gradient through "
-        f"the running variance remembered besides, {both.text(1)}, which leaves {rest.text(1)} "
-        f"points to GroupNorm.",
-        [
-            expect("points of error that counting samples takes off, batch 1", counted, above=0),
-            expect("the same with the gradient remembered", both, above=0),
-            expect("points of error that are then left to GroupNorm", rest, below=1),
-        ],
+        f"Normalized one at a time with Steady, errors are {', '.join(said)}; in brackets those of "
+        f"Batch at {SAMPLES}. Of {count} networks trained with Steady at all batch sizes {lost} "
+        f"{'was' if lost == 1 else 'were'} lost.",
+        findings,
     )
+
+
+def cell(runs: Runs) -> str:
+    """Mean ± half the 95 % interval with running statistics, in brackets the mean calibrated."""
+    if not runs:
+        return "–"
+    calibrated = fmean(run["error_calibrated"] for run in runs)
+    return f"{plus_minus(run['error'] for run in runs)} ({calibrated:.1f})"
 
 
 def figures(runs: Runs) -> Figures:
-    """Errors of inference, and of the test digits normalized as in training."""
-    tables = [
-        table(
-            f"{title}, {network}, %", runs.where(network=network), rows="kind", columns="batch",
-            names=NAMES, corner="normalization / batch size", measure=measure,
-        )
-        for title, measure in (("Error of inference", "error"),
-                               ("Error normalized as in training", "error_in_training"))
-        for network in runs.distinct("network")
-    ]  # fmt: skip
-    return Figures(
-        tables,
-        text=[
-            "The remembered gradient is a candidate, not a policy of the package: Steady drops the "
-            "gradient through that part of the variance that comes from earlier batches; here the "
-            "present one takes it over, at the average that earlier batches showed."
-        ],
-    )
+    """Errors by batch size, for each network."""
+    runs = each(runs)
+    tables, charts = [], []
+    for network in runs.distinct("network"):
+        some = runs.where(network=network)
+        sizes = sorted(some.distinct("batch"))
+        body = [
+            [NAMES[kind], *(cell(some.where(kind=kind, batch=size)) for size in sizes)]
+            for kind in some.distinct("kind")
+        ]
+        title = f"Error of inference, %: {network}"
+        head = ["normalized together", *map(str, sizes)]
+        bold = [index for index, row in enumerate(body) if row[0] == NAMES["two-way"]]
+        tables.append(Table(title, head, body, note=NOTE, emphasis=bold))
+        rows = [
+            FinishedRun({**run.setting, "batch": size}, run.seed, run.result)
+            for run in some
+            for size in (sizes if run["kind"] in OUTSIDE else [run["batch"]])
+        ]
+        charts.append(
+            chart(
+                title, rows, x="batch", y="error", series="kind", names=NAMES, log_x=True,
+                log_y=True, order=list(NAMES.values()), highlight=NAMES["two-way"],
+                x_title="samples normalized together", y_title="error on the test digits, %",
+            )
+        )  # fmt: skip
+    return Figures(tables, charts)
 
 
 EXPERIMENT = Experiment(
     name="batch-of-one",
     title="A batch of one",
-    claim="At batch 1 a convolution's positions tell less than their number, since they belong to "
-    "one image: counted as fewer values, Steady does better.",
-    source="this package's open question; the remembered gradient is kin of Yan et al. 2020",
+    claim="Normalized one at a time, 64 samples train a network as well as normalized together.",
+    source="ours; kin of Yan et al. 2020 and Chiley et al. 2019",
     factors={
-        "kind": "policies; GroupNorm and LayerNorm from outside; Steady whose share counts "
-        "positions, samples, or samples times the root of positions; the same with the gradient "
-        "through the running variance remembered",
-        "batch": "batch size",
-        "network": "three convolutions, or three hidden layers",
+        "network": "; ".join(ALLOWED),
+        "kind": ", ".join(NAMES.values()),
+        "batch": f"samples normalized together; every step adds up the gradients of {SAMPLES}",
     },
-    measure="Error of inference on the test digits, in per cent, on equally many digits seen; SGD "
-    "with momentum, one cycle, rate 0.1 at batch 64 and in proportion.",
-    rule="In the convolutions at batch 1, counting samples takes errors off Steady's, also with "
-    "the gradient remembered, and then less than a point is left to GroupNorm.",
+    measure="Error of inference on the test digits, in per cent, with running statistics and after "
+    "calibration; SGD with momentum, one cycle, rate 0.1.",
+    rule="In every network a batch of one has at most "
+    + ", ".join(f"{points} points ({network})" for network, points in ALLOWED.items())
+    + " more than Batch at 64, with running statistics.",
     settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe,
+    weight=weight, seeds={"quick": 1, "full": 1}, revision=2,
 )  # fmt: skip

@@ -15,7 +15,7 @@ from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import KINDS, Statistics, build, renorm_for
 from steadynorm.evidence.training import Recipe, StepCallback, Tick, train
 from steadynorm.report.page import Table
-from steadynorm.statistics import Frozen, Ghost
+from steadynorm.statistics import Frozen, Ghost, Steady
 
 SIZES = (64, 16, 8, 4, 2, 1)
 GHOST = 8
@@ -28,14 +28,19 @@ NAMES = {
     "frozen tail": "Batch, frozen tail",
     "renorm": "Renorm",
     "running": "Running",
+    "one-way": "Steady, one-way",
     "steady": "Steady",
+    "unclipped": "Steady, no clipping",
 }
 
 
 def settings(policies: Sequence[str], sizes: Sequence[int], samples: int) -> list[Setting]:
-    """Every policy at every batch size; ghosts only where a batch holds several."""
+    """Every policy at every batch size; ghosts only where a batch holds several, no clipping only
+    where every gradient is a single digit's.
+    """
     found = grid(network=KINDS, policy=tuple(policies), batch=tuple(sizes), samples=samples)
-    return [s for s in found if s["policy"] != "ghost" or s["batch"] > GHOST]
+    only = {"ghost": lambda size: size > GHOST, "unclipped": lambda size: size == 1}
+    return [s for s in found if only.get(s["policy"], bool)(s["batch"])]
 
 
 SETTINGS: dict[Profile, list[Setting]] = {
@@ -46,7 +51,8 @@ SETTINGS: dict[Profile, list[Setting]] = {
 
 def recipe(setting: Setting) -> Recipe:
     """One cycle, the rate in proportion to the batch, as in the tour."""
-    return Recipe(setting["batch"], setting["samples"], points=1)
+    clip = None if setting.get("policy") == "unclipped" else 5.0
+    return Recipe(setting["batch"], setting["samples"], points=1, clip=clip)
 
 
 def weight(setting: Setting) -> int:
@@ -61,7 +67,8 @@ def statistics(setting: Setting) -> Statistics:
     )
     special: dict[str, Statistics] = {
         "outside": outside, "ghost": Ghost(GHOST), "frozen tail": "batch",
-        "renorm": renorm_for(recipe(setting).steps),
+        "renorm": renorm_for(recipe(setting).steps), "unclipped": "steady",
+        "one-way": Steady(prior=4, window=None),
     }  # fmt: skip
     return special.get(setting["policy"], setting["policy"])
 

@@ -1,0 +1,82 @@
+"""The tables and the picture of docs/steady.md, from the lab's experiments on batches of one.
+
+    python benchmarks/batch_of_one.py run --data-dir FOLDER --out FOLDER     MNIST's IDX files
+    python benchmarks/batch_of_one.py picture                                of docs/lab/results
+
+On MNIST's test digits, of which 2,000 are tested on. The whole `batch-of-one` takes hours there on
+two cores, so it is cut: two epochs of 8,000 digits, one for the residual network, and fewer batch
+sizes. `steady-parts` is run whole, as `steadynorm lab run steady-parts --profile full --data-dir
+FOLDER` does it. What has finished before is not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steadynorm.evidence.lab import runner
+from steadynorm.evidence.lab.experiments import batch_of_one, get
+from steadynorm.evidence.lab.runs import FinishedRun, Runs
+from steadynorm.evidence.lab.store import read
+from steadynorm.files import replace_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = ROOT / "docs" / "images" / "batch_of_one.svg"
+RESULTS = ROOT / "docs" / "lab" / "results" / "batch-of-one.json"
+NETWORKS = 6
+CELLS = (
+    ("batch", 64), ("batch", 2), ("none", 64), ("group", 64), ("one-way", 1), ("two-way", 1),
+    ("two-way", 2),
+)  # fmt: skip
+RESIDUAL_CELLS = (("batch", 64), ("two-way", 1))
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def on_mnist() -> list[dict[str, Any]]:
+    """The settings of `batch-of-one` that are run on MNIST's test digits."""
+    return [
+        {"network": network, "kind": kind, "batch": batch, "networks": NETWORKS}
+        | {"samples": 8_000 if network == batch_of_one.RESIDUAL else 16_000}
+        for network in batch_of_one.ALLOWED
+        for kind, batch in (RESIDUAL_CELLS if network == batch_of_one.RESIDUAL else CELLS)
+    ]
+
+
+@app.command()
+def run(
+    data_dir: Annotated[Path, typer.Option(help="MNIST's IDX files.")],
+    out: Annotated[Path, typer.Option(help="Folder for finished runs and results.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> None:
+    """Run what is missing, and print the tables and verdicts."""
+    settings = dict.fromkeys(("quick", "full"), on_mnist())
+    experiments = [replace(get("batch-of-one"), settings=settings), get("steady-parts")]
+    paths = runner.run(
+        experiments, profile="full", data_dir=str(data_dir), out=out, workers=workers
+    )
+    for experiment, path in zip(experiments, paths, strict=True):
+        head, runs = read(path)
+        print(f"{head['data']}; {', '.join(head['made_with'])}\n\n{head['verdict']['sentence']}\n")
+        for table in experiment.figures(runs).tables:
+            print(f"{table.title}\n\n{table.markdown()}\n")
+
+
+@app.command()
+def picture(results: Path = RESULTS, out: Path = PICTURE) -> None:
+    """Draw error over batch size: a panel for each network, a line for each kind."""
+    _, runs = read(results)
+    replace_file(out, drawn(batch_of_one.each(runs)))
+
+
+def drawn(runs: Runs) -> str:
+    """The panels as SVG."""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    app()
