@@ -1,9 +1,11 @@
-"""Small calls of the layer against torch.nn's, side by side, where overhead and not memory decides.
+"""Small calls, where overhead and not memory decides; and what the memory of the gradient costs.
 
-    python benchmarks/small_calls.py [--rounds 60]
+    python benchmarks/small_calls.py [--rounds 60] [--only Steady]
 
-Each round times 300 calls of each layer, in turn; the ratio is the median over rounds, with its
-quartiles. One thread: such inputs are too small for more.
+`Batch` against torch.nn and `Steady` against `Batch` on small inputs, and two-way `Steady` against
+one-way on inputs above 1 MB. Each round times both sides in turn; the ratio is the median over
+rounds, with its quartiles. One thread, and its processor time: small inputs are too small for
+more, and what else runs on the machine has less of a say.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import steadynorm as sn
 from steadynorm.evidence.bench.measure import machine
 from steadynorm.evidence.bench.workloads import SMALL
 
-CALLS = 300
+CALLS = 300  # of small inputs
+LARGE = ((32, 64, 14, 14), (256, 2048), (32, 64, 28, 28), (32, 256, 28, 28))
+STEADY = {"one-way": sn.Steady(prior=16, window=None), "two-way": sn.Steady(prior=16, window=16)}
 
 
 def steps(layer: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -38,43 +42,60 @@ def steps(layer: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], obj
     }
 
 
-def seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    for _ in range(CALLS):
+def seconds(step: Callable[[], object], calls: int) -> float:
+    start = time.process_time()
+    for _ in range(calls):
         step()
-    return (time.perf_counter() - start) / CALLS
+    return (time.process_time() - start) / calls
+
+
+def layer(name: str, shape: tuple[int, ...]) -> torch.nn.Module:
+    """A layer of torch.nn, or ours under `Batch` or one of `STEADY`."""
+    kind = {2: "BatchNorm1d", 4: "BatchNorm2d"}[len(shape)]
+    if name == "torch.nn":
+        return getattr(torch.nn, kind)(shape[1])
+    return getattr(sn, kind)(shape[1], statistics=STEADY.get(name, sn.Batch()))
+
+
+def compare(pair: tuple[str, str], shape: tuple[int, ...], *, last: bool, rounds: int) -> None:
+    """Print a line for every way to call: the second of the pair against the first."""
+    layers = [layer(name, shape) for name in pair]
+    x = torch.randn(shape) + 1
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    calls = max(2, min(CALLS, 10**7 // x.numel()))
+    both = [steps(each, x) for each in layers]
+    for name in both[0]:
+        if name == "inference" and "torch.nn" not in pair:
+            continue  # the same code for every policy
+        for each in layers:
+            each.train(name != "inference")
+        for part in both:
+            seconds(part[name], calls)
+        times = [[seconds(part[name], calls) for part in both] for _ in range(rounds)]
+        low, middle, high = statistics.quantiles([b / a for a, b in times], n=4)
+        first, second = (statistics.median(t[i] for t in times) * 1e6 for i in (0, 1))
+        label = "x".join(map(str, shape)) + (" last" if last else "")
+        print(
+            f"{label:>18}  {name:18}  {pair[0]:>8} {first:7.1f} us  {pair[1]:>8} {second:7.1f} us"
+            f"   {middle:.2f} ({low:.2f} to {high:.2f})",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", choices=["Batch", "Steady"])
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'input':>18}  {'':18}  torch.nn    ours   ratio (quartiles)")
-    cases = [
-        (shape, last) for shape in SMALL for last in (False, True) if len(shape) == 4 or not last
-    ]
-    for shape, last in cases:
-        kind = {2: "BatchNorm1d", 4: "BatchNorm2d"}[len(shape)]
-        layers = [getattr(home, kind)(shape[1]) for home in (torch.nn, sn)]
-        x = torch.randn(shape) + 1
-        if last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        both = [steps(layer, x) for layer in layers]
-        for name in both[0]:
-            for layer in layers:
-                layer.train(name != "inference")
-            for part in both:
-                seconds(part[name])
-            times = [[seconds(part[name]) for part in both] for _ in range(rounds)]
-            ratios = [ours / theirs for theirs, ours in times]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            theirs, ours = (statistics.median(t[i] for t in times) * 1e6 for i in (0, 1))
-            label = "x".join(map(str, shape)) + (" last" if last else "")
-            print(
-                f"{label:>18}  {name:18}  {theirs:5.1f} us {ours:5.1f} us"
-                f"   {middle:.2f} ({low:.2f} to {high:.2f})"
-            )
+    pairs = [("torch.nn", "Batch"), ("Batch", "one-way"), ("Batch", "two-way")]
+    cases = [(pair, shape) for pair in pairs for shape in (*SMALL, (32, 64))]
+    cases += [(("one-way", "two-way"), shape) for shape in LARGE]
+    for pair, shape in cases:
+        if options.only in (None, "Batch" if "torch.nn" in pair else "Steady"):
+            for last in (False, True)[: 2 if len(shape) == 4 else 1]:
+                compare(pair, shape, last=last, rounds=options.rounds)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
 

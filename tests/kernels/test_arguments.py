@@ -50,10 +50,11 @@ def test_a_field_that_only_the_caller_knows_is_noticed():
 
 
 def test_adjacent_fields_are_filled_in_at_once_under_their_names():
-    fill, offset = writer("eps", "momentum", *FORWARD)
+    fill, offset = writer("eps", "momentum", "share", *FORWARD)
     filled = Arguments(count=2.0, grad=3)
-    fill(filled, offset, 0.5, 0.25, *range(1000, 1000 + len(FORWARD)))
+    fill(filled, offset, 0.5, 0.25, 0.125, *range(1000, 1000 + len(FORWARD)))
     assert [getattr(filled, name) for name in FORWARD] == list(range(1000, 1000 + len(FORWARD)))
-    assert (filled.count, filled.eps, filled.momentum, filled.grad) == (2.0, 0.5, 0.25, 3)
+    assert (filled.count, filled.eps, filled.momentum, filled.share) == (2.0, 0.5, 0.25, 0.125)
+    assert filled.grad == 3
     with pytest.raises(ValueError, match="must be adjacent"):
         writer("momentum", "eps")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -66,8 +68,8 @@ def make(shape, layout, mean=0.0, seed=0, dtype=torch.float32):
     return values.contiguous(memory_format=kind)
 
 
-def layer_for(channels, activation, dtype=torch.float32):
-    layer = sn.BatchNorm2d(channels, activation=activation, dtype=dtype)
+def layer_for(channels, activation, dtype=torch.float32, statistics="batch"):
+    layer = sn.BatchNorm2d(channels, activation=activation, dtype=dtype, statistics=statistics)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         layer.weight.copy_(torch.rand(channels, generator=generator) + 0.5)
@@ -114,6 +116,98 @@ def test_a_training_step_is_the_truths(name, layout, case, visits, ran):
     close(layer.bias.grad, wanted.dbias, 5e-6, "dbias")
     if more:
         close(residual.grad, wanted.dresidual, 5e-6, "dresidual")
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("case", ["bn", "relu6+residual", "silu+residual"])
+@pytest.mark.parametrize("window", [None, 16], ids=["one-way", "two-way"])
+def test_training_steps_of_steady_are_the_truths(window, name, layout, case, visits, ran):
+    """The kernels blend the statistics, move the running ones, and move the memory."""
+    shape = SHAPES[name]
+    activation, _, more = case.partition("+")
+    activation = None if activation == "bn" else activation
+    policy = sn.Steady(prior=16 if window else 900, window=window)
+    layer = layer_for(shape[1], activation, statistics=policy)
+    layer.num_batches_tracked.fill_(9)
+    setting = truth.Setting(
+        layer.weight.detach().numpy(), layer.bias.detach().numpy(), activation=activation
+    )
+    running = truth.Running(layer.running_mean.numpy().copy(), layer.running_var.numpy().copy(), 9)
+    memory = None if window is None else np.zeros((2, shape[1]))
+    for step in range(3):
+        made = (make(shape, layout, 2.0 if i == 0 else 0.5, 10 * step + i) for i in range(3))
+        x, residual, grad = made
+        x.requires_grad_()
+        residual.requires_grad_()
+        wanted = truth.train(
+            x.detach().numpy(), policy, running, setting, grad=grad.numpy(), memory=memory,
+            residual=residual.detach().numpy() if more else None,
+        )  # fmt: skip
+        running, memory = wanted.running, wanted.memory
+        layer.zero_grad()
+        y = layer(x, residual=residual if more else None)
+        y.backward(grad)
+        assert y.stride() == x.stride()
+        close(y, wanted.y, 2e-6, "y")
+        close(layer.running_mean, running.mean, 1e-6, "running_mean")
+        close(layer.running_var, running.var, 1e-6, "running_var")
+        assert int(layer.num_batches_tracked) == 10 + step
+        close(x.grad, wanted.dx, 5e-6, "dx")
+        close(layer.weight.grad, wanted.dweight, 5e-6, "dweight")
+        close(layer.bias.grad, wanted.dbias, 5e-6, "dbias")
+        if more:
+            close(residual.grad, wanted.dresidual, 5e-6, "dresidual")
+        if window is not None:
+            close(layer.gradient_memory, memory, 2e-6, "memory")
+    assert ran == ["train", "backward"] * 3
+
+
+@pytest.mark.parametrize("mean", [1e4, 1e6])
+def test_the_blend_of_large_means_is_within_the_bar(mean, ran):
+    """2e-6 from float64: the part of the blended mean that float32 cannot hold is not lost."""
+    x = make((16, 5, 6, 7), "first", mean)
+    layer = layer_for(5, None, statistics=sn.Steady(prior=200))
+    layer.num_batches_tracked.fill_(9)
+    with torch.no_grad():
+        layer.running_mean.add_(mean)
+        layer.weight.fill_(1)
+        layer.bias.zero_()
+    running = truth.Running(layer.running_mean.numpy().copy(), layer.running_var.numpy().copy(), 9)
+    wanted = truth.train(x.numpy(), layer.statistics, running)
+    error = np.abs(layer(x).detach().double().numpy() - wanted.y).max()
+    assert error <= 2e-6 * max(1.0, np.abs(wanted.y).max())
+    assert ran == ["train"]
+
+
+def test_a_pretrained_layer_without_a_count_leans_on_its_statistics(ran):
+    """A count of 0 beside statistics that are not 0 and 1 reads as many, as in the stages."""
+    layer = layer_for(5, None, statistics=sn.Steady(prior=200))
+    x = make((4, 5, 6, 7), "first")
+    running = truth.Running(
+        layer.running_mean.numpy().copy(), layer.running_var.numpy().copy(), 1 << 30
+    )
+    setting = truth.Setting(layer.weight.detach().numpy(), layer.bias.detach().numpy())
+    wanted = truth.train(x.numpy(), layer.statistics, running, setting)
+    close(layer(x), wanted.y, 2e-6, "y")
+    assert ran == ["train"]
+
+
+@pytest.mark.parametrize("window", [None, 16], ids=["one-way", "two-way"])
+def test_second_derivatives_of_steady_come_from_what_the_kernels_left(window, ran):
+    layer = layer_for(5, "silu", torch.float64, statistics=sn.Steady(prior=200, window=window))
+    layer.num_batches_tracked.fill_(9)
+    twin = copy.deepcopy(layer)
+    x, grad = (make((4, 5, 3, 2), "first", 1.0, i, torch.float64) for i in range(2))
+    mask = torch.ones(4, 3, 2, dtype=torch.bool)  # the stages, which no plan serves
+    found = []
+    for each, extra in ((layer, None), (twin, mask)):
+        given = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(each(given, mask=extra), given, grad, create_graph=True)
+        (ddx,) = torch.autograd.grad(dx.square().sum(), given)
+        found.append((dx.detach(), ddx))
+    torch.testing.assert_close(*found)
+    assert ran == ["train"]
 
 
 @pytest.mark.parametrize(("rows", "together"), [(32, 5), (64, 5), (128, 2), (256, 1)])

@@ -93,4 +93,5 @@ def explain(
 
 def stages_for(x: Tensor) -> Any:
     """The module whose four stages serve this input: compiled ones, or the reference."""
-    return reference if CPU.supports(Call(x, None, None, policy=Steady())) else CPU.stages
+    by_stages = Call(x, policy=Steady(), skip_nonfinite=True)  # no plan serves it
+    return reference if CPU.supports(by_stages) else CPU.stages

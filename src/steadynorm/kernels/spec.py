@@ -19,6 +19,8 @@ from steadynorm.statistics import (
     Normalizer,
     Policy,
     RunningStatistics,
+    Steady,
+    batches_seen,
     coefficients,
     of_running,
     remember,
@@ -87,6 +89,14 @@ class Memory:
         """Remember this from now on."""
         self.state.copy_(after)
 
+    def in_place(self) -> tuple[Tensor, Tensor | None]:
+        """What a kernel starts from, and, in the first backward pass, where it is to write."""
+        if self.before is not None:
+            return self.before, None
+        self.before = self.state.clone()
+        torch.autograd.graph.increment_version(self.state)
+        return self.before, self.state
+
     def follow(
         self,
         normalizer: Normalizer,
@@ -148,12 +158,32 @@ class Call:
     """What the backend that supports the call has prepared for it."""
     by_running: bool = field(init=False)
     basic: bool = field(init=False)
+    blends: bool = field(init=False)
+    """As `basic`, for policy `Steady`: a backend may blend the statistics by `weights`."""
 
     def __post_init__(self) -> None:
+        policy = self.policy.__class__
         self.by_running = self.policy is None  # the running statistics normalize
-        batch = self.policy.__class__ is Batch and self.momentum is not None
         alone = self.mask is None and self.replicas is None and not self.skip_nonfinite
-        self.basic = self.groups is None and (self.by_running or (batch and alone))
+        batch = policy is Batch and alone and self.momentum is not None
+        self.basic = self.groups is None and (self.by_running or batch)
+        self.blends = policy is Steady and alone and self.groups is None
+
+    def weights(self, count: int) -> tuple[float, float]:
+        """Of a call that `blends`, by its `count` of values per channel: k and a of `Steady`."""
+        policy, samples, batches = self.policy, self.x.shape[0], self.num_batches_tracked
+        assert isinstance(policy, Steady)
+        if self.memory is not None:
+            self.memory.rate = policy.gradient_rate(samples)
+        seen = None if batches is None else int(batches)
+        if seen == 0:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            running = RunningStatistics(self.running_mean, self.running_var, 0)
+            seen = int(batches_seen(running, xp=torch))
+        share: float = policy.share(count, samples, seen, xp=torch)
+        weight: float = policy.weight(samples, seen, xp=torch)
+        return share, weight
 
     def valid_samples(self) -> Any:
         """How many samples have a position that the mask leaves valid; all without a mask."""

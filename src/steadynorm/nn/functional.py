@@ -155,6 +155,7 @@ def batch_norm(
     )  # fmt: skip
     if policy.needs_running:  # asked here: inside the autograd function gradient is always off
         step.may_repeat = recomputation.may_be_recomputed()
+        step.blends = step.blends and not step.may_repeat  # which is for `decide` to look after
     if running_mean is not None and recomputation.is_recomputation():
         step.recompute()
     return dispatch.normalize(step)

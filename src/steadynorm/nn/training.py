@@ -36,7 +36,7 @@ class TrainingStep(Call):
 
     def recompute(self) -> None:
         """Take copies of the buffers, which have moved already, in their place."""
-        self.repeats, self.may_repeat = self.running_mean, False
+        self.repeats, self.may_repeat, self.blends = self.running_mean, False, False
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
         copies = (t if t is None else t.clone() for t in buffers)
         self.running_mean, self.running_var, self.num_batches_tracked = copies

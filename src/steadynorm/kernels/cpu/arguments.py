@@ -25,10 +25,12 @@ _SHAPE = (
     # Boolean, (N, *).
     "mask",
 )  # fmt: skip
-_FLOATS = ("count", "eps", "momentum")
+# Of `Steady`: `share` is k, `momentum` the weight a, `rate` that of its memory; else `share` is 1.
+_FLOATS = ("count", "rate", "eps", "momentum", "share")
 ROWS = (
     # What a forward measures and maps by, and leaves for the backward.
     "center", "center_low", "var", "scale", "shift", "rho", "slope_factor", "constant_factor",
+    "mean_gap", "batch_var",
     # The backward's own: a sum, and the map's share by way of the statistics.
     "sum_grad_x", "slope", "constant",
 )  # fmt: skip
@@ -39,7 +41,11 @@ FORWARD = (
     # Per channel: parameters and running statistics.
     "weight", "bias", "running_mean", "running_var", "num_batches_tracked", *ROWS,
 )  # fmt: skip
-BACKWARD = ("mean_low", "mean_gap", "grad", "dx", "dresidual", "sum_grad", "grad_weight")
+BACKWARD = (
+    "grad", "dx", "dresidual", "sum_grad", "grad_weight",
+    # The memory of the gradient, (2, C): what it was, and where to leave what it is now.
+    "memory", "memory_after",
+)  # fmt: skip
 
 
 class Arguments(ctypes.Structure):

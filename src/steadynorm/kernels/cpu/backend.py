@@ -1,4 +1,4 @@
-"""The compiled CPU kernels as a backend: prepared plans for basic calls, stages for all others."""
+"""The compiled CPU kernels as a backend: prepared plans for most calls, stages for all others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CpuKernels(ClosedForm):
         if self.prepared is None and self.load() is not None:
             return self.refusal
         x, residual = call.x, call.residual
-        if call.basic and readable(x) and (residual is None or readable(residual)):
+        if (call.basic or call.blends) and readable(x) and (residual is None or readable(residual)):
             residual_dtype = None if residual is None else residual.dtype
             threads = torch.get_num_threads()
             layout = (x.shape, x.stride(), x.dtype, residual_dtype)
@@ -81,7 +81,7 @@ class CpuKernels(ClosedForm):
         """The gradients in closed form."""
         tensors, rest = saved
         if needs[0] and hasattr(rest, "plan"):
-            gradients: Gradients = rest.plan.backward(tensors, grad, needs)
+            gradients: Gradients = rest.plan.backward(tensors, rest, grad, needs)
             return gradients
         return super().backward(saved, grad, needs)
 
@@ -89,7 +89,7 @@ class CpuKernels(ClosedForm):
         """What `forward` left, in full."""
         tensors, rest = saved
         if hasattr(rest, "plan"):
-            expanded: Saved = rest.plan.unpack(tensors, rest.eps)
+            expanded: Saved = rest.plan.unpack(tensors, rest)
             return expanded
         return super().unpack(saved)
 

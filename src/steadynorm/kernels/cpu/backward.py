@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from .pointers import (
     LANES,
     STAGE,
     WIDTH,
+    as_float,
     fetch_add,
     like,
     narrow,
@@ -50,28 +52,59 @@ from .signs import through_gates
 
 
 @called  # type: ignore[untyped-decorator]
+def remembered(args: Any, k: Any, sum_grad: Any, exact: Any, model: Any) -> Any:
+    """`statistics.remember` for channel k: the constant and the slope of its new memory."""
+    noinline()
+    memory, after = pointer_like(args[at.memory], model), pointer_like(args[at.memory_after], model)
+    low, gap = pointer_like(args[at.center_low], model), pointer_like(args[at.mean_gap], model)
+    rho, batch_var = pointer_like(args[at.rho], model), pointer_like(args[at.batch_var], model)
+    share, rate, count = as_float(args[at.share]), as_float(args[at.rate]), as_float(args[at.count])
+    r, old = like(rho[k], share), 1.0 - rate
+    mean, var = (like(gap[k], share) - low[k]) * r, r * r * batch_var[k]
+    grad, grad_xhat = sum_grad / count, r * exact / count
+    before = like(memory[k], share), like(memory[args[at.channels] + k], share)
+    constant = old * before[0] + rate * (1.0 - share) * grad
+    slope = old * before[1] + rate * (grad_xhat - share * (var * grad_xhat + mean * grad))
+    slope = (slope - rate * mean * constant) / (old * (1.0 + rate * mean * mean) + rate * var)
+    constant = constant - rate * mean * slope
+    if not (math.isfinite(constant) and math.isfinite(slope)):
+        constant, slope = before
+    if args[at.memory_after] != 0:
+        after[k] = like(constant, after[k])
+        after[args[at.channels] + k] = like(slope, after[k])
+    return constant, slope
+
+
+@called  # type: ignore[untyped-decorator]
 def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, constant: Any) -> None:
     """Write the sums, and what flows back through the statistics: `slope·(x - center) + constant`.
 
-    The latter only if its factors are given; the weight's gradient only if it has a place.
+    The latter only if its factors are given, and less what the memory of the gradient takes off if
+    there is one; the weight's gradient only if it has a place.
     """
     noinline()
     sum_grad = pointer_like(args[at.sum_grad], slope)
     sum_grad_x = pointer_like(args[at.sum_grad_x], slope)
     slope_factor = pointer_like(args[at.slope_factor], slope)
     constant_factor = pointer_like(args[at.constant_factor], slope)
-    mean_low = pointer_like(args[at.mean_low], slope)
-    mean_gap = pointer_like(args[at.mean_gap], slope)
+    low, mean_gap = pointer_like(args[at.center_low], slope), pointer_like(args[at.mean_gap], slope)
+    scale = pointer_like(args[at.scale], slope)
     rho, grad_weight = pointer_like(args[at.rho], slope), pointer_like(args[at.grad_weight], slope)
     for c in range(chunk.here):
         k = chunk.first + c
         sum_grad[k] = like(sums_1[c], sum_grad[k])
         sum_grad_x[k] = like(sums_2[c], sum_grad_x[k])
         if args[at.slope_factor] != 0:
-            exact = sums_2[c] - mean_low[k] * sums_1[c]
+            exact = sums_2[c] - low[k] * sums_1[c]
             tilt = -slope_factor[k] * exact
+            level = -constant_factor[k] * sums_1[c] - tilt * mean_gap[k]
+            if args[at.memory] != 0:
+                kept, kept_slope = remembered(args, k, sums_1[c], exact, slope)
+                down = scale[k] * rho[k] * kept_slope
+                tilt -= down
+                level += down * low[k] - scale[k] * kept
             slope[k] = like(tilt, slope[k])
-            constant[k] = like(-constant_factor[k] * sums_1[c] - tilt * mean_gap[k], constant[k])
+            constant[k] = like(level, constant[k])
             if args[at.grad_weight] != 0:
                 grad_weight[k] = like(rho[k] * exact, grad_weight[k])
 

@@ -10,6 +10,7 @@ import numpy as np
 from .activations import activate, by_activation
 from .arguments import PASSES, at
 from .loops import (
+    BLEND,
     COMPILED,
     DECIDE,
     MAP,
@@ -66,28 +67,67 @@ def write_scale_and_shift(args: Any, chunk: Any, var: Any, scale: Any, shift: An
 
 
 @called  # type: ignore[untyped-decorator]
-def record_step(args: Any, chunk: Any, mean: Any, var: Any, scale: Any) -> None:
-    """What a training step of policy `Batch` leaves: the backward's factors, running statistics."""
+def blend(args: Any, chunk: Any, mean: Any, var: Any) -> None:
+    """`statistics.blend` of the batch's moments, and `merge_average`: what `Steady` decides.
+
+    Moments become those that normalize; the running statistics move.
+    """
     noinline()
-    rho, low = pointer_like(args[at.rho], var), pointer_like(args[at.center_low], var)
-    slope = pointer_like(args[at.slope_factor], var)
-    constant = pointer_like(args[at.constant_factor], var)
+    low, gap = pointer_like(args[at.center_low], var), pointer_like(args[at.mean_gap], var)
+    batch_var = pointer_like(args[at.batch_var], var)
     running_mean = pointer_like(args[at.running_mean], var)
     running_var = pointer_like(args[at.running_var], var)
-    eps, count = as_float(args[at.eps]), as_float(args[at.count])
-    weight = as_float(args[at.momentum])
+    share, weight = as_float(args[at.share]), as_float(args[at.momentum])
+    for c in range(chunk.first, chunk.first + chunk.here):
+        old, batch = like(running_mean[c], share), like(mean[c], share)
+        delta, v, old_var = (batch - old) + low[c], var[c], running_var[c]
+        step = share * delta
+        mean[c] = like(old + step, mean[c])
+        gap[c] = like((batch - mean[c]) + low[c], gap[c])
+        lost = (old - mean[c]) + step
+        low[c] = like(lost if math.isfinite(lost) else 0.0, low[c])
+        batch_var[c] = v
+        spread_out = delta * delta
+        rest = 1.0 - share
+        var[c] = like(rest * old_var + share * (v + rest * spread_out), v)
+        running_mean[c] = like(old + weight * delta, mean[c])
+        rest = 1.0 - weight
+        running_var[c] = like(rest * old_var + weight * (v + rest * spread_out), v)
+
+
+@called  # type: ignore[untyped-decorator]
+def move_running(args: Any, chunk: Any, mean: Any, var: Any) -> None:
+    """`statistics.update_average`, by torch's rule."""
+    noinline()
+    low, gap = pointer_like(args[at.center_low], var), pointer_like(args[at.mean_gap], var)
+    batch_var = pointer_like(args[at.batch_var], var)
+    running_mean = pointer_like(args[at.running_mean], var)
+    running_var = pointer_like(args[at.running_var], var)
+    count, weight = as_float(args[at.count]), as_float(args[at.momentum])
     unbiased = count / (count - 1.0) if count > 1.0 else 1.0
+    for c in range(chunk.first, chunk.first + chunk.here):
+        gap[c], batch_var[c] = low[c], var[c]
+        if args[at.running_mean] != 0:
+            m, v = running_mean[c], running_var[c]
+            running_mean[c] = like(m + weight * ((mean[c] - m) + low[c]), m)
+            running_var[c] = like(v + weight * (var[c] * unbiased - v), v)
+
+
+@called  # type: ignore[untyped-decorator]
+def record_step(args: Any, chunk: Any, var: Any, scale: Any) -> None:
+    """What a training step leaves for the backward, `statistics.gradient_factors`; counts it."""
+    noinline()
+    rho = pointer_like(args[at.rho], var)
+    slope = pointer_like(args[at.slope_factor], var)
+    constant = pointer_like(args[at.constant_factor], var)
+    eps, part = as_float(args[at.eps]), as_float(args[at.share]) / as_float(args[at.count])
     if args[at.num_batches_tracked] != 0 and chunk.first == 0:
         pointer(args[at.num_batches_tracked], np.int64)[0] += 1
     for c in range(chunk.first, chunk.first + chunk.here):
         r = 1.0 / math.sqrt(var[c] + eps)
         rho[c] = like(r, rho[c])
-        slope[c] = like(scale[c] * r * r / count, slope[c])
-        constant[c] = like(scale[c] / count, constant[c])
-        if args[at.running_mean] != 0:
-            m, v = running_mean[c], running_var[c]
-            running_mean[c] = like(m + weight * ((mean[c] - m) + low[c]), m)
-            running_var[c] = like(v + weight * (var[c] * unbiased - v), v)
+        slope[c] = like(scale[c] * r * r * part, slope[c])
+        constant[c] = like(scale[c] * part, constant[c])
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -206,10 +246,14 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
                         elif far and not moved:
                             moved = True
                             continue
+                if mode & BLEND:
+                    blend(args, chunk, mean, var)
+                elif mode & RECORD:
+                    move_running(args, chunk, mean, var)
                 if mode & DECIDE:
                     write_scale_and_shift(args, chunk, var, scale, shift)
                 if mode & RECORD:
-                    record_step(args, chunk, mean, var, scale)
+                    record_step(args, chunk, var, scale)
                 if mode & MAP:
                     map_chunk(
                         args, x, residual, y, signs, staged, chunk, mean, scale, shift,

@@ -45,7 +45,8 @@ PIECE = 4096  # elements of a plane whose float32 sum goes to float64
 FLUSH = 64  # strips, likewise
 SAMPLE = 16  # values that a pivot is drawn from
 
-REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, DECIDE, RECORD = 1, 2, 4, 8, 16, 32, 64  # bits of a pass
+# Bits of a pass.
+REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, DECIDE, RECORD, BLEND = 1, 2, 4, 8, 16, 32, 64, 128
 
 Chunk = namedtuple(
     "Chunk",

@@ -18,8 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved, coefficients_of
+from steadynorm.kernels.spec import (
+    Call,
+    Gradients,
+    Keep,
+    Memory,
+    Packed,
+    Saved,
+    coefficients_of,
+)
 from steadynorm.statistics import Moments, Normalizer
+from steadynorm.statistics.moments import two_sum
 
 from . import loops, slabs
 from .arguments import BACKWARD, FORWARD, ROWS, Arguments, writer
@@ -27,8 +36,8 @@ from .kernels import backward_kernel, forward_kernel, gradient_options
 from .readable import PLAIN, readable
 from .stages import unsupported
 
-_fill_forward, _FORWARD = writer("eps", "momentum", *FORWARD)
-_fill_backward, _BACKWARD = writer(*FORWARD, *BACKWARD)
+_fill_forward, _FORWARD = writer("eps", "momentum", "share", *FORWARD)
+_fill_backward, _BACKWARD = writer("rate", "eps", "momentum", "share", *FORWARD, *BACKWARD)
 
 
 class Rest(NamedTuple):
@@ -36,10 +45,12 @@ class Rest(NamedTuple):
 
     plan: Plan
     eps: float
+    share: float
+    memory: Memory | None
 
 
 class Plan:
-    """Basic calls with inputs of one shape, layout and type, and one activation.
+    """Calls of `Batch`, of `Steady` and in inference for one shape, layout, type and activation.
 
     A training step leaves one tensor for its backward, in int16: the rows that arguments.py names,
     in the type that statistics have, then the sign bits where they serve.
@@ -66,7 +77,9 @@ class Plan:
         )
         self._forward = forward_kernel(dtype, activation, add=residual)
         mapping = slabs.Slab(shape, dtype.itemsize, only_maps=True)
-        self._training = _template(slab, *slab.plan.forward(loops.DECIDE | loops.RECORD))
+        training = loops.DECIDE | loops.RECORD
+        self._training = _template(slab, *slab.plan.forward(training))
+        self._blending = _template(slab, *slab.plan.forward(training | loops.BLEND))
         self._gradients = _template(slab, *slab.plan.backward())
         self._inference = _template(mapping, loops.DECIDE, loops.MAP)
 
@@ -79,21 +92,28 @@ class Plan:
                 and t.__class__ in PLAIN and not t.is_neg()
             ):  # fmt: skip
                 return False
-        batches = call.num_batches_tracked
+        batches, memory = call.num_batches_tracked, call.memory
+        if memory is not None and not (
+            memory.state.dtype is real and memory.state.is_contiguous() and readable(memory.state)
+        ):
+            return False
         return batches is None or (batches.dtype is torch.int64 and readable(batches))
 
     def train(self, call: Call) -> tuple[Tensor, Packed]:
-        """Normalize by the batch and move the running statistics."""
+        """Normalize as the policy says and move the running statistics."""
+        template, share, weight = self._training, 1.0, call.momentum
+        if call.blends:
+            template, (share, weight) = self._blending, call.weights(self.count)
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
         y = torch.empty_like(x)
         rows = torch.empty(self.rows_bytes // 2 + self.signs, dtype=torch.int16)
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
-        a = Arguments.from_buffer_copy(self._training)
+        a = Arguments.from_buffer_copy(template)
         first = rows.data_ptr()
         end = first + self.rows_bytes
         mean, var, batches = call.running_mean, call.running_var, call.num_batches_tracked
         _fill_forward(
-            a, _FORWARD, call.eps, call.momentum, x.data_ptr(), _address(residual), y.data_ptr(),
+            a, _FORWARD, call.eps, weight, share, x.data_ptr(), _address(residual), y.data_ptr(),
             end if self.signs else 0, _address(partial_sums), _address(call.weight),
             _address(call.bias), _address(mean), _address(var), _address(batches),
             *range(first, end, self.step),
@@ -106,7 +126,7 @@ class Plan:
             x, rows, y if self.kept is Keep.OUTPUT else None,
             residual if self.kept is Keep.REBUILT else None, call.weight, call.bias,
         )  # fmt: skip
-        return y, (tensors, Rest(self, call.eps))
+        return y, (tensors, Rest(self, call.eps, share, call.memory))
 
     def infer(self, call: Call) -> Tensor:
         """Normalize by the running statistics; nothing moves."""
@@ -122,7 +142,7 @@ class Plan:
         self._forward(a, self.threads)
         return y
 
-    def backward(self, tensors: Any, grad: Tensor, needs: Any) -> Gradients:
+    def backward(self, tensors: Any, rest: Rest, grad: Tensor, needs: Any) -> Gradients:
         """The gradients of a training step, all per-channel work inside the kernel."""
         x, rows, y, residual, *_ = tensors
         grad = slabs.alike(grad, x, "grad")
@@ -134,12 +154,16 @@ class Plan:
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
         a = Arguments.from_buffer_copy(self._gradients)
         first = rows.data_ptr()
-        low, end = first + self.step, first + self.rows_bytes
+        end = first + self.rows_bytes
+        memory, rate, before, after = rest.memory, 0.0, None, None
+        if memory is not None:
+            rate = memory.rate
+            before, after = memory.in_place()
         _fill_backward(
-            a, _BACKWARD, x.data_ptr(), _address(residual), _address(y), end,
-            _address(partial_sums), 0, 0, 0, 0, 0, *range(first, end, self.step), low, low,
-            grad.data_ptr(), dx.data_ptr(), _address(dresidual), dbias.data_ptr(),
-            dweight.data_ptr(),
+            a, _BACKWARD, rate, 0.0, 0.0, rest.share, x.data_ptr(), _address(residual),
+            _address(y), end, _address(partial_sums), 0, 0, 0, 0, 0,
+            *range(first, end, self.step), grad.data_ptr(), dx.data_ptr(), _address(dresidual),
+            dbias.data_ptr(), dweight.data_ptr(), _address(before), _address(after),
         )  # fmt: skip
         self._backward[want]()(a, self.threads)
         return (
@@ -149,20 +173,20 @@ class Plan:
             dresidual if want else (grad if needs[3] else None),
         )
 
-    def unpack(self, tensors: Any, eps: float) -> Saved:
+    def unpack(self, tensors: Any, rest: Rest) -> Saved:
         """What a training step left, as the stages leave it."""
         x, rows, y, residual, weight, bias = tensors
         words = self.rows_bytes // 2
-        mean, low, var = rows[:words].view(self.real).view(len(ROWS), self.channels)[:3]
-        normalizer = Normalizer(mean, low, var, 1, 0, 1)
-        batch, known = (
-            Moments(self.count, mean, var, low),
-            coefficients_of(normalizer, x, weight, bias, eps),
-        )
+        named = dict(zip(ROWS, rows[:words].view(self.real).view(len(ROWS), -1), strict=True))
+        center, gap = named["center"], named["mean_gap"]
+        normalizer = Normalizer(center, named["center_low"], named["var"], 1, 0, rest.share)
+        mean, low = two_sum(center, gap)
+        batch = Moments(self.count, mean, named["batch_var"], low)
+        known = coefficients_of(normalizer, x, weight, bias, rest.eps)
         signs = rows[words:] if self.signs else None
         return Saved(
-            x, weight, bias, residual, None, y, signs, batch, normalizer, known, eps,
-            self.activation, None, None, self.dtype,
+            x, weight, bias, residual, None, y, signs, batch, normalizer, known, rest.eps,
+            self.activation, None, None, self.dtype, rest.memory,
         )  # fmt: skip
 
 

@@ -314,7 +314,7 @@ def normalize_grad(
         slab.values(dx=dx, dresidual=dresidual)
         slab.by_channel(
             sum_grad=sum_grad, sum_grad_x=sum_grad_x, slope=slope, constant=constant,
-            slope_factor=slope_factor, constant_factor=constant_factor, mean_low=mean_low,
+            slope_factor=slope_factor, constant_factor=constant_factor, center_low=mean_low,
             mean_gap=mean_gap,
         )  # fmt: skip
         slab.run(kernel, *slab.plan.backward())

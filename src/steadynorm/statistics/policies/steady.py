@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from steadynorm.statistics.moments import Array, Moments, at_least_one
 from steadynorm.statistics.normalizer import Normalizer
@@ -77,26 +78,27 @@ class Steady(Policy):
         self, batch: Moments, running: RunningStatistics | None, context: Context
     ) -> Normalizer:
         assert running is not None  # the caller checks needs_running
-        known = batch.count if self.window is None else context.samples
-        share = self._weight(known, self.prior, running, context)
+        share = self.share(batch.count, context.samples, running.batches, xp=context.xp)
         mean, low, var = blend(batch, running, share)
         return Normalizer(mean, low, var, 1.0, 0.0, share)
 
     def update(
         self, batch: Moments, running: RunningStatistics, context: Context
     ) -> RunningStatistics:
-        weight = self._weight(context.samples, self.horizon, running, context)
+        weight = self.weight(context.samples, running.batches, xp=context.xp)
         return merge_average(running, batch, weight)
+
+    def share(self, count: Array, samples: Array, batches: Array | None, *, xp: Any) -> Array:
+        """k, for a batch of `count` values per channel after `batches` others."""
+        known = count if self.window is None else samples
+        return first_alone(known / (at_least_one(known) + self.prior), batches, xp=xp)
+
+    def weight(self, samples: Array, batches: Array | None, *, xp: Any) -> Array:
+        """a, for a batch of so many samples after `batches` others."""
+        return first_alone(samples / (at_least_one(samples) + self.horizon), batches, xp=xp)
 
     def one_way(self) -> Steady:
         return replace(self, window=None)
 
     def gradient_rate(self, samples: Array) -> Array | None:
         return None if self.window is None else samples / (samples + self.window)
-
-    @staticmethod
-    def _weight(
-        known: Array, remembered: float, running: RunningStatistics, context: Context
-    ) -> Array:
-        weight = known / (at_least_one(known) + remembered)
-        return first_alone(weight, running.batches, xp=context.xp)
