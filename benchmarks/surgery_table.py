@@ -139,7 +139,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def where_and_when() -> str:
+def where_and_when(types: str, command: str) -> str:
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -149,9 +149,9 @@ def where_and_when() -> str:
         platform.processor(),
     )
     return (
-        f"Measured {date.today().isoformat()} on {cpu}, float32 (gradients, training and buffers "
-        f"in float64), torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"MONAI {monai.__version__}, by `python benchmarks/surgery_table.py`."
+        f"Measured {date.today().isoformat()} on {cpu}, {types}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, MONAI {monai.__version__}, by "
+        f"`python {command}`."
     )
 
 
@@ -161,7 +161,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = [measure(name, entry) for name, entry in track(ZOO.items(), "models", transient=True)]
-    text = f"{where_and_when()}\n\n{table(rows)}"
+    types = "float32 (gradients, training and buffers in float64)"
+    text = f"{where_and_when(types, 'benchmarks/surgery_table.py')}\n\n{table(rows)}"
     print(text)
     if arguments.write:
         before, rest = PAGE.read_text().split(BEGIN)
