@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the networks, which the tests share
 
 import torch  # noqa: E402
+from benchmarks.surgery_table import where_and_when  # noqa: E402
 from rich.progress import track  # noqa: E402
 from tests.models.surgery.test_models import inference, step  # noqa: E402
 from tests.models.surgery.variants import VARIANTS  # noqa: E402
 from tests.models.surgery.zoo import Entry, disturb  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.surgery_table import where_and_when  # noqa: E402
 from steadynorm.models.convert import convert  # noqa: E402
 from steadynorm.models.equivalence import in_double  # noqa: E402
 from steadynorm.models.fold import fold  # noqa: E402
@@ -107,7 +107,9 @@ def examine(name: str, entry: Entry) -> Found:
     if converted is not None:
         ours, changes = converted
         tallies.update(changes.tally())
-        reasons += [f"{row.before} left: {row.why}" for row in changes.left if "after it" not in row.before]
+        reasons += [
+            f"{row.before} left: {row.why}" for row in changes.left if "after it" not in row.before
+        ]
         compare("inference after convert", ours)
         after = step(copy.deepcopy(ours), inputs)
         for part, values in trained.items():

@@ -20,6 +20,7 @@ SLOW = (
     "kernels/test_inductor.py",
     "models/calibration/test_replicas.py",
     "models/surgery/test_models.py",
+    "models/surgery/test_survey.py",
     "models/test_other_tools.py",
     "models/test_random_graphs.py",
     "nn/test_compile.py",

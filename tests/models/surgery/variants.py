@@ -191,7 +191,9 @@ _monai(
     "Discriminator", SLICE, (1, 32, 32), (4, 8), (2, 2), settings=dict(norm="batch", dropout=None),
     act=["relu", "leakyrelu"], num_res_units=[0, 2],
 )  # fmt: skip
-_monai("Classifier", SLICE, (1, 32, 32), 3, (4, 8), (2, 2), settings=dict(norm="batch"), act=["elu"])
+_monai(
+    "Classifier", SLICE, (1, 32, 32), 3, (4, 8), (2, 2), settings=dict(norm="batch"), act=["elu"]
+)
 _monai("PatchDiscriminator", SLICE, 2, 4, 1, num_layers_d=[2])
 _monai("RegUNet", SLICE, 2, 1, 4, 2, concat_skip=[False, True])
 _monai("LocalNet", SLICE, 2, 1, 4, (0, 1), use_additive_sampling=[True, False])
