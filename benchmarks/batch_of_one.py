@@ -11,16 +11,16 @@ FOLDER` does it. What has finished before is not repeated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from lab_page import drawn
 
 from steadynorm.evidence.lab import runner
 from steadynorm.evidence.lab.experiments import batch_of_one, get
-from steadynorm.evidence.lab.runs import FinishedRun, Runs
+from steadynorm.evidence.lab.runs import Runs
 from steadynorm.evidence.lab.store import read
 from steadynorm.files import replace_file
 
@@ -33,6 +33,11 @@ CELLS = (
     ("two-way", 2),
 )  # fmt: skip
 RESIDUAL_CELLS = (("batch", 64), ("two-way", 1))
+
+COLORS = {
+    "two-way": "#0b62b0", "one-way": "#2aa1b3", "batch": "#c8500a", "renorm": "#8a6a00",
+    "group": "#0a7d5a", "layer": "#9c3c8b", "none": "#4b5a6e",
+}  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,12 +75,47 @@ def run(
 def picture(results: Path = RESULTS, out: Path = PICTURE) -> None:
     """Draw error over batch size: a panel for each network, a line for each kind."""
     _, runs = read(results)
-    replace_file(out, drawn(batch_of_one.each(runs)))
+    replace_file(out, drawn(panels(batch_of_one.each(runs))))
 
 
-def drawn(runs: Runs) -> str:
-    """The panels as SVG."""
-    raise NotImplementedError
+def panels(runs: Runs) -> dict[str, Any]:
+    """One for each network; what never looks across samples is a level, dashed."""
+    import altair as alt
+
+    names = batch_of_one.NAMES
+    order = [names[kind] for kind in COLORS]
+    rows = [
+        {"network": run["network"], "kind": names[run["kind"]], "batch": size}
+        | {"error": run["error"], "level": run["kind"] in batch_of_one.OUTSIDE}
+        for run in runs
+        for size in (batch_of_one.SIZES if run["kind"] in batch_of_one.OUTSIDE else [run["batch"]])
+    ]
+    across = alt.X("batch:Q", title="samples normalized together")
+    upwards = alt.Y("mean(error):Q", title="error on the test digits, %")
+    color = alt.Color("kind:N").scale(domain=order, range=list(COLORS.values()))
+    dashes = alt.StrokeDash("level:N", legend=None).scale(
+        domain=[False, True], range=[[1, 0], [5, 4]]
+    )
+    steady = alt.datum.kind == names["two-way"]
+    found = []
+    for network in batch_of_one.ALLOWED:
+        some = [row for row in rows if row["network"] == network]
+        line = alt.Chart(alt.InlineData(values=some)).encode(
+            x=across.scale(type="log", base=2, nice=False)
+            .axis(values=list(batch_of_one.SIZES), format="~g", grid=False),
+            y=upwards.scale(type="log", nice=False)
+            .axis(values=[0.5, 1, 2, 5, 10, 20, 50, 90], format="~g"),
+            color=color, strokeDash=dashes,
+        )  # fmt: skip
+        layers = [
+            line.mark_line().encode(
+                strokeWidth=alt.condition(steady, alt.value(4.0), alt.value(2.0))
+            ),
+            line.transform_filter("!datum.level").mark_circle(size=45, opacity=1),
+        ]
+        found.append(alt.layer(*layers).properties(title=network, width=300, height=200))
+    spec: dict[str, Any] = alt.vconcat(alt.hconcat(*found[:2]), alt.hconcat(*found[2:])).to_dict()
+    return spec
 
 
 if __name__ == "__main__":

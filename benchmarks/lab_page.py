@@ -31,12 +31,17 @@ PALETTE = ["#0b62b0", "#c8500a", "#0a7d5a", "#9c3c8b", "#8a6a00", "#4b5a6e", "#b
 
 def svg(chart: Chart) -> str:
     """A chart as a picture, in the page's light colours."""
-    import vl_convert
-
     spec: dict[str, Any] = dict(chart.spec) | {"width": 620, "title": chart.title}
     layers = spec.get("layer", [])
     if any(layer["mark"]["type"] == "line" for layer in layers):  # dots are there to be pointed at
         spec["layer"] = [layer for layer in layers if layer["mark"]["type"] != "circle"]
+    return drawn(spec)
+
+
+def drawn(spec: dict[str, Any]) -> str:
+    """A Vega-Lite specification as SVG."""
+    import vl_convert
+
     axis = dict(
         labelColor=SOFT, titleColor=SOFT, tickColor=GRID, domainColor=SOFT, gridColor=GRID,
         labelFontSize=12, titleFontSize=12, titleFontWeight="normal", labelOverlap=True,
@@ -50,11 +55,11 @@ def svg(chart: Chart) -> str:
         title={"anchor": "start", "color": INK, "fontSize": 13}, range={"category": PALETTE},
         rule={"color": SOFT}, padding=8,
     )  # fmt: skip
-    drawn: str = vl_convert.vegalite_to_svg(spec, config=config)
+    picture: str = vl_convert.vegalite_to_svg(spec, config=config)
     # Names count what the process drew before; these make the same picture the same file.
-    found = dict.fromkeys(re.findall(r'id="(\w+)"', drawn))
+    found = dict.fromkeys(re.findall(r'id="(\w+)"', picture))
     names = {name: f"part{number}" for number, name in enumerate(found)}
-    return re.sub(r'(id="|#)(\w+)', lambda m: m[1] + names.get(m[2], m[2]), drawn) + "\n"
+    return re.sub(r'(id="|#)(\w+)', lambda m: m[1] + names.get(m[2], m[2]), picture) + "\n"
 
 
 def figures(one: SavedResults) -> Iterator[str]:

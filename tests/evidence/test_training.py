@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import steadynorm as sn
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.estimates import mean
-from steadynorm.evidence.layer_statistics import layer_statistics
 from steadynorm.evidence.networks import (
     convolutional,
     fully_connected,
@@ -21,6 +19,7 @@ from steadynorm.evidence.networks import (
     normalization_1d,
     normalization_2d,
     renorm_for,
+    residual,
 )
 from steadynorm.evidence.training import (
     Recipe,
@@ -80,12 +79,11 @@ def test_every_digit_is_seen_once_an_epoch():
 
 @pytest.mark.parametrize("statistics", [None, "torch", "batch", "steady"])
 def test_it_learns(digits, statistics):
-    result = train(network_of(statistics), digits, Recipe(8, 2400), seed=0, layers=True)
+    result = train(network_of(statistics), digits, Recipe(8, 2400), seed=0)
     assert result.stopped is None
     assert result.accuracy > 0.9
     assert result.points[-1].step == 300
     assert result.points[-1].loss < result.points[0].loss
-    assert len(result.layers) == (0 if statistics is None else 2)
 
 
 def test_torchs_layer_and_ours_train_alike(digits):
@@ -133,7 +131,6 @@ def test_measuring_leaves_the_network_as_it_was(digits, statistics):
     images, labels, *_ = tensors(digits)
     inference_accuracy(network, images, labels)
     accuracy_in_training(network, images, labels, 4)
-    layer_statistics(network, images, 4, seed=0, count=5)
     after = network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert modes == [module.training for module in network.modules()]
@@ -154,25 +151,6 @@ def test_accuracies_against_a_count_by_hand(digits):
     assert inference_accuracy(network, images, labels) == float((answers == labels).double().mean())
 
 
-def test_layer_statistics_against_numpy(digits):
-    layer = sn.BatchNorm1d(40, statistics=sn.Steady(prior=2.0))
-    network = nn.Sequential(nn.Flatten(), layer)
-    rng = np.random.default_rng(1)
-    mean, var = rng.normal(size=40), rng.uniform(0.5, 2, 40)
-    layer.running_mean.copy_(torch.from_numpy(mean))
-    layer.running_var.copy_(torch.from_numpy(var))
-    layer.num_batches_tracked.fill_(100)
-    images = tensors(digits)[0]
-    (found,) = layer_statistics(network, images, 2, seed=5, count=7)
-    order = batches(len(images), 2, seed=5)
-    x = np.stack([images[next(order)].double().numpy().reshape(2, 40) for _ in range(7)])
-    unit = np.sqrt(var + layer.eps)
-    delta, v = x.mean(1) - mean, x.var(1)
-    used = np.sqrt(0.5 * var + 0.5 * v + 0.25 * delta**2)  # k = 2/(2 + 2)
-    for triple, values in ((found.mean, delta), (found.std, np.sqrt(v)), (found.used_std, used)):
-        np.testing.assert_allclose(triple, np.quantile(values / unit, [0.1, 0.5, 0.9]), rtol=1e-5)
-
-
 def test_networks_start_alike_whatever_normalizes_them():
     plain, normalized = network_of(None, seed=7), network_of("batch", seed=7)
     mine = [module.weight for module in plain if isinstance(module, nn.Linear)]
@@ -182,10 +160,23 @@ def test_networks_start_alike_whatever_normalizes_them():
     assert torch.equal(plain[1].bias, torch.zeros(16))
 
 
-def test_the_convolutional_network_takes_any_size():
-    network = convolutional(normalization_2d("torch"))
+@pytest.mark.parametrize("make", [convolutional, residual])
+def test_the_convolutional_networks_take_any_size(make):
+    network = make(normalization_2d("torch"))
     for size in (8, 14):
         assert network(torch.zeros(2, 1, size, size)).shape == (2, 10)
+
+
+def test_the_residual_network_is_14_layers_deep():
+    network = residual(normalization_2d("torch"))
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    shortcuts = [m for m in layers if getattr(m, "kernel_size", None) == (1, 1)]
+    assert (len(layers) - len(shortcuts), len(shortcuts)) == (14, 2)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 15
+    bare = [m for m in residual(None).modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)]
+    assert len(bare) == 15
+    assert all(conv.bias is not None for conv in bare)
 
 
 def test_renorms_schedule_fits_the_run():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from steadynorm.evidence.digits import Digits
 from steadynorm.statistics import Policy, Renorm
 
-Kind = Literal["fully connected", "convolutional"]
+Kind = Literal["fully connected", "convolutional", "ten sigmoid layers", "residual"]
 KINDS: tuple[Kind, Kind] = ("fully connected", "convolutional")
 Normalization = Callable[[int], nn.Module]
 """Makes the layer that normalizes so many features."""
@@ -159,14 +159,19 @@ def build(
     **options: Any,
 ) -> nn.Sequential:
     """The small network of a kind for these digits, initialized by `seed`. `statistics`: what
-    `normalization_1d` takes. `options` go to `fully_connected` or `convolutional`.
+    `normalization_1d` takes. `options` go to the function that builds the kind; ten sigmoid layers
+    are fully connected, 64 wide, and do not train unless they are normalized.
     """
-    if kind == "convolutional":
-        network = convolutional(normalization_2d(statistics, momentum=momentum), **options)
+    if kind in ("convolutional", "residual"):
+        builder = residual if kind == "residual" else convolutional
+        network = builder(normalization_2d(statistics, momentum=momentum), **options)
     else:
+        if kind == "ten sigmoid layers":
+            options = {"widths": (64,) * 10, "activation": nn.Sigmoid} | options
         normalization = normalization_1d(statistics, momentum=momentum)
         network = fully_connected(digits.pixels, normalization, **options)
-    initialize(network, seed)
+    saturating = kind == "ten sigmoid layers"
+    initialize(network, seed, nonlinearity="sigmoid" if saturating else "relu")
     return network
 
 

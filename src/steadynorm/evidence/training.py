@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from steadynorm.evidence.data_parallel import DataParallelGroup
 from steadynorm.evidence.digits import Digits, batches, load, tensors
-from steadynorm.evidence.layer_statistics import LayerStatistics, layer_statistics
 from steadynorm.evidence.networks import Kind, build
 from steadynorm.models.untouched import untouched
 from steadynorm.statistics import Policy
@@ -93,7 +92,6 @@ class TrainingResult:
     points: list[Point]
     accuracy: float
     accuracy_in_training: float | None
-    layers: list[LayerStatistics] = field(default_factory=list)
     stopped: str | None = None
 
     @property
@@ -128,7 +126,7 @@ def execute(
     """Build the network from `seed`, train it on the digits of `data_dir` and measure it."""
     digits = load(data_dir)
     network = build(setup.network, setup.statistics, digits, seed, momentum=setup.momentum)
-    return train(network, digits, setup.recipe, seed=seed, tick=tick, layers=True)
+    return train(network, digits, setup.recipe, seed=seed, tick=tick)
 
 
 def train(
@@ -139,12 +137,11 @@ def train(
     seed: int,
     tick: Tick | None = None,
     after_step: StepCallback | None = None,
-    layers: bool = False,
 ) -> TrainingResult:
     """Train `network` in place on `digits` and measure it; the same for the same seed and threads.
 
     A layer that refuses the batch (ValueError) or a loss that is not finite ends the run; `stopped`
-    gives the reason. `layers`: whether to measure the layers' statistics at the end.
+    gives the reason.
 
     Where torch.distributed is initialized, every process must make this call with the same
     arguments, and takes its part of every batch.
@@ -202,10 +199,9 @@ def train(
             tick(recipe.steps % 20)
     accuracy = inference_accuracy(network, test_images, test_labels)
     if stopped is not None:
-        return TrainingResult(points, accuracy, None, [], stopped)
+        return TrainingResult(points, accuracy, None, stopped)
     in_training = accuracy_in_training(network, test_images, test_labels, recipe.batch_size)
-    seen = layer_statistics(network, images, recipe.batch_size, seed=seed) if layers else []
-    return TrainingResult(points, accuracy, in_training, seen)
+    return TrainingResult(points, accuracy, in_training)
 
 
 @torch.no_grad()

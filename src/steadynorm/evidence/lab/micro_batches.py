@@ -86,17 +86,22 @@ class MicroBatchNorm(_BatchNorm):
         rate = self.statistics.gradient_rate(self.size)
         if rate is None:
             return None
-        memory = GradientMemory(*self.gradient_memory.numpy().copy())
-        taken_off = []
-        parts = (np.broadcast_to(part, batch.mean.shape) for part in normalizer)
-        for row, decided, *rest in zip(
-            zip(*batch, strict=True), zip(*parts, strict=True), *seen, strict=True
-        ):
-            memory, part = self.follow(memory, rate, Normalizer(*decided), Moments(*row), *rest)
-            taken_off.append(part)
-        self.gradient_memory.copy_(torch.from_numpy(np.stack(memory)))
-        constant, slope = (np.stack(rows) for rows in zip(*taken_off, strict=True))
-        return GradientMemory(constant, slope)
+
+        def after(memory: Any) -> Any:  # every micro-batch, all from the same memory
+            return np.stack(self.follow(GradientMemory(*memory), rate, normalizer, batch, *seen)[0])
+
+        # It is affine in the memory: what nothing, a constant of 1 and a slope of 1 become is all.
+        nothing, constant, slope = np.array([[0, 0], [1, 0], [0, 1]], batch.mean.dtype)
+        new = after(nothing)
+        kept = [after(unit) - new for unit in (constant, slope)]
+        memory = self.gradient_memory.numpy().copy()
+        before = []
+        for added, *parts in zip(*(part.swapaxes(0, 1) for part in (new, *kept)), strict=True):
+            before.append(memory)
+            memory = added + parts[0] * memory[0] + parts[1] * memory[1]
+        self.gradient_memory.copy_(torch.from_numpy(memory))
+        found = GradientMemory(*np.stack(before, axis=1))
+        return self.follow(found, rate, normalizer, batch, *seen)[1]
 
     def follow(
         self, memory: GradientMemory, rate: Any, *seen: Any

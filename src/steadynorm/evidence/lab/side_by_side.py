@@ -132,8 +132,8 @@ def _spread(images: Tensor, count: int, parts: Iterator[slice]) -> list[Tensor]:
 
 @torch.no_grad()
 def _errors(network: nn.Module, images: Tensor, labels: Tensor, count: int) -> list[float]:
-    wrong = torch.zeros(count)
+    wrong = torch.zeros(count, dtype=torch.int64)
     for part, some in zip(_slices(images), _spread(images, count, _slices(images)), strict=True):
         answers = network(some).unflatten(1, (count, -1)).argmax(2)
         wrong += (answers != labels[part, None]).sum(0)
-    return [float(share) for share in 100 * wrong / len(labels)]
+    return [100 * number / len(labels) for number in wrong.tolist()]

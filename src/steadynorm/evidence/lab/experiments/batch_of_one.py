@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from statistics import fmean
+from typing import Any, get_args
 
 from torch import nn
 
@@ -16,24 +17,15 @@ from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.side_by_side import train
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
-from steadynorm.evidence.networks import (
-    Normalization,
-    convolutional,
-    fully_connected,
-    initialize,
-    renorm_for,
-    residual,
-)
+from steadynorm.evidence.networks import Kind, Normalization, build, renorm_for
 from steadynorm.evidence.training import Recipe, Tick
 from steadynorm.report.page import Table
 from steadynorm.statistics import Batch, Policy, Steady
 
 SAMPLES = 64  # in one step
 SIZES = (1, 2, 4, 8, 64)
-FLAT, CONV, DEEP, RESIDUAL = (
-    "fully connected, 3 layers", "convolutions, 4 layers", "10 sigmoid layers",
-    "residual, 14 layers",
-)  # fmt: skip
+FLAT, CONV, DEEP, RESIDUAL = get_args(Kind)
+OPTIONS: dict[str, Any] = {CONV: {"channels": (16, 32, 32, 64), "strides": (1, 2, 1, 2)}}
 ALLOWED = {CONV: 0.7, FLAT: 0.7, DEEP: 2.5, RESIDUAL: 1.5}
 """Points of error that a batch of one may have more than `Batch` at 64."""
 WEIGHTS = {FLAT: 1, CONV: 3, DEEP: 3, RESIDUAL: 7}  # of a step, in its time
@@ -86,30 +78,14 @@ def weight(setting: Setting) -> int:
     return WEIGHTS[setting["network"]]
 
 
-def build(
-    network: str, normalization: Normalization | None, digits: Digits, seed: int
-) -> nn.Module:
-    """One of the four networks, initialized by `seed`."""
-    if network == CONV:
-        made = convolutional(normalization, channels=(16, 32, 32, 64), strides=(1, 2, 1, 2))
-    elif network == RESIDUAL:
-        made = residual(normalization)
-    elif network == DEEP:
-        made = fully_connected(
-            digits.pixels, normalization, widths=(64,) * 10, activation=nn.Sigmoid
-        )
-    else:
-        made = fully_connected(digits.pixels, normalization)
-    initialize(made, seed, nonlinearity="sigmoid" if network == DEEP else "relu")
-    return made
-
-
 def trained(
     setting: Setting, seed: int, digits: Digits, tick: Tick, normalization: Normalization | None
 ) -> Result:
     """Errors of as many networks as the setting says, each of its own seed."""
     seeds = range(seed * setting["networks"], (seed + 1) * setting["networks"])
-    networks = [build(setting["network"], normalization, digits, one) for one in seeds]
+    network = setting["network"]
+    options = OPTIONS.get(network, {})
+    networks = [build(network, normalization, digits, one, **options) for one in seeds]
     return train(networks, digits, recipe(setting), seeds, tick=tick)
 
 

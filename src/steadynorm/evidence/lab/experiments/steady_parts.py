@@ -61,9 +61,9 @@ PARTS = {
 DEFAULT = (TWO_WAY.prior, TWO_WAY.horizon, TWO_WAY.window)
 SWEPT = (
     *((16, 640, window) for window in (4, 64, 640)),
-    *((prior, 640, 16) for prior in (2, 4, 64)),
-    *((both, 640, both) for both in (4, 32, 64)),
-    *((16, horizon, 16) for horizon in (160, 256, 2560)),
+    *((prior, 640, 16) for prior in (2, 64)),
+    *((both, 640, both) for both in (4, 64)),
+    *((16, horizon, 16) for horizon in (160, 2560)),
 )
 
 

@@ -1,176 +1,130 @@
-"""A fully connected network at batch 2 and batch 1 under every policy, and at batch 64."""
+"""Ten sigmoid layers, which do not train without normalization, normalized 64, 2 or 1 at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
+from statistics import fmean
 from typing import NamedTuple
 
-from steadynorm.evidence.networks import renorm_for
-from steadynorm.evidence.tour.demo import Demo, DemoResult, Outcomes, TourOptions, error_of, spread
-from steadynorm.evidence.training import Recipe, TrainingResult, TrainingSetup, execute
+from steadynorm.evidence import estimates
+from steadynorm.evidence.digits import load
+from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
+from steadynorm.evidence.lab.side_by_side import train
+from steadynorm.evidence.networks import build, renorm_for
+from steadynorm.evidence.tour.demo import Demo, DemoResult, Outcomes, TourOptions
+from steadynorm.evidence.training import Recipe, Tick
 from steadynorm.evidence.workers import Job
-from steadynorm.report.charts import intervals, lines
-from steadynorm.report.page import Chart, Table
-from steadynorm.statistics import Policy, Steady
+from steadynorm.report.charts import intervals
+from steadynorm.report.page import Table
+from steadynorm.statistics import Policy, Steady, policy_from
+
+STEP = 64  # samples whose gradients make a step
 
 
 class Arm(NamedTuple):
-    """A policy at a batch size; "none" is no normalization."""
+    """A policy, and how many samples it normalizes together; "none" is no normalization."""
 
     policy: str
-    batch_size: int
+    together: int
 
-    @property
-    def label(self) -> str:
-        """A series' name in the charts: the batch size only where it differs from the chart's."""
-        return f"{self.policy} at 64" if self.batch_size == 64 else self.policy
+    def __str__(self) -> str:
+        return self.policy if self.policy == "none" else f"{self.policy}, {self.together}"
 
 
-POLICIES = ("Batch", "Renorm", "Running", "Steady", "none")
-ARMS = (Arm("Batch", 64), *(Arm(policy, size) for size in (2, 1) for policy in POLICIES))
-Trained = Mapping[Arm, Sequence[TrainingResult]]
+ARMS = (
+    *(Arm("Batch", size) for size in (STEP, 2)), Arm("Renorm", 2),
+    *(Arm("Steady", size) for size in (STEP, 2, 1)), Arm("none", STEP),
+)  # fmt: skip
+
+
+def execute(
+    arm: Arm, samples: int, data_dir: str | None, seeds: Sequence[int], *, tick: Tick | None = None
+) -> dict[str, list[float]]:
+    """Train an arm's networks, one for each seed; their errors."""
+    digits, recipe = load(data_dir), Recipe(STEP, samples)
+    normalization = None
+    if arm.policy != "none":
+        renorm = renorm_for(recipe.steps * STEP // arm.together)
+        policy: Policy = renorm if arm.policy == "Renorm" else policy_from(arm.policy.lower())
+        normalization = partial(MicroBatchNorm, policy=policy, size=arm.together)
+    networks = [build("ten sigmoid layers", normalization, digits, seed) for seed in seeds]
+    return train(networks, digits, recipe, seeds, tick=tick)
 
 
 def jobs(options: TourOptions) -> Sequence[Job]:
-    """One training for each arm and seed; all see the same digits equally often."""
-    planned = []
-    for seed in options.seeds:
-        for arm in ARMS:
-            recipe = Recipe(arm.batch_size, samples=2_400 if options.short else 6_000)
-            policy: Policy | str = (
-                renorm_for(recipe.steps) if arm.policy == "Renorm" else arm.policy.lower()
-            )
-            setup = TrainingSetup("fully connected", policy, recipe)
-            arguments = (setup, options.data_dir, seed)
-            planned.append(Job(DEMO.name, (arm, seed), recipe.steps, execute, arguments))
-    return planned
+    """One training for each arm, of all seeds side by side; all see the same digits."""
+    samples = 3_200 if options.short else 6_400
+    return [
+        Job(
+            DEMO.name,
+            arm,
+            samples // STEP,
+            execute,
+            (arm, samples, options.data_dir, options.seeds),
+        )
+        for arm in ARMS
+    ]
 
 
 def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
-    """Errors under every policy, learning curves, and what the layers saw."""
-    by_arm = {arm: [outcomes[arm, seed] for seed in options.seeds] for arm in ARMS}
+    """Errors with running and with calibrated statistics."""
+    measures = {"error": "running", "error_calibrated": "calibrated"}
 
-    def error(policy: str, size: int) -> str:
-        return f"{error_of([r.accuracy for r in by_arm[Arm(policy, size)]]).value:.1f} %"
+    def error(policy: str, together: int) -> str:
+        return f"{fmean(outcomes[policy, together]['error']):.1f} %"
 
+    rows = []
+    for arm in ARMS:
+        cells = (estimates.mean(outcomes[arm][measure]).plus_minus for measure in measures)
+        rows.append((arm.policy, "–" if arm.policy == "none" else arm.together, *cells))
+    bars = [
+        {
+            "arm": str(arm), "statistics": words, "error": fmean(outcomes[arm][measure]),
+            "lowest": min(outcomes[arm][measure]), "highest": max(outcomes[arm][measure]),
+        }
+        for arm in ARMS
+        for measure, words in measures.items()
+    ]  # fmt: skip
     return DemoResult(
-        f"Error at batch 2: {error('Batch', 2)} with Batch, {error('Steady', 2)} with Steady; "
-        f"the same network at batch 64 has {error('Batch', 64)}. At batch 1 Batch cannot "
-        f"train, Steady has {error('Steady', 1)}.",
-        [_table(by_arm, options.seeds_in_words)],
-        [*_curves(by_arm, options.seeds), _gap(by_arm), *_layers(by_arm)],
+        f"Ten sigmoid layers make {error('none', STEP)} errors without normalization, "
+        f"{error('Batch', STEP)} with 64 samples normalized together. Two at a time: "
+        f"{error('Batch', 2)} with Batch, {error('Steady', 2)} with Steady. One at a time, where "
+        f"Batch cannot train: {error('Steady', 1)} with Steady.",
+        [
+            Table(
+                "Ten sigmoid layers, each step from the gradients of 64 digits",
+                ("policy", "normalized together", "error, %", "error after calibration, %"),
+                rows,
+                note=f"Inference on the test digits, {options.seeds_in_words}; ± is the 95 % "
+                "interval of the mean. Batch and Renorm keep torch's momentum of 0.1.",
+                emphasis=[index for index, arm in enumerate(ARMS) if arm.policy == "Steady"],
+            )
+        ],
+        [
+            intervals(
+                "Error of inference", bars, value="error", low="lowest", high="highest",
+                label="arm", series="statistics", log=True, value_title="error, %", wide=True,
+                description="Mean and range over the seeds, with running statistics and after "
+                "calibration.",
+            )
+        ],
         text=[
-            "At batch 2 two digits decide the mean and the variance that normalize each "
-            "other, so what a digit looks like to the network depends on its partner; at "
-            "batch 1 nothing is left of it. Running and Steady normalize with a memory of "
-            "earlier batches too; Steady believes the batch as far as it knows, n values "
-            f"against a prior of {Steady().prior:g} remembered ones, and keeps its memory over "
-            f"{Steady().horizon:g} samples, whatever the batch size."
+            "Two digits normalized together decide each other's mean and variance, so what a digit "
+            "looks like to the network depends on its partner; one alone has no variance. Steady "
+            "normalizes with running statistics and a small share of the batch, "
+            f"{Steady().prior:g} remembered samples against its own, and takes from the gradient "
+            "what the samples gone by would have taken. All micro-batches of a step are computed "
+            "at once here, which the tests hold to the layers called in a loop."
         ],
         figures={
             "runs": [
-                {"policy": arm.policy, "batch_size": arm.batch_size, "seed": seed} | run.record()
-                for (arm, seed), run in sorted(outcomes.items())
+                {"policy": arm.policy, "together": arm.together, "seeds": list(options.seeds)}
+                | outcomes[arm]
+                for arm in ARMS
             ]
         },
-    )
-
-
-def _table(by_arm: Trained, seeds: str) -> Table:
-    rows = []
-    for arm, trained in by_arm.items():
-        in_training, inference = "cannot train", "–"
-        if not trained[0].stopped:
-            in_training = error_of([run.accuracy_in_training or 0 for run in trained]).plus_minus
-            inference = error_of([run.accuracy for run in trained]).plus_minus
-        rows.append((arm.policy, arm.batch_size, in_training, inference))
-    refusals = [run.stopped for runs in by_arm.values() for run in runs if run.stopped]
-    note = (
-        f"Error on the test digits, {seeds}; ± is the 95 % interval of the mean. "
-        "Batch, Renorm and Running keep torch's momentum of 0.1."
-    )
-    if refusals:
-        note += f" What Batch says at batch 1: “{refusals[0]}”"
-    return Table(
-        "A fully connected network of three hidden layers",
-        ("policy", "batch", "error as in training, %", "error of inference, %"),
-        rows,
-        note=note,
-        emphasis=[index for index, arm in enumerate(by_arm) if arm.policy == "Steady"],
-    )
-
-
-def _curves(by_arm: Trained, seeds: Sequence[int]) -> list[Chart]:
-    rows = [
-        {"policy": arm.label, "seed": seed, "batch": arm.batch_size, **vars(point)}
-        for arm, trained in by_arm.items()
-        for seed, run in zip(seeds, trained, strict=True)
-        for point in run.points
-    ]
-    return [
-        lines(
-            f"{title} at batch {size}", [row for row in rows if row["batch"] in (size, 64)],
-            x="samples", y=y, series="policy", replicate="seed",
-            order=[arm.label for arm in ARMS[:6]], highlight="Steady", log_y=y == "loss",
-            percent=y == "accuracy", y_max=10.0 if y == "loss" else None,
-            x_title="digits seen", y_title=words,
-            description="Mean over the seeds; the band is their range. "
-            "Select a policy in the legend to see it alone.",
-        )
-        for size in (2, 1)
-        for y, title, words in (
-            ("loss", "Training loss", "training loss"),
-            ("accuracy", "Accuracy of inference", "accuracy on the test digits"),
-        )
-    ]  # fmt: skip
-
-
-def _gap(by_arm: Trained) -> Chart:
-    rows = []
-    for arm, trained in by_arm.items():
-        for words, values in (
-            ("as in training", [run.accuracy_in_training for run in trained]),
-            ("inference", [run.accuracy for run in trained]),
-        ):
-            known = [value for value in values if value is not None]
-            if known and trained[0].stopped is None:
-                name = f"{arm.policy}, batch {arm.batch_size}"
-                rows.append({"arm": name, "normalized": words, **spread(known)})
-    return intervals(
-        "The same test digits, normalized as in training and as in inference",
-        rows, value="accuracy", low="lowest", high="highest", label="arm",
-        series="normalized", value_title="accuracy", wide=True,
-        description="Mean and range over the seeds. Two dots apart: the network meets other "
-        "statistics in inference than it was trained with.",
     )  # fmt: skip
 
 
-def _layers(by_arm: Trained) -> list[Chart]:
-    quantities = (
-        ("mean", "Mean of a batch, minus the running mean", 0.0),
-        ("std", "Standard deviation of a batch", 1.0),
-        ("used_std", "Standard deviation that normalizes", 1.0),
-    )
-    ends = ("10th percentile", "median", "90th percentile")
-    return [
-        intervals(
-            title,
-            [
-                {
-                    "layer": f"layer {number}", "policy": f"{arm.policy} at {arm.batch_size}",
-                    **dict(zip(ends, getattr(layer, quantity), strict=True)),
-                }
-                for arm in (Arm("Batch", 64), Arm("Batch", 2), Arm("Steady", 2))
-                for number, layer in enumerate(by_arm[arm][0].layers, start=1)
-            ],
-            value="median", low=ends[0], high=ends[2],
-            label="layer", series="policy", zero=True, reference=agrees,
-            value_title="in running standard deviations", wide=quantity == "used_std",
-            description="Median over channels and batches, from the 10th to the 90th "
-            f"percentile, first seed. At {agrees:g} the running statistics say the same.",
-        )
-        for quantity, title, agrees in quantities
-    ]  # fmt: skip
-
-
-DEMO = Demo("small-batches", "At batch 2 and 1: where statistics fail", jobs, result)
+DEMO = Demo("small-batches", "Normalized two and one at a time", jobs, result)
