@@ -64,7 +64,7 @@ def settings(
 
 SETTINGS: dict[Profile, list[Setting]] = {
     "quick": settings(2_000, 3, ("batch", "one-way", "two-way"), (1, SAMPLES)),
-    "full": settings(6_400, 6, NAMES, SIZES),
+    "full": settings(4_800, 6, NAMES, SIZES),
 }
 
 

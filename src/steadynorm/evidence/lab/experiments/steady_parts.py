@@ -140,7 +140,7 @@ def settings(
 
 SETTINGS: dict[Profile, list[Setting]] = {
     "quick": settings(2_000, 3, ("whole", "constant", "slope"), ()),
-    "full": settings(8_000, 6, tuple(PARTS), SWEPT),
+    "full": settings(4_800, 6, tuple(PARTS), SWEPT),
 }
 
 
