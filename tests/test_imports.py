@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flax", "numba", "sklearn")
+FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flax", "numba", "sklearn", "triton")
 
 
 def frameworks_loaded_by(statements: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from steadynorm._extras import needed_by
 
 if TYPE_CHECKING:
+    from steadynorm import kernels
     from steadynorm.doctor import diagnose, monitor
     from steadynorm.models.bias import drop_redundant_bias
     from steadynorm.models.calibrate import adapt, calibrate
@@ -79,6 +80,7 @@ __all__ = [
     "fold",
     "freeze",
     "functional",
+    "kernels",
     "monitor",
     "parameter_groups",
     "unfreeze",
@@ -86,6 +88,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "kernels":
+        return import_module("steadynorm.kernels")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'steadynorm' has no attribute {name!r}")
     with needed_by(f"steadynorm.{name}"):
@@ -95,4 +99,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME_OF])
+    return sorted({*globals(), *_HOME_OF, "kernels"})

@@ -134,7 +134,10 @@ def test_a_model_cast_to_half_keeps_the_operator(kept):
     y = layer(x)
     assert dispatch.explain(x, *layer.parameters(), layer.running_mean, layer.running_var) == (
         "aten",
-        {"traced": "PyTorch neither compiles nor transforms this call"},
+        {
+            "traced": "PyTorch neither compiles nor transforms this call",
+            "gpu": "the input is not on a GPU",
+        },
     )
     assert y.dtype == kept
     gradients = torch.autograd.grad(y, [x, *layer.parameters()], torch.empty_like(y))

@@ -38,7 +38,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = (ctx.saved_tensors, ctx.rest), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _second_order(ctx.backend.unpack(saved), grad, needs)
+            gradients = _second_order(ctx.backend, ctx.backend.unpack(saved), grad, needs)
         else:
             gradients = ctx.backend.backward(saved, grad, needs)
         return *gradients, None, None
@@ -72,7 +72,7 @@ def _constant(live: Moments) -> Moments:
     return live._replace(var=live.var.detach(), mean_low=live.mean_low.detach())
 
 
-def _second_order(saved: Saved, grad: Tensor, needs: Any) -> Gradients:
+def _second_order(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
     """The backward in differentiable operations."""
     live = None
     if saved.batch is not None:
@@ -82,7 +82,7 @@ def _second_order(saved: Saved, grad: Tensor, needs: Any) -> Gradients:
     if saved.activation is not None:
         forward, gradient = functions(saved.activation, reference.xp)
         if saved.signs is not None:
-            y = CPU.stages.outputs_for(saved.signs, saved.x, saved.groups)
+            y = backend.stages.outputs_for(saved.signs, saved.x, saved.groups)
         elif y is None:
             y = z if ACTIVATIONS[saved.activation].source == "input" else forward(z)
         g = gradient(grad, y)

@@ -11,17 +11,18 @@ from steadynorm.kernels import autograd
 from steadynorm.kernels.aten import ATEN
 from steadynorm.kernels.autograd import TRACED
 from steadynorm.kernels.cpu.backend import CPU
+from steadynorm.kernels.gpu.backend import GPU
 from steadynorm.kernels.reference.closed_form import REFERENCE
 from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Backend, Call
 from steadynorm.statistics import Frozen, Policy, PolicyName, Steady, policy_from
 
-BACKENDS: tuple[Backend, ...] = (TRACED, ATEN, CPU, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (TRACED, GPU, ATEN, CPU, REFERENCE)
 """In order of preference; the last takes every call."""
 
 
 class Choice(NamedTuple):
-    """The backend that serves a call (`traced`, `aten`, `cpu` or `reference`), and why no other."""
+    """The backend that serves a call (`traced`, `gpu`, `aten`, `cpu` or `reference`), and why no other."""
 
     kernel: str
     refusals: dict[str, str]

@@ -193,6 +193,10 @@ class Call:
         valid = mask if mask.ndim == 1 else mask.flatten(1).any(1)
         return valid.sum().to(statistics_dtype(self.x))
 
+    def by_policy_alone(self) -> bool:
+        """Whether a kernel may decide in the call's place, by policy, settings and buffers alone."""
+        return False
+
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """Moments and normalizer to use; called once a forward, with what the batch measures.
 

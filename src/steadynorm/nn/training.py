@@ -41,6 +41,12 @@ class TrainingStep(Call):
         copies = (t if t is None else t.clone() for t in buffers)
         self.running_mean, self.running_var, self.num_batches_tracked = copies
 
+    def by_policy_alone(self) -> bool:
+        """Where nothing is pooled, kept out, or remembered for a recomputation."""
+        remembered = self.repeats is not None or self.may_repeat
+        needs = self.policy is not None and self.policy.needs_running
+        return self.replicas is None and not self.skip_nonfinite and not (remembered and needs)
+
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """Moments pooled over replicas and what normalizes; moves the running statistics."""
         assert batch is not None  # a training step always measures its batch

@@ -21,6 +21,7 @@ TENSORS = tuple(field.name for field in fields(Call))
 class CpuKernels(ClosedForm):
     """Numba's machine code over raw memory; see loops.py. Loaded with the first call."""
 
+    visit = True
     prepared: Any = None
     refusal: str | None = None
     """Why the kernels cannot be loaded."""

@@ -24,11 +24,12 @@ from steadynorm.statistics import (
 class ClosedForm(Backend):
     """A backend over a module of stages.
 
-    `compiled` stages also have `normalize` and `normalize_grad`, which do both stages of a
-    direction in one visit, rebuild z as they go, and write sign bits.
+    `compiled` stages rebuild z as they go, and write sign bits. Those that `visit` also have
+    `normalize` and `normalize_grad`, which do both stages of a direction in one visit.
     """
 
     differentiable = False
+    visit = False
 
     def __init__(self, name: str, stages: Any, *, compiled: bool) -> None:
         self.name, self.stages, self.compiled = name, stages, compiled
@@ -43,7 +44,7 @@ class ClosedForm(Backend):
             options["signs"] = signs = stages.empty_signs(x, call.groups)
         parameters = (x, call.weight, call.bias, call.eps)
         alone = call.policy is not None and call.policy.batch_alone and call.replicas is None
-        if alone and self.compiled and mask is None:
+        if alone and self.visit and mask is None:
             y, local = stages.normalize(*parameters, **options)
         elif not call.by_running:
             local = stages.moments(x, mask=mask, groups=call.groups)
@@ -77,7 +78,7 @@ class ClosedForm(Backend):
         if need_x and saved.batch is not None:  # dx has terms by way of the moments
             factors = gradient_factors(normalizer, saved.batch, known.scale, known.rho)
         alone = saved.replicas is None and saved.mask is None and saved.memory is None
-        if factors is not None and self.compiled and alone:
+        if factors is not None and self.visit and alone:
             dx, dresidual, *sums = stages.normalize_grad(
                 *maps, *factors, want_residual=need_residual, **read
             )

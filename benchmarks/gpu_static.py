@@ -1,0 +1,209 @@
+"""The GPU kernels compiled for devices that are not here, and a table of what their code tells.
+
+    python -m benchmarks.gpu_static [--short] [--targets sm_90,gfx942] [--write]
+
+Needs Triton (`make test-triton` makes an environment with it), and TRITON_INTERPRET unset. What is
+compiled is what the host's own code would launch, recorded on tensors without values. Compiled
+kernels are cached by Triton. `--write` puts the tables into docs/gpu.md. No figure is a
+measurement: nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from benchmarks.machine_code import CHIPS, TARGETS, Launch, Report, processes, read
+from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.gpu import plan as plans
+from steadynorm.kernels.gpu import prepared, stages
+from steadynorm.kernels.spec import Call, Memory
+from steadynorm.statistics import Batch, Ghost, Policy, Renorm, Running, Steady
+
+PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
+WIDE, ODD = (32, 256, 56, 56), (32, 2048, 7, 7)
+X_SIZED = ("x", "residual", "y", "grad", "extra", "dx", "dresidual")
+IN_FLIGHT = 30 << 10
+MULTIPROCESSORS = 132
+
+
+class Training(Call):
+    """A training step that no layer made: the policy alone decides."""
+
+    def by_policy_alone(self) -> bool:
+        return True
+
+
+class Config(NamedTuple):
+    """One kind of call."""
+
+    dtype: str
+    layout: str
+    shape: tuple[int, ...] = WIDE
+    policy: Policy | None = Batch()
+    activation: str | None = None
+    residual: bool = False
+    masked: bool = False
+
+    def __str__(self) -> str:
+        policy = "inference" if self.policy is None else type(self.policy).__name__
+        if getattr(self.policy, "window", None):
+            policy += " two-way"
+        parts = [policy, *(["add"] if self.residual else []), self.activation or ""]
+        what = " + ".join(part for part in parts if part) + (", mask" if self.masked else "")
+        odd = "" if self.shape == WIDE else ", odd planes"
+        return f"{self.dtype} {self.layout}: {what}{odd}"
+
+
+def configurations(short: bool) -> Iterator[Config]:
+    """Every kind of kernel in every type and layout; activations in two of them."""
+    both = list(itertools.product(DTYPES, LAYOUTS))
+    for dtype, layout in both:
+        for shape in (WIDE,) if short else (WIDE, ODD):
+            for activation, residual in ((None, False), ("relu", False), ("relu", True)):
+                yield Config(dtype, layout, shape, Batch(), activation, residual)
+        for policy in (Steady(), Steady(window=16)):
+            yield Config(dtype, layout, policy=policy)
+        if not short:
+            for policy in (Running(), Renorm(), Ghost(8)):
+                yield Config(dtype, layout, policy=policy)
+            yield Config(dtype, layout, masked=True)
+            yield Config(dtype, layout, policy=None, activation="relu", residual=True)
+    if short:
+        return
+    for (dtype, layout), name, residual in itertools.product(
+        (("fp32", "first"), ("bf16", "last")), ACTIVATIONS, (False, True)
+    ):
+        yield Config(dtype, layout, activation=name, residual=residual)
+
+
+def record(config: Config) -> list[Launch]:
+    """What the host launches for a call and its backward."""
+    launched: list[Launch] = []
+
+    def launch(kernel: Any, p: Any, x: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(Launch(kernel, arguments, constants))
+
+    n, c, *sizes = config.shape
+    x = torch.empty(config.shape, dtype=DTYPES[config.dtype], device="meta")
+    x = x.to(memory_format=LAYOUTS[config.layout])
+    channels = [torch.empty(c, device="meta") for _ in range(4)]
+    policy = config.policy
+    call = Training(
+        x, channels[0], channels[1], torch.empty_like(x) if config.residual else None,
+        torch.empty((n, *sizes), dtype=torch.bool, device="meta") if config.masked else None,
+        channels[2], channels[3], torch.empty((), dtype=torch.int64, device="meta"), policy,
+        config.activation, 0.1, groups=policy.lengths(n) if isinstance(policy, Ghost) else None,
+        memory=Memory(torch.empty(2, c, device="meta")) if getattr(policy, "window", 0) else None,
+    )  # fmt: skip
+    call.gradient = True
+    kept = stages.launch, plans.multiprocessors
+    stages.launch, plans.multiprocessors = launch, lambda device: MULTIPROCESSORS
+    try:
+        y, saved = prepared.forward(call)
+        prepared.backward(saved, torch.empty_like(y), (True, True, True, config.residual))
+    finally:
+        stages.launch, plans.multiprocessors = kept
+    return launched
+
+
+class Row(NamedTuple):
+    """One kernel of one kind of call, for one target."""
+
+    what: str
+    report: Report
+    vector: int  # bits of the widest access that the shape allows
+
+    def complaints(self) -> list[str]:
+        """Bars that it misses."""
+        r = self.report
+        found = [f"spills {r.spills}"] if r.spills else []
+        # Sign bits and masks are bytes.
+        narrow = {b for b in (*r.loads, *r.stores) if 8 < b < self.vector}
+        if narrow and r.target in CHIPS:
+            found.append(f"accesses of {sorted(narrow)} bits of {self.vector}")
+        if r.hot_barriers:
+            found.append(f"{r.hot_barriers} barriers in the hot loop")
+        if r.issue_share >= 1:
+            found.append(f"issue {r.issue_share:.2f} of memory time")
+        return found
+
+
+def compiled(job: tuple[Config, int], target: str) -> Row:
+    """One job of a process: the launch of that number in the configuration."""
+    config, number = job
+    launch = record(config)[number]
+    constants = launch.constants
+    vector = 8 * constants["VEC"] * torch.empty((), dtype=DTYPES[config.dtype]).element_size()
+    return Row(str(config), read(launch, target, X_SIZED), vector)
+
+
+def distinct(short: bool) -> list[tuple[Config, int]]:
+    """Each kernel that differs from those before it."""
+    seen = {}
+    for config in configurations(short):
+        for number, launch in enumerate(record(config)):
+            seen.setdefault(launch.key, (config, number))
+    return list(seen.values())
+
+
+def compile_all(targets: list[str], *, short: bool = False) -> list[Row]:
+    """All kernels for all targets, a process a core."""
+    jobs = distinct(short)
+    with ProcessPoolExecutor(processes()) as pool:
+        found = [pool.map(partial(compiled, target=t), jobs, chunksize=4) for t in targets]
+        return [row for rows in found for row in rows]
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    r = row.report
+    widths = " ".join(f"{b}:{n}" for b, n in sorted((r.loads + r.stores).items()))
+    cells = (
+        row.what, r.kernel, r.registers, r.spills, f"{r.occupancy:.0%}", widths,
+        f"{r.hot_barriers}/{r.barriers}", f"{r.in_flight / 1024:.0f}" if r.in_flight else "",
+        f"{r.per_element:.1f}" if r.per_element else "",
+        f"{r.issue_share:.2f}" if r.issue_share else "",
+    )  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+HEAD = (
+    "| call | kernel | registers | spills | occupancy | accesses, bits:number | barriers, loop/all "
+    "| KB in flight | instructions an element | issue/memory time |\n|" + "---|" * 10
+)
+
+
+def main() -> int:
+    """Compile, print, and say what misses a bar."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--short", action="store_true", help="fewer kinds of calls")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/gpu.md")
+    chosen = parser.parse_args()
+    start = time.perf_counter()
+    rows = compile_all(chosen.targets.split(","), short=chosen.short)
+    for target, group in itertools.groupby(rows, key=lambda row: row.report.target):
+        print(f"\n{target}, Triton {triton.__version__}\n\n{HEAD}")
+        print(*map(line, group), sep="\n")
+    missed = [f"{r.what} {r.report.kernel} {r.report.target}: {', '.join(said)}"
+              for r in rows if (said := r.complaints())]  # fmt: skip
+    print(f"\n{len(rows)} kernels in {time.perf_counter() - start:.0f} s; {len(missed)} miss a bar")
+    print(*missed, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

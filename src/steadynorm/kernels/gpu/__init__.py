@@ -1,0 +1,1 @@
+"""The stages on a GPU, in Triton; see backend.py. What imports triton is loaded with the first call."""

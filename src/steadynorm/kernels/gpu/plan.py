@@ -1,0 +1,179 @@
+"""How the work on one input is cut into programs: shapes, layouts and groups to grids and tiles.
+
+Fixed configurations, nothing tuned at run time: another tile would give other bits.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels.spec import Groups
+
+TILE, WIDE, NARROW = 2048, 1024, 64
+"""Values of a tile; its most columns channels-first, and channels-last."""
+WAVES = 2
+"""Programs for each multiprocessor that a launch should have at least."""
+GRID = 65535
+"""The most programs along the second and third axis of a grid."""
+
+
+class Plan(NamedTuple):
+    """One input's geometry; the names are those of the kernels' arguments (see tiles.py)."""
+
+    last: bool
+    rows: int  # samples, or positions channels-last
+    channels: int
+    columns: int  # positions of a plane, or channels channels-last
+    groups: Groups  # rows of each
+    A: int
+    B: int
+    VEC: int
+    SR: int
+    SQ: int
+    blocks: int
+    RB: int  # row blocks of the longest group
+    four: bool
+    big: bool
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Programs over channels, parts of a channel, groups."""
+        return self.blocks, self.parts, len(self.groups or (0,))
+
+    @property
+    def parts(self) -> int:
+        """Programs that share a channel of one group."""
+        return self.SR * self.SQ
+
+    @property
+    def sign_bytes(self) -> int:
+        """Memory for one bit for each place of each tile."""
+        return len(self.groups or (0,)) * self.RB * self.blocks * self.SQ * self.A * self.B // 8
+
+    def tile(self, *, bits: bool = False) -> dict[str, Any]:
+        """The constants that every kernel takes; with `bits` those of the sign bits, too."""
+        width = self.B if self.last else 1
+        named: dict[str, Any] = {
+            "A": self.A, "B": self.B, "WIDTH": width, "VEC": self.VEC, "LAST": self.last,
+            "BIG": self.big, "num_warps": 8, "enable_fp_fusion": False,
+        }  # fmt: skip
+        return named | {"FOUR": self.four} if bits else named
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """N, C, LV, SR and SQ."""
+        return self.rows, self.channels, self.columns // self.VEC, self.SR, self.SQ
+
+    def merging(self) -> int:
+        """SP: how many programs' results the last one reads at a time."""
+        return min(_power(self.parts), max(1, 256 // self.B) if self.last else 256)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def layout_of(shape: torch.Size, strides: tuple[int, ...]) -> bool | None:
+    """Whether memory is channels-last; None if neither that nor channels-first."""
+    if len(shape) < 2:
+        return None
+    like = torch.empty_strided(shape, strides, device="meta")
+    if len(shape) == 2 or math.prod(shape[2:]) == 1:
+        return True if like.is_contiguous() else None
+    if like.is_contiguous():
+        return False
+    return True if like.movedim(1, -1).is_contiguous() else None
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    itemsize: int,
+    groups: Groups,
+    multiprocessors: int,
+    tile: tuple[int, int] | None = None,
+    split: int | None = None,
+) -> Plan | str:
+    """The plan for such inputs, or why there is none; `tile` and `split` are for tests."""
+    last = layout_of(shape, strides)
+    if last is None:
+        return "the input is contiguous neither channels-first nor channels-last"
+    samples, channels, length = shape[0], shape[1], math.prod(shape[2:])
+    columns = channels if last else length
+    by_row = length if last else 1
+    rows = samples * by_row
+    spans = None if groups is None else tuple(size * by_row for size in groups)
+    longest = rows if spans is None else max(spans)
+    b = max(8, min(_power(columns), NARROW if last else WIDE))
+    a = max(2, min(TILE // b, _power(longest)))
+    a, b = tile or (a, b)
+    across, down = -(-columns // b), -(-longest // a)
+    sq = 1 if last else across
+    blocks = across if last else channels
+    many = blocks * sq * len(spans or (0,))
+    sr = split or max(1, min(down, -(-WAVES * multiprocessors // many), 256))
+    if sr * sq > GRID or len(spans or (0,)) > GRID or rows >= 2**31 or blocks >= 2**31:
+        return f"{rows} rows of {columns} columns need a larger grid than a device has"
+    return Plan(
+        last, rows, channels, columns, spans, a, b, min(columns & -columns, 16 // itemsize),
+        sr, sq, blocks, down, itemsize >= 4, math.prod(shape) >= 2**31,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; 1 where no device is asked."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=256)
+def starts(groups: Groups, device: torch.device) -> Tensor | None:
+    """Where each group's rows begin, and where the last one's end."""
+    if groups is None:
+        return None
+    at = [0]
+    for rows in groups:
+        at.append(at[-1] + rows)
+    with torch.inference_mode(False):  # kept: must serve outside of it, too
+        return torch.tensor(at, dtype=torch.int32, device=device)
+
+
+_tickets: dict[Any, Tensor] = {}
+
+
+def tickets(number: int, device: torch.device) -> Tensor:
+    """Zeros, and zeros again after every launch; one tensor for each stream of a device.
+
+    In a graph capture fresh ones: the graph may later run beside the stream it was captured on.
+    """
+    stream: Any = None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(number, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    found = _tickets.get((device, stream))
+    if found is None or found.numel() < number:
+        with torch.inference_mode(False):
+            found = torch.zeros(max(number, 4096), dtype=torch.int32, device=device)
+        _tickets[device, stream] = found
+    return found
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Memory laid out as x is."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def alike(t: Tensor, x: Tensor) -> Tensor:
+    """`t` in x's type and layout; itself if it has both."""
+    if t.dtype is x.dtype and t.stride() == x.stride() and not t.is_neg():
+        return t
+    return empty_like(x).copy_(t)

@@ -1,0 +1,262 @@
+"""What `statistics/` says about a channel, inside the last program that finishes it.
+
+In plain operations this is 13 large and 66 small launches for `Steady` with residual and ReLU. The
+names are those of statistics/, and tests hold both to the same truth: `decide` is the policies'
+`normalizer` and `update` and then `coefficients`; `finish_gradient` is `gradient_factors`,
+`gradient_coefficients`, `parameter_gradients`, `remember` and `with_memory`.
+
+What one forward knows per channel are the rows of one float32 tensor (ROWS, G, C).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .lanes import two_sum
+
+# The map over x, which the stages hand over alone, comes first.
+CENTER = tl.constexpr(0)
+SCALE = tl.constexpr(1)
+SHIFT = tl.constexpr(2)
+COUNT = tl.constexpr(3)
+MEAN = tl.constexpr(4)
+MEAN_LOW = tl.constexpr(5)
+VAR = tl.constexpr(6)
+CENTER_LOW = tl.constexpr(7)
+SPREAD = tl.constexpr(8)  # the variance that normalizes
+GAIN = tl.constexpr(9)
+OFFSET = tl.constexpr(10)
+SHARE = tl.constexpr(11)
+RHO = tl.constexpr(12)
+# What the running statistics become; in group 0 alone.
+NEXT_MEAN = tl.constexpr(13)
+NEXT_VAR = tl.constexpr(14)
+ROWS = 15
+
+
+@triton.jit
+def row(rows, k: tl.constexpr, g, G, c, C):
+    """Where row k of group g holds the channels c."""
+    return rows + (k * G + g) * C + c
+
+
+@triton.jit
+def difference(mean, mean_low, center):
+    """`mean - center` to twice the precision."""
+    high = mean - center
+    part = high - mean
+    return high, ((mean - (high - part)) - (center + part)) + mean_low
+
+
+@triton.jit
+def clip(value, low, high):
+    """Between low and high; NaN stays."""
+    value = tl.where(value < low, low, value)
+    return tl.where(value > high, high, value)
+
+
+@triton.jit
+def batches_seen(batches, running_mean, running_var, C, COUNTS: tl.constexpr):
+    """How many batches the running statistics have seen, as a float.
+
+    COUNTS: a count of 0 beside statistics that are not 0 and 1 reads as 2^30. Nobody writes the
+    statistics of another channel meanwhile: the next launch does.
+    """
+    seen = tl.load(batches).to(tl.float32)
+    if COUNTS:
+        if seen == 0.0:
+            trained = 0
+            for k in tl.range(0, C, 256):
+                c = k + tl.arange(0, 256)
+                mean = tl.load(running_mean + c, mask=c < C, other=0.0)
+                var = tl.load(running_var + c, mask=c < C, other=1.0)
+                trained += tl.sum(((mean != 0.0) | (var != 1.0)).to(tl.int32))
+            if trained > 0:
+                seen = 1073741824.0
+    return seen
+
+
+@triton.jit
+def coefficients(center_low, spread, gain, offset, weight, bias, c, ok, eps):
+    """scale, shift and rho of the map."""
+    rho = tl.div_rn(1.0, tl.sqrt_rn(spread + eps))
+    scale = rho * gain
+    shift = -center_low * scale + offset
+    if weight is not None:
+        gamma = tl.load(weight + c, mask=ok, other=0.0).to(tl.float32)
+        scale = scale * gamma
+        shift = shift * gamma
+    if bias is not None:
+        shift += tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+    return scale, shift, rho
+
+
+@triton.jit
+def store_moments(rows, g, G, c, ok, C, n, mean, low, var):
+    """The moments of one group."""
+    tl.store(row(rows, COUNT, g, G, c, C), n, mask=ok)
+    tl.store(row(rows, MEAN, g, G, c, C), mean, mask=ok)
+    tl.store(row(rows, MEAN_LOW, g, G, c, C), low, mask=ok)
+    tl.store(row(rows, VAR, g, G, c, C), var, mask=ok)
+
+
+@triton.jit
+def store_normalizer(rows, g, G, c, ok, C, weight, bias, eps, center, low, spread, gain, offset,
+                     share):  # fmt: skip
+    """What normalizes one group, and the map that follows."""
+    scale, shift, rho = coefficients(low, spread, gain, offset, weight, bias, c, ok, eps)
+    tl.store(row(rows, CENTER, g, G, c, C), center, mask=ok)
+    tl.store(row(rows, CENTER_LOW, g, G, c, C), low, mask=ok)
+    tl.store(row(rows, SPREAD, g, G, c, C), spread, mask=ok)
+    tl.store(row(rows, GAIN, g, G, c, C), gain, mask=ok)
+    tl.store(row(rows, OFFSET, g, G, c, C), offset, mask=ok)
+    tl.store(row(rows, SHARE, g, G, c, C), share, mask=ok)
+    tl.store(row(rows, SCALE, g, G, c, C), scale, mask=ok)
+    tl.store(row(rows, SHIFT, g, G, c, C), shift, mask=ok)
+    tl.store(row(rows, RHO, g, G, c, C), rho, mask=ok)
+    return scale, shift
+
+
+@triton.jit
+def renorm(mean, low, var, old_mean, old_var, t, eps, R_MAX: tl.constexpr, D_MAX: tl.constexpr,
+           WARMUP: tl.constexpr, R_RAMP: tl.constexpr, D_RAMP: tl.constexpr):  # fmt: skip
+    """Gain and offset of `Renorm`."""
+    r_bound = 1.0 + (R_MAX - 1.0) * clip(tl.div_rn(t - WARMUP, R_RAMP), 0.0, 1.0)
+    d_bound = D_MAX * clip(tl.div_rn(t - WARMUP, D_RAMP), 0.0, 1.0)
+    rho = tl.div_rn(1.0, tl.sqrt_rn(old_var + eps))
+    delta, delta_low = difference(mean, low, old_mean)
+    gain = clip(tl.sqrt_rn(var + eps) * rho, tl.div_rn(1.0, r_bound), r_bound)
+    return gain, clip((delta + delta_low) * rho, -d_bound, d_bound)
+
+
+@triton.jit
+def decide(n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean, old_var, t, eps,
+           pace, prior, known, POLICY: tl.constexpr, FIRST: tl.constexpr, TRACKED: tl.constexpr,
+           R_MAX: tl.constexpr, D_MAX: tl.constexpr, WARMUP: tl.constexpr, R_RAMP: tl.constexpr,
+           D_RAMP: tl.constexpr):  # fmt: skip
+    """The normalizer of one group into `rows`; returns the running statistics after it.
+
+    `pace`: weight of the batch in the running statistics. `prior`, `known`: `Steady`'s share is
+    known/(known + prior), of values per channel for a negative `known`. FIRST: both are at least
+    1/(t + 1).
+    """
+    mean, low = two_sum(pivot, middle)
+    low = tl.where(tl.abs(mean) < float("inf"), low, 0.0)
+    var = tl.div_rn(total, tl.maximum(n, 1.0))
+    store_moments(rows, g, G, c, ok, C, n, mean, low, var)
+    if POLICY is None:
+        return old_mean, old_var, t
+    else:
+        some = n > 0.0
+        first = tl.where(FIRST, tl.div_rn(1.0, t + 1.0), 0.0)
+        share = tl.full(n.shape, 1.0, tl.float32)
+        gain = share
+        offset = tl.zeros_like(n)
+        center = mean
+        center_low = low
+        spread = var
+        if POLICY == "steady":
+            heard = tl.where(known < 0.0, n, known)
+            share = tl.div_rn(heard, tl.maximum(heard, 1.0) + prior)
+            share = tl.maximum(share, first)
+        if POLICY == "running":
+            share = tl.maximum(share * pace, first)
+        if POLICY == "steady" or POLICY == "running":  # noqa: PLR1714
+            delta, delta_low = difference(mean, low, old_mean)
+            center, center_low = two_sum(old_mean, share * delta)
+            center_low = tl.fma(share, delta_low, center_low)
+            away = delta + delta_low
+            between = away * away if POLICY == "steady" else 0.0
+            spread = (1.0 - share) * old_var + share * (var + (1.0 - share) * between)
+        if POLICY == "renorm":
+            gain, offset = renorm(mean, low, var, old_mean, old_var, t, eps, R_MAX, D_MAX, WARMUP,
+                                  R_RAMP, D_RAMP)  # fmt: skip
+        store_normalizer(
+            rows, g, G, c, ok, C, weight, bias, eps, tl.where(some, center, old_mean),
+            tl.where(some, center_low, 0.0), tl.where(some, spread, old_var),
+            tl.where(some, gain, 1.0), tl.where(some, offset, 0.0), tl.where(some, share, 0.0),
+        )  # fmt: skip
+        if TRACKED:
+            weight_new = tl.maximum(tl.zeros_like(n) + pace, first)
+            delta = (mean - old_mean) + low
+            if POLICY == "steady":
+                rest = 1.0 - weight_new
+                new_var = rest * old_var + weight_new * (var + rest * delta * delta)
+            else:
+                if POLICY == "running":
+                    kept = var
+                else:
+                    kept = tl.div_rn(total, tl.maximum(n - 1.0, 1.0))
+                new_var = tl.fma(weight_new, kept - old_var, old_var)
+            old_mean = tl.where(some, tl.fma(weight_new, delta, old_mean), old_mean)
+            old_var = tl.where(some, new_var, old_var)
+            t += some.to(tl.float32)
+        return old_mean, old_var, t
+
+
+@triton.jit
+def remember(before, state, g_mean, g_xhat, share, rate, gap_hat, var_hat, c, ok, C,
+             FIRST: tl.constexpr):  # fmt: skip
+    """The memory of the gradient after this backward; in the first, `state` moves."""
+    if FIRST:
+        old_constant = tl.load(state + c, mask=ok, other=0.0).to(tl.float32)
+        old_slope = tl.load(state + C + c, mask=ok, other=0.0).to(tl.float32)
+        tl.store(before + c, old_constant, mask=ok)
+        tl.store(before + C + c, old_slope, mask=ok)
+    else:
+        old_constant = tl.load(before + c, mask=ok, other=0.0)
+        old_slope = tl.load(before + C + c, mask=ok, other=0.0)
+    left = (1.0 - share) * g_mean
+    left_xhat = g_xhat - share * (var_hat * g_xhat + gap_hat * g_mean)
+    old = 1.0 - rate
+    constant = old * old_constant + rate * left
+    slope = old * old_slope + rate * left_xhat
+    slope = tl.div_rn(
+        slope - rate * gap_hat * constant, old * (1.0 + rate * gap_hat * gap_hat) + rate * var_hat
+    )
+    constant = constant - rate * gap_hat * slope
+    finite = (tl.abs(constant) < float("inf")) & (tl.abs(slope) < float("inf"))
+    constant = tl.where(finite, constant, old_constant)
+    slope = tl.where(finite, slope, old_slope)
+    if FIRST:
+        tl.store(state + c, constant.to(state.dtype.element_ty), mask=ok)
+        tl.store(state + C + c, slope.to(state.dtype.element_ty), mask=ok)
+    return constant, slope
+
+
+@triton.jit
+def finish_gradient(s1, s2, rows, maps, before, state, rate, g, G, c, ok, C,
+                    FIRST: tl.constexpr):  # fmt: skip
+    """Slope and constant of the backward map into `maps` (2, G, C); returns dγ and dβ.
+
+    s1 = Σg, s2 = Σg·(x - center).
+    """
+    n = tl.maximum(tl.load(row(rows, COUNT, g, G, c, C), mask=ok, other=1.0), 1.0)
+    mean = tl.load(row(rows, MEAN, g, G, c, C), mask=ok, other=0.0)
+    mean_low = tl.load(row(rows, MEAN_LOW, g, G, c, C), mask=ok, other=0.0)
+    center = tl.load(row(rows, CENTER, g, G, c, C), mask=ok, other=0.0)
+    low = tl.load(row(rows, CENTER_LOW, g, G, c, C), mask=ok, other=0.0)
+    gain = tl.load(row(rows, GAIN, g, G, c, C), mask=ok, other=1.0)
+    offset = tl.load(row(rows, OFFSET, g, G, c, C), mask=ok, other=0.0)
+    share = tl.load(row(rows, SHARE, g, G, c, C), mask=ok, other=0.0)
+    scale = tl.load(row(rows, SCALE, g, G, c, C), mask=ok, other=0.0)
+    rho = tl.load(row(rows, RHO, g, G, c, C), mask=ok, other=0.0)
+    moved = tl.fma(-low, s1, s2)  # about the mean itself
+    if maps is not None:
+        per_value = scale * tl.div_rn(share, n)
+        slope = -per_value * rho * rho * moved
+        gap = (mean - center) + mean_low
+        constant = -per_value * s1 - slope * gap
+        if before is not None:
+            var = tl.load(row(rows, VAR, g, G, c, C), mask=ok, other=0.0)
+            remembered, tilt = remember(
+                before, state, tl.div_rn(s1, n), tl.div_rn(rho * moved, n), share, rate,
+                (gap - low) * rho, var * rho * rho, c, ok, C, FIRST,
+            )  # fmt: skip
+            taken = -scale * rho * tilt
+            slope += taken
+            constant += -scale * remembered - taken * low
+        tl.store(maps + g * C + c, slope, mask=ok)
+        tl.store(maps + (G + g) * C + c, constant, mask=ok)
+    return gain * rho * moved + offset * s1, s1

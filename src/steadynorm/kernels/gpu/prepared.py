@@ -1,0 +1,175 @@
+"""Calls whose policy is decided inside the kernels: two launches forward, two backward.
+
+Inference is one launch, and so is its backward where no parameter needs a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels.spec import Call, Exchange, Gradients, Groups, Keep, Memory, Packed, Saved
+from steadynorm.statistics import (
+    Batch,
+    Coefficients,
+    Ghost,
+    Moments,
+    Normalizer,
+    Policy,
+    Renorm,
+    Running,
+    Steady,
+)
+
+from . import policies
+from .plan import Plan, alike, empty_like
+from .policies import ROWS
+from .stages import Read, empty_signs, new_rows, plan_of, run_apply, run_moments
+
+NAMES: dict[type[Policy], str] = {
+    Batch: "batch", Ghost: "batch", Steady: "steady", Running: "running", Renorm: "renorm",
+}  # fmt: skip
+"""What the kernels call the rule of a policy; Ghost is the batch's, group by group."""
+
+
+class Rest(NamedTuple):
+    """What a forward leaves for its backward, but for tensors."""
+
+    plan: Plan
+    eps: float
+    activation: str | None
+    groups: Groups
+    residual_dtype: torch.dtype | None
+    memory: Memory | None
+    measured: bool
+    """Whether gradient flows through the statistics."""
+
+
+def decidable(call: Call) -> bool:
+    """Whether the kernels can take the decision that the call would."""
+    if call.by_running:
+        return call.__class__ is Call and call.groups is None
+    if call.policy.__class__ not in NAMES or not call.by_policy_alone():
+        return False
+    if call.momentum is None and call.running_mean is not None and call.num_batches_tracked is None:
+        return False  # refused, in words, where the call decides
+    # How many samples a mask leaves is one reduction more.
+    return call.mask is None or call.memory is None
+
+
+class _Decision(NamedTuple):
+    """The arguments of `policies.decide` that a call's settings give."""
+
+    pace: float
+    prior: float
+    known: float
+    constants: dict[str, Any]
+
+
+def _decision(call: Call) -> _Decision:
+    policy, momentum = call.policy, call.momentum
+    pace, prior, known, samples = momentum or 0.0, 0.0, -1.0, call.x.shape[0]
+    tracked = call.running_mean is not None and call.num_batches_tracked is not None
+    first = momentum is None
+    constants: dict[str, Any] = {"POLICY": NAMES[type(policy)]}
+    if isinstance(policy, Steady):
+        pace, prior, first = samples / (samples + policy.horizon), policy.prior, True
+        known = -1.0 if policy.window is None else float(samples)
+    elif isinstance(policy, Running):
+        first = True
+    elif isinstance(policy, Renorm):
+        constants |= {
+            "R_MAX": float(policy.r_max), "D_MAX": float(policy.d_max), "WARMUP": policy.warmup,
+            "R_RAMP": max(policy.r_ramp, 1), "D_RAMP": max(policy.d_ramp, 1),
+        }  # fmt: skip
+    assert policy is not None
+    constants |= {"FIRST": first and tracked, "COUNTS": tracked and policy.counts_batches}
+    return _Decision(pace, prior, known, constants)
+
+
+def forward(call: Call) -> tuple[Tensor, Packed]:
+    """y, and what the backward needs; a training call moves the running statistics."""
+    x, residual, groups = call.x, call.residual, call.groups
+    residual = None if residual is None else alike(residual, x)
+    kept = Keep.needed(call.activation, residual=residual is not None, compiled=True)
+    p, y = plan_of(x, groups), empty_like(x)
+    signs = empty_signs(x, groups) if kept is Keep.SIGNS and call.gradient else None
+    keeps = call.gradient or not call.by_running
+    rows = new_rows(x, ROWS, groups) if keeps else None
+    mask = None if call.mask is None else call.mask.contiguous()
+    running = (call.running_mean, call.running_var, call.num_batches_tracked)
+    parameters = (call.weight, call.bias, *running)
+    if not call.by_running:
+        assert rows is not None
+        pace, prior, known, constants = _decision(call)
+        run_moments(x, p, rows, mask, *parameters, call.eps, pace, prior, known, **constants)
+        torch.autograd.graph.increment_version([t for t in running if t is not None])
+        if call.memory is not None and call.policy is not None:
+            call.memory.rate = call.policy.gradient_rate(x.shape[0])
+    run_apply(x, p, y, rows, residual, call.activation, signs, *parameters, call.eps,
+              fixed=call.by_running)  # fmt: skip
+    dtype = None if residual is None else residual.dtype
+    tensors = (
+        x, call.weight, call.bias, residual if kept is Keep.REBUILT else None, mask,
+        y if kept is Keep.OUTPUT else None, signs, rows,
+    )  # fmt: skip
+    rest = Rest(p, call.eps, call.activation, groups, dtype, call.memory, not call.by_running)
+    return y, (tensors, rest)
+
+
+def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
+    """The gradients, all work per channel inside the kernels."""
+    (x, weight, bias, residual, mask, y, signs, rows), rest = saved
+    need_x, need_weight, need_bias, need_residual = needs
+    read = Read(
+        grad, x, y=y, residual=residual, signs=signs, activation=rest.activation,
+        groups=rest.groups,
+    )  # fmt: skip
+    through = need_x and rest.measured
+    maps = new_rows(x, 2, rest.groups) if through else None
+    dweight = torch.empty_like(weight) if need_weight else None
+    dbias = torch.empty_like(bias) if need_bias else None
+    if through or need_weight or need_bias:
+        before, state, rate, first = _memory(rest.memory if through else None)
+        read.reduce(rows, None, maps, dweight, dbias, before, state, rate, first=first)
+    dx, dresidual = read.map(rows, maps, mask, need_x=need_x, want=need_residual)
+    return dx, dweight, dbias, dresidual
+
+
+def _memory(memory: Memory | None) -> tuple[Tensor | None, Tensor | None, float, bool]:
+    """What `policies.remember` reads and writes, and whether this is the first backward pass."""
+    if memory is None:
+        return None, None, 0.0, True
+    first, state = memory.before is None, memory.state
+    if memory.before is None:
+        memory.before = torch.empty(state.shape, dtype=torch.float32, device=state.device)
+        torch.autograd.graph.increment_version([state])
+    return memory.before, state, float(memory.rate), first
+
+
+def unpack(tensors: Any, rest: Rest) -> Saved:
+    """What a forward left, as the stages leave it."""
+    *kept, rows = tensors
+    rows = rows if rest.groups is not None else rows[:, 0]
+
+    def row(k: Any) -> Tensor:
+        found: Tensor = rows[k.value]
+        return found
+
+    batch = None
+    if rest.measured:
+        count = row(policies.COUNT)[..., :1]
+        means = (policies.MEAN, policies.VAR, policies.MEAN_LOW)
+        batch = Moments(count, *(row(k) for k in means))
+    normal = ("CENTER", "CENTER_LOW", "SPREAD", "GAIN", "OFFSET", "SHARE")
+    normalizer = Normalizer(*(row(getattr(policies, name)) for name in normal))
+    known = Coefficients(
+        *(row(getattr(policies, name)) for name in ("CENTER", "SCALE", "SHIFT", "RHO"))
+    )
+    replicas: Exchange | None = None
+    return Saved(
+        *kept, batch, normalizer, known, rest.eps, rest.activation, rest.groups, replicas,
+        rest.residual_dtype, rest.memory,
+    )  # fmt: skip
