@@ -71,7 +71,7 @@ def test_the_operators_are_what_torch_library_asks_of_them(activation, groups, r
             parts, memory = [*parts[:5], 0.3 * one, 0.2 * one], torch.rand(2, *mean.shape)
         normalizer = torch.stack(parts)
         batch = torch.stack([count.expand_as(mean), mean, var, low])
-        settings = (1e-5, activation, groups)
+        settings = (1e-5, activation, groups, None)
         given = (x, weight, bias, residual, valid, normalizer, batch, memory, *settings)
         torch.library.opcheck(torch.ops.steadynorm.apply, given)
         y = torch.ops.steadynorm.apply(*given).detach()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from tests.nn import replica_disagreements  # noqa: F401 - its cases, too
 from tests.nn.replica_cases import CASES, Collectives, case, error_of
+from torch.nn.parallel import DistributedDataParallel
 
 import steadynorm as sn
 from steadynorm.kernels.cpu import operators
@@ -255,8 +256,9 @@ def compiled_equals_one_process(name: str) -> None:
         return
     settings = {"activation": "relu", "dtype": torch.float64}
     torch._dynamo.reset()
-    ours = layer(POLICIES[name], (3, 4, 2), synchronize=True, **settings)
-    truth = layer(POLICIES[name], (3, 4, 2), **settings)
+    policy = POLICIES.get(name, TWO_WAY)
+    ours = layer(policy, (3, 4, 2), synchronize=True, **settings)
+    truth = layer(policy, (3, 4, 2), **settings)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for seed, counts in enumerate([(4, 5), (6, 2)]):
         x, _, mask, grad, own = data(counts, (3, 4, 2), torch.float64, seed)
@@ -270,8 +272,27 @@ def compiled_equals_one_process(name: str) -> None:
         assert_same_state(ours, truth)
 
 
-for _name in ("batch", "steady", "running", "renorm"):
+for _name in ("batch", "steady", "running", "renorm", "two-way"):
     case(compiled_equals_one_process, _name)
+
+
+@case
+def ddp_broadcasts_the_memory_with_the_buffers() -> None:
+    """Without `synchronize` every replica starts a forward with the memory of rank 0."""
+    made = layer(TWO_WAY, (3,), dtype=torch.float64)
+    wrapped = DistributedDataParallel(made)
+    for seed in range(3):
+        before = [torch.empty_like(made.gradient_memory) for _ in range(dist.get_world_size())]
+        dist.all_gather(before, made.gradient_memory)
+        random = torch.Generator().manual_seed(10 * seed + dist.get_rank())
+        x = torch.randn(4, 3, generator=random, dtype=torch.float64)
+        y = wrapped(x.requires_grad_())
+        assert torch.equal(made.gradient_memory, before[0]), "not that of rank 0"
+        y.backward(torch.randn(4, 3, generator=random, dtype=torch.float64))
+        assert not torch.equal(made.gradient_memory, before[0]), "the backward moves it"
+    everywhere = [torch.empty_like(made.gradient_memory) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, made.gradient_memory)
+    assert all(not torch.equal(other, everywhere[0]) for other in everywhere[1:])
 
 
 @case

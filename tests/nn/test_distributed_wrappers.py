@@ -15,6 +15,7 @@ import steadynorm as sn
 POLICIES = {
     "batch": sn.Batch(),
     "steady": sn.Steady(),
+    "two-way": sn.Steady(prior=16, window=16),
     "running": sn.Running(),
     "renorm": sn.Renorm(warmup=0, r_ramp=2, d_ramp=2),
     "ghost": sn.Ghost(4),

@@ -127,12 +127,11 @@ class Traced(Backend):
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """y, by operators that keep the kernels whole where compiled code may call these."""
-        if call.memory is not None and not _may_remember(call):
+        if call.memory is not None and not _may_remember():
             raise NotImplementedError(
                 f"statistics={call.policy!r} keeps a memory that moves in the backward pass, which "
-                f"torch.func, forward mode, torch.jit.trace, and `synchronize` under torch.compile "
-                f"do not follow. Use sn.Steady(window=None); or, if it is compiled, take the layer "
-                f"out: layer.forward = torch.compiler.disable(layer.forward)."
+                f"torch.func, forward mode and torch.jit.trace do not follow. Use "
+                f"sn.Steady(window=None) there."
             )
         x, measured = call.x, not call.by_running
         if call.by_running and _is_exported():
@@ -162,10 +161,9 @@ def by_device(call: Call) -> bool:
     return call.basic and not call.exact and not call.x.is_cpu and call.x.numel() > 0
 
 
-def _may_remember(call: Call) -> bool:
+def _may_remember() -> bool:
     """Whether the operator, whose backward moves the memory, can stand for the call."""
-    compiled = torch.compiler.is_compiling() and not compat.is_transforming()
-    return compiled and call.replicas is None
+    return torch.compiler.is_compiling() and not compat.is_transforming()
 
 
 def _is_exported() -> bool:

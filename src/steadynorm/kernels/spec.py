@@ -119,6 +119,10 @@ class Memory:
 class Exchange(Protocol):
     """What one forward and its backward exchange with other replicas."""
 
+    @property
+    def name(self) -> str:
+        """The group's, by which compiled code finds it."""
+
     def sum(self, sums: Tensor) -> Tensor:
         """The sums of the backward reduction, added over replicas."""
 

@@ -90,6 +90,12 @@ class Replicas:
         self._rows: _Rows | None = None  # only with ghost groups
         self._pooled: Moments | None = None
 
+    @property
+    def name(self) -> str:
+        """The group's, by which compiled code finds it."""
+        name: str = self.group.group_name
+        return name
+
     def agree(self, layer: Tensor | None, terms: Terms, device: torch.device) -> None:
         """Compare terms with the other replicas, when a layer is new to the group or its terms are.
 

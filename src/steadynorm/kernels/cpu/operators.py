@@ -48,7 +48,7 @@ def serve(call: Call) -> bool:
 
 
 LIBRARY = Library("steadynorm", "FRAGMENT")
-_SETTINGS = "float eps, str? activation, int[]? groups"
+_SETTINGS = "float eps, str? activation, int[]? groups, str? replicas"
 for schema in (
     "measure(Tensor x, Tensor? mask, int[]? groups) -> (Tensor, Tensor)",
     "apply(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
@@ -96,10 +96,27 @@ def apply(saved: Saved) -> Tensor:
     state, parts = None, tuple(saved.normalizer)
     if saved.memory is not None:  # the rate goes as one more row
         state, parts = saved.memory.state, (*parts, saved.memory.rate)
-    y: Tensor = torch.ops.steadynorm.apply(
-        *saved[:5], stacked(parts), batch, state, saved.eps, saved.activation, saved.groups
-    )
+    replicas = None if saved.replicas is None else saved.replicas.name
+    settings = (saved.eps, saved.activation, saved.groups, replicas)
+    y: Tensor = torch.ops.steadynorm.apply(*saved[:5], stacked(parts), batch, state, *settings)
     return y
+
+
+class _Group:
+    """The replicas of a process group, for the backward."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def sum(self, sums: Tensor) -> Tensor:
+        """The sums of the backward reduction, added over replicas."""
+        ops = torch.ops._c10d_functional
+        total: Tensor = ops.wait_tensor(ops.all_reduce(sums.contiguous(), "sum", self.name))
+        return total
+
+    def link(self, live: Moments) -> Moments:
+        """Not needed: the operators are differentiated in closed form."""
+        raise NotImplementedError
 
 
 _ANYWHERE = "CompositeExplicitAutograd"
@@ -122,7 +139,7 @@ def _(x: Tensor, mask: Tensor | None, groups: Any) -> Any:
 @impl(LIBRARY, "apply", _ANYWHERE)
 def _(
     x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, normalizer: Tensor, batch: Any,
-    memory: Any, eps: float, activation: str | None, groups: Any,
+    memory: Any, eps: float, activation: str | None, groups: Any, replicas: str | None,
 ) -> Any:  # fmt: skip
     known = coefficients_of(Normalizer(*normalizer[:6].unbind()), x, weight, bias, eps)
     options = {"residual": residual, "activation": activation, "groups": groups}
@@ -139,7 +156,7 @@ def _(x: Tensor, weight: Any, bias: Any, residual: Tensor | None, *_: Any) -> Te
 def _(
     grad: Tensor, x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, y: Any,
     normalizer: Tensor, batch: Any, memory: Any, eps: float, activation: str | None, groups: Any,
-    want_residual: bool,
+    replicas: str | None, want_residual: bool,
 ) -> Any:  # fmt: skip
     """Of x, weight, bias and residual; empty where there is none or none is wanted."""
     rows = normalizer.unbind()
@@ -147,7 +164,8 @@ def _(
     known = coefficients_of(statistics, x, weight, bias, eps)
     measured = None if batch is None else Moments(*batch.unbind())
     remembered = None if memory is None else Memory(memory, rows[6])
-    settings = (eps, activation, groups, None, grad.dtype, remembered)
+    others = None if replicas is None else _Group(replicas)
+    settings = (eps, activation, groups, others, grad.dtype, remembered)
     saved = Saved(x, weight, bias, residual, mask, y, None, measured, statistics, known, *settings)
     needs = (True, weight is not None, bias is not None, want_residual)
     gradients = _backend(x, residual).gradients(saved, grad, needs)
@@ -163,9 +181,9 @@ def _(grad: Tensor, x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, residual, mask, *statistics, memory, _, activation, _ = inputs
+    x, weight, bias, residual, mask, *statistics, memory, _, activation, _, _ = inputs
     kept = Keep.needed(activation, residual=residual is not None, compiled=True, signs=False)
-    ctx.settings, ctx.want_residual = inputs[-3:], residual is not None and residual.requires_grad
+    ctx.settings, ctx.want_residual = inputs[-4:], residual is not None and residual.requires_grad
     ctx.memory = memory  # moves in every backward: not under autograd's check of versions
     if memory is not None:
         compat.leave_unchecked(memory)
@@ -184,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d if t is not None else None for d, t in zip(found[1:3], parameters, strict=True)
     )
     dresidual = (found[3] if want else grad) if ctx.want_residual else None
-    return found[0], dweight, dbias, dresidual, *(None,) * 7
+    return found[0], dweight, dbias, dresidual, *(None,) * 8
 
 
 register_autograd("steadynorm::apply", _backward, setup_context=_setup, lib=LIBRARY)
