@@ -96,7 +96,7 @@ def _sequence(module: Any) -> list[nn.Module]:
     """The modules of an `nn.Sequential`, or of a subclass with its forward, in their order."""
     kind = module.fused_from if isinstance(module, Fused) else type(module)
     in_order = isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward
-    return _doing(module) if in_order and "forward" not in vars(module) else []
+    return _doing(module) if in_order and "forward" not in module.__dict__ else []
 
 
 def _doing(sequence: nn.Module) -> list[nn.Module]:
@@ -112,7 +112,7 @@ def _hands_on(module: Any) -> bool:
 
 def _name_of(activation: Any) -> str | None:
     if isinstance(activation, nn.Module):
-        if hooked(activation) or "forward" in vars(activation):
+        if hooked(activation) or "forward" in activation.__dict__:
             return None
         return activation_name(activation) or WRAPPERS.get(type(activation).forward)
     return FUNCTIONS.get(activation)
@@ -123,7 +123,7 @@ def _is_plain(norm: Any) -> bool:
     return (
         isinstance(norm, SteadyNorm)
         and type(norm).forward is SteadyNorm.forward
-        and "forward" not in vars(norm)
+        and "forward" not in norm.__dict__
         and norm.activation is None
         and not hooked(norm)
     )

@@ -111,7 +111,7 @@ def _activation(module: nn.Module) -> nn.Module | None:
 def activation_name(module: nn.Module) -> str | None:
     """The layers' name for an activation module, None where they have none for it."""
     name = _NAME_OF.get(type(module))
-    if name is None or "forward" in vars(module):
+    if name is None or "forward" in module.__dict__:
         return None
     settings = ACTIVATIONS[name][1]
     return name if all(getattr(module, key) == value for key, value in settings.items()) else None
