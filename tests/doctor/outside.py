@@ -63,6 +63,20 @@ def data(count: int = 8, size: int = 32, seed: int = 1) -> list[Pair]:
     return large(batches(size, count=count, seed=seed))
 
 
+def by_class(mixed: float) -> list[Pair]:
+    """Batches of one digit each, in which a share of the samples is any."""
+    images, labels = digits()[:2]
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(32):
+        own = (labels == number % 10).nonzero()[:, 0]
+        own = own[torch.randperm(len(own), generator=generator)[:16]]
+        some = torch.randint(len(labels), (16,), generator=generator)
+        chosen = torch.where(torch.rand(16, generator=generator) < mixed, some, own)
+        made.append((images[chosen], labels[chosen]))
+    return large(made)
+
+
 def shifted(pairs: list[Pair], by: Callable[[Tensor], Tensor] = lambda x: 1 - x) -> list[Pair]:
     return [(by(x), y) for x, y in pairs]
 

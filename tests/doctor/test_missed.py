@@ -11,8 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.doctor.gallery.networks import Pair, digits, fit
-from tests.doctor.outside import Logits, accuracy, batches, build, data, large, norms, trained
+from tests.doctor.gallery.networks import digits, fit
+from tests.doctor.outside import (
+    Logits,
+    accuracy,
+    batches,
+    build,
+    by_class,
+    data,
+    large,
+    norms,
+    trained,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -372,19 +382,6 @@ def test_weights_so_small_that_eps_decides(shrunk: float) -> None:
 
 
 # --- samples that are not independent
-
-
-def by_class(mixed: float) -> list[Pair]:
-    images, labels = digits()[:2]
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for number in range(32):
-        own = (labels == number % 10).nonzero()[:, 0]
-        own = own[torch.randperm(len(own), generator=generator)[:16]]
-        some = torch.randint(len(labels), (16,), generator=generator)
-        chosen = torch.where(torch.rand(16, generator=generator) < mixed, some, own)
-        made.append((images[chosen], labels[chosen]))
-    return large(made)
 
 
 @pytest.mark.parametrize("kind", ["ResNet", "RegNet"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.doctor.outside import accuracy, build, data, norms, shifted, trained
+from tests.doctor.outside import accuracy, build, by_class, data, norms, shifted, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -390,6 +390,34 @@ def test_a_block_under_no_grad_is_seen_in_a_run() -> None:
     assert [f.layer for f in of(report, "SN404")] == [
         "inner.inner.resnet.embedder.embedder.normalization"
     ]
+
+
+def test_classes_in_order_are_seen_in_a_run_of_convolutions() -> None:
+    report = watched(trained(), by_class(0.0) * 2)
+    assert (report.findings[0].code, of(report, "SN405")) == ("SN407", [])
+    assert of(watched(trained(), by_class(1.0) * 2), "SN407") == []
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_discriminator_that_gets_real_and_generated_samples_apart(together: bool) -> None:
+    from monai.networks.nets import Discriminator
+
+    torch.manual_seed(0)
+    model = Discriminator(
+        in_shape=(1, 16, 16), channels=(8, 16, 16), strides=(2, 2, 2), norm="BATCH"
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with sn.monitor(model, every=3) as watch:
+        for real, _ in data(44, 16) * 2:
+            generated = torch.tanh(torch.randn(16, 1, 16, 16))
+            if together:
+                of_real, of_generated = model(torch.cat([real, generated])).chunk(2)
+            else:
+                of_real, of_generated = model(real), model(generated)
+            optimizer.zero_grad()
+            (F.softplus(-of_real) + F.softplus(of_generated)).mean().backward()
+            optimizer.step()
+    assert bool(of(watch.report(), "SN407")) is not together
 
 
 def test_updates_by_other_forwards_are_told_from_a_small_momentum() -> None:

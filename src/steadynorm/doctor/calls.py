@@ -13,6 +13,7 @@ from steadynorm.doctor.evidence.graph import inside_checkpointing
 from steadynorm.doctor.evidence.training import ChannelReading
 from steadynorm.models.layers import Norm
 from steadynorm.models.observe import input_of, moments_of
+from steadynorm.statistics import pool
 
 # Where the slope of a sigmoid is a twentieth of its largest: s(1 − s) = 1/80.
 STEEP_UNTIL = 4.36
@@ -32,7 +33,8 @@ class NormCall:
         self, layer: str, step: int, eps: float, samples: int, values: Any, parts: Tensor
     ) -> None:
         self.layer, self.step, self.eps, self.samples = layer, step, eps, samples
-        self._values, self._parts = values, parts  # mean, var, running mean, running var
+        self._values = values
+        self._parts = parts  # mean, var, running mean, running var, variance of samples' means
         self._dead: Tensor | None = None
         self._saturated: Tensor | None = None
         self._gradient: Tensor | None = None
@@ -47,10 +49,10 @@ class NormCall:
         if given is None or not given[0].is_floating_point() or not given[0].numel():
             return None
         x, mask = given
-        count, mean, var, _ = moments_of(x, mask)
+        count, mean, var, of_means = _moments(x, mask)
         none = torch.full_like(mean, nan)
         running = (norm.running_mean, norm.running_var)
-        parts = [mean, var, *(none if t is None else t.to(mean.dtype) for t in running)]
+        parts = [mean, var, *(none if t is None else t.to(mean.dtype) for t in running), of_means]
         return cls(layer, step, norm.eps, x.shape[0], count, torch.stack(parts))
 
     @torch.no_grad()
@@ -74,11 +76,11 @@ class NormCall:
 
     def by_channel(self) -> ChannelReading:
         """The call by channel."""
-        mean, var, running_mean, running_var = self._parts.cpu().to(torch.float64).numpy()
+        mean, var, running_mean, running_var, of_means = self._parts.cpu().to(torch.float64).numpy()
         dead = np.zeros(len(mean), bool) if self._dead is None else self._dead.cpu().numpy()
         return ChannelReading(
             self.step, int(self._values), mean, var, running_mean, running_var, self.eps, dead,
-            self.samples,
+            self.samples, of_means,
         )  # fmt: skip
 
     def saturated(self) -> float:
@@ -91,3 +93,15 @@ class NormCall:
             return nan
         size = float(self._gradient)
         return float("inf") if isnan(size) else size
+
+
+def _moments(x: Tensor, mask: Tensor | None) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """Count, mean and variance of a batch, and the variance of its samples' own means; NaN where a
+    mask leaves samples of different sizes.
+    """
+    if mask is not None or x.ndim == 2:
+        count, mean, var, _ = moments_of(x, mask)
+        return count, mean, var, var if mask is None else torch.full_like(var, nan)
+    rows = moments_of(x, None, groups=(1,) * x.shape[0])
+    count, mean, var, _ = pool(rows, xp=torch)
+    return count, mean, var, rows.mean.var(0, correction=0)

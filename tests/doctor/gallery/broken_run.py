@@ -82,6 +82,22 @@ def _() -> Watched:
     return watched(fresh(), steps=100, source=endless(2))
 
 
+@patient("SN407", "classes in order: each batch holds one digit")
+def _() -> Watched:
+    def one_by_one() -> Iterable[Pair]:
+        rest: list[Pair] = [(torch.empty(0, 1, 8, 8), torch.empty(0, dtype=torch.int64))] * 10
+        for images, labels in endless(64):
+            for digit in range(10):
+                some = labels == digit
+                held, kinds = rest[digit]
+                rest[digit] = torch.cat([held, images[some]]), torch.cat([kinds, labels[some]])
+                if len(rest[digit][1]) >= 32:
+                    yield rest[digit]
+                    rest[digit] = rest[digit][0][:0], rest[digit][1][:0]
+
+    return watched(fresh("convolutional"), source=one_by_one())
+
+
 @patient("SN406", "a validation after 30 steps that nobody ends")
 def _() -> Watched:
     network = fresh("convolutional")

@@ -22,7 +22,7 @@ from steadynorm.models.layers import NormLayer
 from steadynorm.models.observe import observing
 from steadynorm.models.untouched import seed
 
-SAMPLES = 64  # in the batches that are looked at
+SAMPLES = 32  # in the batches that are looked at
 EPS = 1e-5
 
 

@@ -17,7 +17,7 @@ from steadynorm.models.observe import observing
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.statistics import Moments, pool
 
-FEW = 32  # samples, from which axes are told apart
+FEW = 8  # samples, from which axes are told apart
 SEVERAL = 8  # batches, from which the scatter of their means is known to about a half
 
 

@@ -46,6 +46,8 @@ class Trend:
     batches cancels in it, and `error` is what is left of it (the mean's standard error). `ratio`:
     the batches' unbiased variance over the running one, as a ratio of standard deviations.
     `dead`: in all of the readings. `values`: of a channel in all of them. `samples`: in a batch.
+    `alike`: how many times as far the batches' means scatter, as a variance, as those of batches
+    with the same samples mixed would; NaN where not known.
     `independent`: independent values that a batch counts for: the variance of values over that of
     (batch mean − running mean), harmonic mean over channels. The running mean takes out the slow
     movement of the weights.
@@ -59,6 +61,7 @@ class Trend:
     dead: np.ndarray
     samples: int = 0
     independent: float = float("nan")
+    alike: float = float("nan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,7 @@ class ChannelReading(NamedTuple):
     eps: float
     dead: np.ndarray
     samples: int = 0
+    of_means: np.ndarray | None = None
 
     @property
     def finite(self) -> bool:
@@ -140,18 +144,24 @@ def trend(readings: Iterable[ChannelReading], steps: int) -> Trend | None:
         _std(np.mean(unbiased, axis=0), 0.0) / _std(np.mean(running, axis=0), 0.0),
         np.all([reading.dead for reading in late], axis=0),
         int(np.median([reading.samples for reading in late])),
-        _independent(late),
+        *_independent(late),
     )
 
 
-def _independent(late: list[ChannelReading]) -> float:
+def _independent(late: list[ChannelReading]) -> tuple[float, float]:
+    """`independent` and `alike` of a trend."""
     if len(late) < 2:
-        return float("nan")
+        return float("nan"), float("nan")
     of_means = np.var([r.mean - r.running_mean for r in late], axis=0, ddof=1)
     # Single values vary within and between batches.
     var = np.mean([r.var for r in late], axis=0) + of_means
     some = var > 0
-    return 1 / max(float(np.mean(of_means[some] / var[some])), 1e-12) if some.any() else np.inf
+    if not some.any():
+        return float("inf"), float("nan")
+    share = max(float(np.mean(of_means[some] / var[some])), 1e-12)
+    mixed = [r.of_means / max(r.samples - 1, 1) for r in late if r.of_means is not None]
+    expected = float(np.mean(np.mean(mixed, axis=0)[some] / var[some])) if mixed else float("nan")
+    return 1 / share, share / expected if expected > 0 else float("nan")
 
 
 def _std(var: np.ndarray, eps: float) -> np.ndarray:
