@@ -79,7 +79,7 @@ def test_one_value_per_channel_works(name: str) -> None:
     x = np.array([[0.3, -1.0, 2.5]])
     y = layer(torch.tensor(x, dtype=torch.float32)).detach().numpy()
     if name == "steady":
-        k, a = 1 / 5, 1 / 8  # max(1 / (1 + 4), 1 / 8) and max(1 / 641, 1 / 8)
+        k = a = 1 / 8  # max(1 / (1 + 16), 1 / 8) and max(1 / 641, 1 / 8)
         m, u = mean + k * (x - mean), (1 - k) * (var + k * (x - mean) ** 2)
         new_mean, new_var = mean + a * (x - mean), (1 - a) * (var + a * (x - mean) ** 2)
     elif name == "running":

@@ -320,7 +320,7 @@ def test_the_memory_is_not_saved_and_starts_anew_after_loading() -> None:
 
 
 def test_one_way_layers_have_none() -> None:
-    for policy in (sn.Batch(), sn.Running(), sn.Steady()):
+    for policy in (sn.Batch(), sn.Running(), sn.Steady(window=None)):
         assert "gradient_memory" not in dict(sn.BatchNorm1d(2, statistics=policy).named_buffers())
 
 
@@ -330,7 +330,7 @@ def test_the_policy_may_change() -> None:
     trained(0, made)
     memory = made.gradient_memory.clone()
     assert memory.any()
-    for one_way in (sn.Steady(), sn.Batch(), sn.Frozen()):
+    for one_way in (sn.Steady(window=None), sn.Batch(), sn.Frozen()):
         made.statistics = one_way
         trained(1, made)
         torch.testing.assert_close(made.gradient_memory, memory, rtol=0, atol=0)

@@ -132,7 +132,7 @@ def test_the_numerical_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPat
 
 CONSTANT_POLICIES = {
     **{name: policy for name, policy in POLICIES.items() if name not in {"fixed", "inference"}},
-    "steady": sn.Steady(prior=9.0, horizon=20.0),
+    "steady": sn.Steady(prior=9.0, horizon=20.0, window=None),
     "renorm": sn.Renorm(warmup=0, r_ramp=10, d_ramp=10),
     "ghost": sn.Ghost(size=3),
     "renorm_clipped": sn.Renorm(r_max=1.05, d_max=0.05, warmup=0, r_ramp=10, d_ramp=10),

@@ -22,6 +22,7 @@ LAYOUTS = {
 POLICIES = {
     "batch": sn.Batch(),
     "steady": sn.Steady(prior=40.0, horizon=64),
+    "one_way": sn.Steady(prior=40.0, horizon=64, window=None),
     "running": sn.Running(),
     "renorm": sn.Renorm(warmup=0, r_ramp=10, d_ramp=10),
     "renorm_clipped": sn.Renorm(r_max=1.05, d_max=0.05, warmup=0, r_ramp=10, d_ramp=10),
@@ -72,6 +73,11 @@ def layer_like(x: torch.Tensor, running: truth.Running, **settings: Any) -> torc
     return layer
 
 
+def no_memory(policy: Any, x: torch.Tensor) -> np.ndarray | None:
+    """The memory of the gradient that a new layer has."""
+    return None if policy.gradient_rate(1) is None else np.zeros((2, x.shape[1]))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("route")
@@ -99,6 +105,7 @@ def check_training(layout: str, policy: str, mean: float, masked: bool) -> None:
         running,
         mask=None if mask is None else mask.numpy(),
         grad=grad.numpy(),
+        memory=no_memory(statistics, x),
     )
     tolerances.within_bar(y, expected.y, said)
     for name, found, right, direction in (
@@ -213,6 +220,7 @@ def test_other_types(policy: str, activation: str | None, dtype: torch.dtype) ->
         running,
         truth.Setting(activation=activation),
         grad=grad.double().numpy(),
+        memory=no_memory(POLICIES[policy], x),
     )
     assert y.dtype is dtype
     assert layer.running_mean.dtype is wide

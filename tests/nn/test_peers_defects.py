@@ -16,7 +16,7 @@ from steadynorm.statistics import Moments, pool
 
 POLICIES = {
     "batch": sn.Batch(),
-    "steady": sn.Steady(prior=8.0, horizon=20.0),
+    "steady": sn.Steady(prior=8.0, horizon=20.0, window=None),
     "running": sn.Running(),
     "renorm": sn.Renorm(warmup=0, r_ramp=4, d_ramp=4),
     "ghost": sn.Ghost(size=3),

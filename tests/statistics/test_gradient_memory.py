@@ -211,8 +211,8 @@ def test_a_doubled_loss_scale_is_followed_within_a_few_windows() -> None:
 
 
 def test_policies_with_and_without_a_memory() -> None:
-    assert Steady(window=16).gradient_rate(16) == 0.5
-    assert Steady().gradient_rate(16) is None
-    assert repr(Steady(window=4)) == "Steady(prior=4.0, horizon=640, window=4)"
+    assert Steady().gradient_rate(16) == 0.5
+    assert Steady(window=None).gradient_rate(16) is None
+    assert repr(Steady(window=None)) == "Steady(prior=16, horizon=640, window=None)"
     assert Batch().one_way() == Batch()
     assert Steady(8, 320, 4).one_way() == Steady(8, 320, None)

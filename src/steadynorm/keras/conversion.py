@@ -36,7 +36,7 @@ def convert(
 
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
     >>> convert(model, statistics="steady").layers[0].statistics
-    Steady(prior=4.0, horizon=640)
+    Steady(prior=16, horizon=640, window=16)
     """
     if statistics is not None:
         settings = {**settings, "statistics": statistics}

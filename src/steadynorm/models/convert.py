@@ -92,7 +92,7 @@ def convert(
     >>> model, changes = convert(model, statistics=sn.Steady())
     >>> print(changes)
     what       where  before          after           why
-    converted  1      BatchNorm2d(8)  BatchNorm2d(8)  Steady(prior=4.0, horizon=640)
+    converted  1      BatchNorm2d(8)  BatchNorm2d(8)  Steady(prior=16, horizon=640, window=16)
     fused      1      relu after it   one call        by (model)
 
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes torch's layers of ours, and so loses their

@@ -319,7 +319,7 @@ def test_back_to_torch_names_what_is_lost() -> None:
     )
     result, changes = convert(model, to="torch")
     assert changes[0].why == (
-        "Steady(prior=4.0, horizon=640) is lost: torch normalizes with the batch; "
+        "Steady(prior=16, horizon=640, window=16) is lost: torch normalizes with the batch; "
         "nonfinite='skip' is lost"
     )
     assert changes[1].why == "Frozen() is lost: torch will update the statistics in training"

@@ -43,7 +43,7 @@ def policy_from(value: object) -> Policy:
     Raises ValueError for an unknown name and TypeError for anything else.
 
     >>> policy_from("steady")
-    Steady(prior=4.0, horizon=640)
+    Steady(prior=16, horizon=640, window=16)
     """
     if isinstance(value, Policy):
         return value

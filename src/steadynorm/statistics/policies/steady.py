@@ -20,8 +20,8 @@ from steadynorm.statistics.running import (
 class Steady(Policy):
     """Batch and running statistics, each weighted by what it has seen: for every batch size.
 
-    With N samples in the batch, n = N of them or, without a `window`, its values per channel, t
-    batches seen before, and δ = μ - running_mean:
+    With N samples in the batch, n = N of them (without a `window` n counts its values per channel),
+    t batches seen before, and δ = μ - running_mean:
 
         k = max(n/(n + prior), 1/(t + 1))
         m = running_mean + k·δ
@@ -35,31 +35,30 @@ class Steady(Policy):
     which merges two parts of weight 1 - a and a (Chan's formula): the running variance is the
     biased variance of everything seen, and right for batches of one, where v is 0.
 
-    The share k passes on its part of the gradient through mean and variance. With a `window` the
-    rest is remembered, at the rate N/(N + window), and taken off the gradient that the share
-    leaves, so that no part of it along 1 or x̂ lasts; see `remember`.
+    The share k passes on its part of the gradient through mean and variance. The rest is
+    remembered, at the rate N/(N + window), and taken off the gradient that the share leaves, so
+    that no part of it along 1 or x̂ lasts; see `remember`.
 
     `prior`: the weight of the running statistics, in what n counts; 0 equals `Batch`, where the
     batch has a variance.
     `horizon`: how many samples the running averages span, at every batch size. It replaces
     `momentum`: 640 samples equal momentum 0.1 at batch 64.
-    `window`: how many samples the memory of the gradient spans; None keeps none. Batches of one
-    and deep networks need it: `Steady(prior=16, window=16)`. Kept by PyTorch's layers and by
-    Keras's on torch; elsewhere `Steady` is one-way, as with None.
+    `window`: how many samples the memory of the gradient spans. None keeps none, and is one-way:
+    `Steady(prior=4, window=None)` trains small networks from about two samples on, not batches of
+    one nor deep networks. The memory is kept by PyTorch's layers and by Keras's on torch; elsewhere
+    `Steady` is one-way, as with None.
 
     No gradient flows through k or the δ² term. Ours; kin of Yong et al. 2020 (momentum batch
     normalization) and Schneider et al. 2020 (prior-weighted statistics); of the gradient's memory
     Yan et al. 2020 and Chiley et al. 2019.
 
     >>> Steady()
-    Steady(prior=4.0, horizon=640)
-    >>> Steady(prior=16, window=16)
     Steady(prior=16, horizon=640, window=16)
     """
 
-    prior: float = 4.0
+    prior: float = 16
     horizon: float = 640
-    window: float | None = None
+    window: float | None = 16
 
     unbiased = False
     uses_momentum = False
@@ -69,10 +68,6 @@ class Steady(Policy):
         check_number("Steady", "horizon", self.horizon, low=0)
         if self.window is not None:
             check_number("Steady", "window", self.window, low=0, strict=True)
-
-    def __repr__(self) -> str:
-        window = "" if self.window == type(self).window else f", window={self.window!r}"
-        return f"Steady(prior={self.prior!r}, horizon={self.horizon!r}{window})"
 
     def normalizer(
         self, batch: Moments, running: RunningStatistics | None, context: Context
