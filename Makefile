@@ -13,7 +13,7 @@ TOUR_ARGS   ?=
 BENCH_ARGS  ?=
 ATTACK_ARGS ?= --long
 
-.PHONY: help tour tour-short test test-slow test-all test-pythons test-oldest lint format types docs bench clean attack
+.PHONY: help tour tour-short test test-slow test-all test-pythons test-oldest lint format types docs bench gpu clean attack
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ docs: $(VENV)/.dev  ## the documentation, into site/; any warning is an error
 
 bench: $(VENV)/.dev  ## speed against torch.nn and a plain copy, side by side in one run
 	$(BIN)/steadynorm bench $(BENCH_ARGS)
+
+gpu: $(VENV)/.dev  ## on a machine with a GPU: tests on it, compute-sanitizer, the bench, a page
+	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
 clean:  ## remove what these commands made
 	rm -rf $(VENV) $(OLDEST) site tour build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

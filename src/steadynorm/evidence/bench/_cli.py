@@ -39,6 +39,9 @@ def bench(
         ),
     ] = "ours,given,eager",
     device: Annotated[str, typer.Option(help="cpu, or an accelerator: cuda, xpu.")] = "cpu",
+    kernels: Annotated[
+        str, typer.Option(help="On a device: operator (PyTorch's), or gpu (our Triton kernels).")
+    ] = "operator",
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 9,
     shapes: Annotated[str, typer.Option(help="Only shapes with these numbers, from 0.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for bench.csv, .json and .html.")] = Path(
@@ -54,11 +57,15 @@ def bench(
     from steadynorm.evidence.bench.networks import NETWORKS, measure_networks
     from steadynorm.evidence.bench.results import tables, write
     from steadynorm.evidence.bench.workloads import CASES, DTYPES, LAYOUTS, SUITES, workloads
+    from steadynorm.kernels import use
     from steadynorm.report.terminal import to_rich
 
     wanted = _words(suites, (*SUITES, "networks"), "--suites")
     with errors_in_one_line("bench", "nothing was written."):
         check_device(device)
+        if kernels not in ("operator", "gpu"):
+            raise ValueError(f"--kernels must be operator or gpu; got {kernels!r}.")
+    use("gpu", on=kernels == "gpu")
     names = available(_words(contenders, tuple(CONTENDERS), "--contenders"), device)
     picked = {int(number) for number in shapes.split(",") if number.strip()}
     loads = [
