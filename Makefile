@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OLDEST ?= .venv-oldest
+TRITON ?= .venv-triton
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
@@ -13,7 +14,7 @@ TOUR_ARGS   ?=
 BENCH_ARGS  ?=
 ATTACK_ARGS ?= --long
 
-.PHONY: help tour tour-short test test-slow test-all test-pythons test-oldest lint format types docs bench gpu clean attack
+.PHONY: help tour tour-short test test-slow test-all test-triton test-pythons test-oldest lint format types docs bench gpu clean attack
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +32,11 @@ test-slow: $(VENV)/.dev  ## the rest: the lab, the tour, three Keras backends, a
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow  ## both
+
+test-triton: $(TRITON)/.done  ## the GPU kernels, interpreted and compiled for devices that are not here
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest -q $(PYTEST_ARGS) \
+	    tests/kernels/gpu
+	OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest -q tests/kernels/gpu/static_checks.py
 
 test-pythons:  ## the wheel in empty environments of the oldest and the newest Python claimed
 	tests/pythons.sh
@@ -63,7 +69,7 @@ gpu: $(VENV)/.dev  ## on a machine with a GPU: tests on it, compute-sanitizer, t
 	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
 clean:  ## remove what these commands made
-	rm -rf $(VENV) $(OLDEST) site tour build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(TRITON) site tour build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and alone: every later install then finds the pinned build in place, and a
 # CPU build that this machine's package configuration offers is taken instead of the larger one.
@@ -79,6 +85,14 @@ $(VENV)/.tour: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.tour
+
+# Apart from .venv: TensorFlow and Triton each bring an LLVM, and one process may not bear both.
+$(TRITON)/.done: constraints.txt pyproject.toml
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(TRITON)/bin/python -m pip install --quiet --constraint constraints.txt \
+	    --editable '.[gpu]' triton pytest pytest-xdist
+	@touch $@
 
 attack: $(VENV)/.dev  ## break the promises of docs/promises.md, for at most 10 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ATTACK_ARGS)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-
 from benchmarks.machine_code import CHIPS, TARGETS, Launch, Report, processes, read
+
 from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.gpu import plan as plans
 from steadynorm.kernels.gpu import prepared, stages
@@ -33,7 +33,8 @@ from steadynorm.statistics import Batch, Ghost, Policy, Renorm, Running, Steady
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
-WIDE, ODD = (32, 256, 56, 56), (32, 2048, 7, 7)
+WIDE, ODD, SMALL = (32, 256, 56, 56), (64, 2048, 9, 9), (32, 2048, 7, 7)
+"""Planes of a multiple of a vector, odd ones, and channels that one program holds."""
 X_SIZED = ("x", "residual", "y", "grad", "extra", "dx", "dresidual")
 IN_FLIGHT = 30 << 10
 MULTIPROCESSORS = 132
@@ -63,15 +64,15 @@ class Config(NamedTuple):
             policy += " two-way"
         parts = [policy, *(["add"] if self.residual else []), self.activation or ""]
         what = " + ".join(part for part in parts if part) + (", mask" if self.masked else "")
-        odd = "" if self.shape == WIDE else ", odd planes"
-        return f"{self.dtype} {self.layout}: {what}{odd}"
+        size = {WIDE: "", ODD: ", odd planes", SMALL: ", in registers"}[self.shape]
+        return f"{self.dtype} {self.layout}: {what}{size}"
 
 
 def configurations(short: bool) -> Iterator[Config]:
     """Every kind of kernel in every type and layout; activations in two of them."""
     both = list(itertools.product(DTYPES, LAYOUTS))
     for dtype, layout in both:
-        for shape in (WIDE,) if short else (WIDE, ODD):
+        for shape in (WIDE, SMALL) if short else (WIDE, ODD, SMALL):
             for activation, residual in ((None, False), ("relu", False), ("relu", True)):
                 yield Config(dtype, layout, shape, Batch(), activation, residual)
         for policy in (Steady(), Steady(window=16)):

@@ -194,9 +194,7 @@ def _hot(lines: list[str], places: dict[str, int]) -> tuple[int, int]:
             start = places.get(target[1], at)
             if start < at and _moved(lines[start:at]):
                 loops.append((start, at + 1))
-    inner = [
-        a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
-    ]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return max(inner, key=lambda loop: _moved(lines[slice(*loop)]), default=(0, len(lines)))
 
 

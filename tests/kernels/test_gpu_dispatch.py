@@ -109,7 +109,8 @@ def test_what_it_serves(shape, dtype, ready):
         ({"x": torch.empty(SHAPE)[::2, ::2]},
          "the input is contiguous neither channels-first nor channels-last"),
         ({"x": torch._neg_view(torch.empty(SHAPE))}, "`x` is not plain memory"),
-        ({"residual": torch.empty(SHAPE).bfloat16()}, "the residual is bfloat16, the input float32"),
+        ({"residual": torch.empty(SHAPE).bfloat16()},
+         "the residual is bfloat16, the input float32"),
         ({"weight": torch.empty(64, dtype=torch.float64)},
          "`weight` is float64, or not contiguous"),
         ({"bias": torch.empty(128)[::2]}, "`bias` is float32, or not contiguous"),
@@ -170,7 +171,7 @@ def test_tiles_cover_the_input(shape, itemsize):
         p = plans.plan(like.shape, like.stride(), itemsize, None, 132)
         across = p.blocks * p.B if p.last else p.SQ * p.B
         assert across >= p.columns > across - p.B * (1 if p.last else p.SQ)
-        assert p.RB * p.A >= p.rows
+        assert p.rows <= p.RB * p.A
         assert 1 <= p.SR <= p.RB
         assert p.columns % p.VEC == 0
         assert p.VEC * itemsize <= 16

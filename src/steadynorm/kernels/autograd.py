@@ -10,7 +10,6 @@ from torch import Tensor
 from steadynorm.kernels import aten, compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.cpu import operators
-from steadynorm.kernels.cpu.backend import CPU
 from steadynorm.kernels.reference.torch_arrays import moments_at_once, reference
 from steadynorm.kernels.spec import Backend, Call, Gradients, Packed, Saved, coefficients_of
 from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory

@@ -22,7 +22,7 @@ BACKENDS: tuple[Backend, ...] = (TRACED, GPU, ATEN, CPU, REFERENCE)
 
 
 class Choice(NamedTuple):
-    """The backend that serves a call (`traced`, `gpu`, `aten`, `cpu` or `reference`), and why no other."""
+    """The backend that serves (`traced`, `gpu`, `aten`, `cpu`, `reference`), and why no other."""
 
     kernel: str
     refusals: dict[str, str]

@@ -198,7 +198,7 @@ class Call:
         return valid.sum().to(statistics_dtype(self.x))
 
     def by_policy_alone(self) -> bool:
-        """Whether a kernel may decide in the call's place, by policy, settings and buffers alone."""
+        """Whether a kernel may decide in its place, by policy, settings and buffers alone."""
         return False
 
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:

@@ -1,23 +1,17 @@
-"""Tests of the GPU kernels, which no machine here can run: in Triton's interpreter, or compiled.
+"""Tests of the GPU kernels on machines without a GPU: in Triton's interpreter, and compiled.
 
-Both need Triton, and each a process of its own: `make test-triton`. The kernels become interpreted
-functions or compiled ones when they are first imported, by TRITON_INTERPRET.
+`make test-triton` runs both, each in a process of its own: by TRITON_INTERPRET the kernels become
+interpreted functions or compiled ones when they are first imported. Other tests import no Triton.
 """
 
 import os
-from importlib.util import find_spec
 
 import pytest
 
 pytest.register_assert_rewrite("tests.kernels.gpu.cases")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COMPILED_ONLY = ["test_static.py"]
-collect_ignore_glob = (
-    COMPILED_ONLY if INTERPRETED
-    else ["test_*.py"] if find_spec("triton") is None or "STEADYNORM_TEST_TRITON" not in os.environ
-    else ["test_[!s]*.py"]
-)  # fmt: skip
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["*.py"]  # but for a file named on the command line: static_checks.py
 
 
 @pytest.fixture

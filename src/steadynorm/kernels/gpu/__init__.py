@@ -1,1 +1,1 @@
-"""The stages on a GPU, in Triton; see backend.py. What imports triton is loaded with the first call."""
+"""The stages on a GPU, in Triton; see backend.py. Triton is imported with the first call."""

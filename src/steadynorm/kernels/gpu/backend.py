@@ -90,11 +90,6 @@ class GpuKernels(ClosedForm):
         batches = call.num_batches_tracked
         if batches is not None and batches.dtype is not torch.int64:
             return f"`num_batches_tracked` is {_name(batches.dtype)}, not int64"
-        memory = call.memory
-        if memory is not None and not (
-            memory.state.is_contiguous() and memory.state.device == x.device
-        ):
-            return "the memory of the gradient is not contiguous, or on another device"
         plan = self.stages.planned(x, call.groups)
         return plan if plan.__class__ is str else None
 

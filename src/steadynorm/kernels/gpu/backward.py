@@ -1,4 +1,4 @@
-"""The two backward kernels: `reduce_grad`, whose last program finishes the sums, and `apply_grad`."""
+"""The backward kernels: `reduce_grad`, whose last program finishes the sums, `apply_grad`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .tiles import (
     channels_of,
     columns_of,
     comes_last,
-    spread_bits,
     span_of,
+    spread_bits,
     tile_at,
     turns_of,
     valid_at,
@@ -96,7 +96,7 @@ def reduce_grad(grad, x, extra, signs, starts, parts, tickets, rows, sums, maps,
                 tl.store(sums + g * C + c, s1, mask=inside)
                 tl.store(sums + (G + g) * C + c, s2, mask=inside)
             else:
-                a, b = finish_gradient(
+                a, b, slope, constant = finish_gradient(
                     s1, s2, rows, maps, before, state, rate, g, G, c, inside, C, FIRST
                 )
                 by_weight += a

@@ -14,10 +14,10 @@ from .policies import (
     NEXT_VAR,
     SCALE,
     SHIFT,
-    batches_seen,
     coefficients,
     decide,
     row,
+    running_before,
     store_moments,
     store_normalizer,
 )
@@ -134,20 +134,13 @@ def moments(x, mask, starts, parts, tickets, rows, weight, bias, running_mean, r
         tl.store(at + 3 * G * S * C, total, mask=ok)
         last = comes_last(tickets + block, S * G - 1)
     if last:
-        old_mean = tl.zeros((WIDTH,), tl.float32)
-        old_var = old_mean + 1.0
-        t = old_mean
-        if running_mean is not None and POLICY is not None:
-            old_mean = tl.load(running_mean + c, mask=ok, other=0.0)
-            old_var = tl.load(running_var + c, mask=ok, other=1.0)
-            if batches is not None:
-                t += batches_seen(batches, running_mean, running_var, C, COUNTS)
-            elif POLICY == "renorm":
-                t += 1073741824.0
+        old_mean, old_var, t = running_before(
+            running_mean, running_var, batches, c, ok, C, WIDTH, POLICY, COUNTS
+        )
         for g in tl.range(0, G):
             if not ALONE:
                 n, pivot, middle, total = gather(parts, g, G, S, c, C, SP, WIDTH)
-            old_mean, old_var, t = decide(
+            old_mean, old_var, t, center, scale, shift = decide(
                 n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean, old_var, t,
                 eps, pace, prior, known, POLICY, FIRST, running_mean is not None, R_MAX, D_MAX,
                 WARMUP, R_RAMP, D_RAMP,
@@ -158,15 +151,21 @@ def moments(x, mask, starts, parts, tickets, rows, weight, bias, running_mean, r
 
 
 @triton.jit
-def move_running(rows, running_mean, running_var, batches, block, G, c, ok, C):
-    """The running statistics as `moments` left them, and how many batches they have seen."""
-    tl.store(running_mean + c, tl.load(row(rows, NEXT_MEAN, 0, G, c, C), mask=ok), mask=ok)
-    tl.store(running_var + c, tl.load(row(rows, NEXT_VAR, 0, G, c, C), mask=ok), mask=ok)
+def move_running(rows, running_mean, running_var, batches, first, G, c, ok, C):
+    """The running statistics as they were decided, and how many batches they have seen.
+
+    `first`: whether the channels begin with the first, whose program counts. .cg as in `gather`.
+    """
+    mean = tl.load(row(rows, NEXT_MEAN, 0, G, c, C), mask=ok, cache_modifier=".cg")
+    var = tl.load(row(rows, NEXT_VAR, 0, G, c, C), mask=ok, cache_modifier=".cg")
+    tl.store(running_mean + c, mean, mask=ok)
+    tl.store(running_var + c, var, mask=ok)
     if batches is not None:
-        if block == 0:
+        if first:
             seen = tl.load(batches)
             for g in tl.range(0, G):
-                seen += (tl.load(row(rows, COUNT, g, G, 0, C)) > 0.0).to(tl.int64)
+                count = tl.load(row(rows, COUNT, g, G, 0, C), cache_modifier=".cg")
+                seen += (count > 0.0).to(tl.int64)
             tl.store(batches, seen)
 
 
@@ -218,7 +217,7 @@ def apply(x, residual, y, signs, starts, rows, weight, bias, running_mean, runni
         shift = tl.load(row(rows, SHIFT, g, G, c, C), mask=inside, other=0.0)
         if running_mean is not None:
             if part == 0 and g == 0:
-                move_running(rows, running_mean, running_var, batches, block, G, c, inside, C)
+                move_running(rows, running_mean, running_var, batches, block == 0, G, c, inside, C)
     columns = columns_of(block, part, SQ, B, LAST)
     turns = turns_of(length, part, SR, SQ, A)
     for i in tl.range(0, turns):
@@ -234,7 +233,5 @@ def apply(x, residual, y, signs, starts, rows, weight, bias, running_mean, runni
         tl.store(y + at, z.to(y.dtype.element_ty), mask=ok)
         if signs is not None:
             open_ = through(tl.full((A, B), 1.0, tl.float32), z, ACT) != 0.0
-            to = bits_at(
-                signs, row_block, block, tl.num_programs(0), part, g, RB, SQ, A, B, FOUR
-            )
+            to = bits_at(signs, row_block, block, tl.num_programs(0), part, g, RB, SQ, A, B, FOUR)
             tl.store(to, pack_bits(open_, A, B, FOUR))

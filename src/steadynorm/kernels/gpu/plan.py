@@ -16,6 +16,8 @@ from steadynorm.kernels.spec import Groups
 
 TILE, WIDE, NARROW = 2048, 1024, 64
 """Values of a tile; its most columns channels-first, and channels-last."""
+WHOLE, STRIP = 4096, 16
+"""Values of a channel (of a strip of so many, channels-last) that fit into registers."""
 WAVES = 2
 """Programs for each multiprocessor that a launch should have at least."""
 GRID = 65535
@@ -39,6 +41,8 @@ class Plan(NamedTuple):
     RB: int  # row blocks of the longest group
     four: bool
     big: bool
+    whole: bool
+    """Whether one program holds all of its channels, and does both stages of a direction."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -112,6 +116,10 @@ def plan(
     longest = rows if spans is None else max(spans)
     b = max(8, min(_power(columns), NARROW if last else WIDE))
     a = max(2, min(TILE // b, _power(longest)))
+    whole = _power(rows) * (min(b, STRIP) if last else _power(columns)) <= WHOLE
+    whole = whole and groups is None and tile is None and split is None
+    if whole:
+        a, b = max(2, _power(rows)), max(8, min(b, STRIP) if last else _power(columns))
     a, b = tile or (a, b)
     across, down = -(-columns // b), -(-longest // a)
     sq = 1 if last else across
@@ -122,7 +130,7 @@ def plan(
         return f"{rows} rows of {columns} columns need a larger grid than a device has"
     return Plan(
         last, rows, channels, columns, spans, a, b, min(columns & -columns, 16 // itemsize),
-        sr, sq, blocks, down, itemsize >= 4, math.prod(shape) >= 2**31,
+        sr, sq, blocks, down, itemsize >= 4, math.prod(shape) >= 2**31, whole,
     )  # fmt: skip
 
 

@@ -78,6 +78,26 @@ def batches_seen(batches, running_mean, running_var, C, COUNTS: tl.constexpr):
 
 
 @triton.jit
+def running_before(running_mean, running_var, batches, c, ok, C, WIDTH: tl.constexpr,
+                   POLICY: tl.constexpr, COUNTS: tl.constexpr):  # fmt: skip
+    """Mean and variance before this batch, and how many batches they have seen.
+
+    0, 1 and none where nothing is tracked or asked; 2^30 where the number is not known.
+    """
+    mean = tl.zeros((WIDTH,), tl.float32)
+    var = mean + 1.0
+    t = mean
+    if running_mean is not None and POLICY is not None:
+        mean = tl.load(running_mean + c, mask=ok, other=0.0)
+        var = tl.load(running_var + c, mask=ok, other=1.0)
+        if batches is not None:
+            t += batches_seen(batches, running_mean, running_var, C, COUNTS)
+        else:
+            t += 1073741824.0
+    return mean, var, t
+
+
+@triton.jit
 def coefficients(center_low, spread, gain, offset, weight, bias, c, ok, eps):
     """scale, shift and rho of the map."""
     rho = tl.div_rn(1.0, tl.sqrt_rn(spread + eps))
@@ -135,7 +155,7 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean
            pace, prior, known, POLICY: tl.constexpr, FIRST: tl.constexpr, TRACKED: tl.constexpr,
            R_MAX: tl.constexpr, D_MAX: tl.constexpr, WARMUP: tl.constexpr, R_RAMP: tl.constexpr,
            D_RAMP: tl.constexpr):  # fmt: skip
-    """The normalizer of one group into `rows`; returns the running statistics after it.
+    """The normalizer of one group into `rows`; returns the running statistics after it and the map.
 
     `pace`: weight of the batch in the running statistics. `prior`, `known`: `Steady`'s share is
     known/(known + prior), of values per channel for a negative `known`. FIRST: both are at least
@@ -146,7 +166,7 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean
     var = tl.div_rn(total, tl.maximum(n, 1.0))
     store_moments(rows, g, G, c, ok, C, n, mean, low, var)
     if POLICY is None:
-        return old_mean, old_var, t
+        return old_mean, old_var, t, mean, var, low
     else:
         some = n > 0.0
         first = tl.where(FIRST, tl.div_rn(1.0, t + 1.0), 0.0)
@@ -162,7 +182,7 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean
             share = tl.maximum(share, first)
         if POLICY == "running":
             share = tl.maximum(share * pace, first)
-        if POLICY == "steady" or POLICY == "running":  # noqa: PLR1714
+        if POLICY == "steady" or POLICY == "running":
             delta, delta_low = difference(mean, low, old_mean)
             center, center_low = two_sum(old_mean, share * delta)
             center_low = tl.fma(share, delta_low, center_low)
@@ -172,9 +192,10 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean
         if POLICY == "renorm":
             gain, offset = renorm(mean, low, var, old_mean, old_var, t, eps, R_MAX, D_MAX, WARMUP,
                                   R_RAMP, D_RAMP)  # fmt: skip
-        store_normalizer(
-            rows, g, G, c, ok, C, weight, bias, eps, tl.where(some, center, old_mean),
-            tl.where(some, center_low, 0.0), tl.where(some, spread, old_var),
+        center = tl.where(some, center, old_mean)
+        scale, shift = store_normalizer(
+            rows, g, G, c, ok, C, weight, bias, eps, center, tl.where(some, center_low, 0.0),
+            tl.where(some, spread, old_var),
             tl.where(some, gain, 1.0), tl.where(some, offset, 0.0), tl.where(some, share, 0.0),
         )  # fmt: skip
         if TRACKED:
@@ -192,7 +213,7 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean
             old_mean = tl.where(some, tl.fma(weight_new, delta, old_mean), old_mean)
             old_var = tl.where(some, new_var, old_var)
             t += some.to(tl.float32)
-        return old_mean, old_var, t
+        return old_mean, old_var, t, center, scale, shift
 
 
 @triton.jit
@@ -228,7 +249,7 @@ def remember(before, state, g_mean, g_xhat, share, rate, gap_hat, var_hat, c, ok
 @triton.jit
 def finish_gradient(s1, s2, rows, maps, before, state, rate, g, G, c, ok, C,
                     FIRST: tl.constexpr):  # fmt: skip
-    """Slope and constant of the backward map into `maps` (2, G, C); returns dγ and dβ.
+    """dγ, dβ, and slope and constant of the backward map, these into `maps` (2, G, C) if given.
 
     s1 = Σg, s2 = Σg·(x - center).
     """
@@ -243,20 +264,20 @@ def finish_gradient(s1, s2, rows, maps, before, state, rate, g, G, c, ok, C,
     scale = tl.load(row(rows, SCALE, g, G, c, C), mask=ok, other=0.0)
     rho = tl.load(row(rows, RHO, g, G, c, C), mask=ok, other=0.0)
     moved = tl.fma(-low, s1, s2)  # about the mean itself
+    per_value = scale * tl.div_rn(share, n)
+    slope = -per_value * rho * rho * moved
+    gap = (mean - center) + mean_low
+    constant = -per_value * s1 - slope * gap
+    if before is not None:
+        var = tl.load(row(rows, VAR, g, G, c, C), mask=ok, other=0.0)
+        remembered, tilt = remember(
+            before, state, tl.div_rn(s1, n), tl.div_rn(rho * moved, n), share, rate,
+            (gap - low) * rho, var * rho * rho, c, ok, C, FIRST,
+        )  # fmt: skip
+        taken = -scale * rho * tilt
+        slope += taken
+        constant += -scale * remembered - taken * low
     if maps is not None:
-        per_value = scale * tl.div_rn(share, n)
-        slope = -per_value * rho * rho * moved
-        gap = (mean - center) + mean_low
-        constant = -per_value * s1 - slope * gap
-        if before is not None:
-            var = tl.load(row(rows, VAR, g, G, c, C), mask=ok, other=0.0)
-            remembered, tilt = remember(
-                before, state, tl.div_rn(s1, n), tl.div_rn(rho * moved, n), share, rate,
-                (gap - low) * rho, var * rho * rho, c, ok, C, FIRST,
-            )  # fmt: skip
-            taken = -scale * rho * tilt
-            slope += taken
-            constant += -scale * remembered - taken * low
         tl.store(maps + g * C + c, slope, mask=ok)
         tl.store(maps + (G + g) * C + c, constant, mask=ok)
-    return gain * rho * moved + offset * s1, s1
+    return gain * rho * moved + offset * s1, s1, slope, constant

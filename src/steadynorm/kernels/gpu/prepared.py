@@ -1,6 +1,7 @@
 """Calls whose policy is decided inside the kernels: two launches forward, two backward.
 
-Inference is one launch, and so is its backward where no parameter needs a gradient.
+One each way where a program holds a whole channel. Inference is one launch, and so is its backward
+where no parameter needs a gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import Call, Exchange, Gradients, Groups, Keep, Memory, Packed, Saved
+from steadynorm.kernels.spec import Call, Gradients, Groups, Keep, Memory, Packed, Saved
 from steadynorm.statistics import (
     Batch,
     Coefficients,
@@ -23,10 +24,11 @@ from steadynorm.statistics import (
     Steady,
 )
 
-from . import policies
+from . import plan as plans
+from . import policies, visit
 from .plan import Plan, alike, empty_like
 from .policies import ROWS
-from .stages import Read, empty_signs, new_rows, plan_of, run_apply, run_moments
+from .stages import Read, empty_signs, launch, new_rows, plan_of, run_apply, run_moments
 
 NAMES: dict[type[Policy], str] = {
     Batch: "batch", Ghost: "batch", Steady: "steady", Running: "running", Renorm: "renorm",
@@ -55,8 +57,10 @@ def decidable(call: Call) -> bool:
         return False
     if call.momentum is None and call.running_mean is not None and call.num_batches_tracked is None:
         return False  # refused, in words, where the call decides
-    # How many samples a mask leaves is one reduction more.
-    return call.mask is None or call.memory is None
+    memory = call.memory
+    # With a mask the number of samples that it leaves is one reduction more.
+    return memory is None or (call.mask is None and memory.__class__ is Memory
+                              and memory.state.is_contiguous())  # fmt: skip
 
 
 class _Decision(NamedTuple):
@@ -73,6 +77,7 @@ def _decision(call: Call) -> _Decision:
     pace, prior, known, samples = momentum or 0.0, 0.0, -1.0, call.x.shape[0]
     tracked = call.running_mean is not None and call.num_batches_tracked is not None
     first = momentum is None
+    assert policy is not None
     constants: dict[str, Any] = {"POLICY": NAMES[type(policy)]}
     if isinstance(policy, Steady):
         pace, prior, first = samples / (samples + policy.horizon), policy.prior, True
@@ -84,7 +89,6 @@ def _decision(call: Call) -> _Decision:
             "R_MAX": float(policy.r_max), "D_MAX": float(policy.d_max), "WARMUP": policy.warmup,
             "R_RAMP": max(policy.r_ramp, 1), "D_RAMP": max(policy.d_ramp, 1),
         }  # fmt: skip
-    assert policy is not None
     constants |= {"FIRST": first and tracked, "COUNTS": tracked and policy.counts_batches}
     return _Decision(pace, prior, known, constants)
 
@@ -103,13 +107,23 @@ def forward(call: Call) -> tuple[Tensor, Packed]:
     parameters = (call.weight, call.bias, *running)
     if not call.by_running:
         assert rows is not None
-        pace, prior, known, constants = _decision(call)
-        run_moments(x, p, rows, mask, *parameters, call.eps, pace, prior, known, **constants)
+        *numbers, constants = _decision(call)
+        if p.whole:
+            launch(
+                visit.normalize, p, x, x, residual, mask, y, signs, plans.tickets(1, x.device),
+                rows, *parameters, call.eps, *numbers, *p.sizes()[:3], ACT=call.activation,
+                **constants, **p.tile(bits=True),
+            )  # fmt: skip
+        else:
+            run_moments(x, p, rows, mask, *parameters, call.eps, *numbers, **constants)
         torch.autograd.graph.increment_version([t for t in running if t is not None])
         if call.memory is not None and call.policy is not None:
             call.memory.rate = call.policy.gradient_rate(x.shape[0])
-    run_apply(x, p, y, rows, residual, call.activation, signs, *parameters, call.eps,
-              fixed=call.by_running)  # fmt: skip
+    if call.by_running or not p.whole:
+        run_apply(
+            x, p, y, rows, residual, call.activation, signs, *parameters, call.eps,
+            fixed=call.by_running,
+        )  # fmt: skip
     dtype = None if residual is None else residual.dtype
     tensors = (
         x, call.weight, call.bias, residual if kept is Keep.REBUILT else None, mask,
@@ -128,14 +142,22 @@ def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         groups=rest.groups,
     )  # fmt: skip
     through = need_x and rest.measured
-    maps = new_rows(x, 2, rest.groups) if through else None
     dweight = torch.empty_like(weight) if need_weight else None
     dbias = torch.empty_like(bias) if need_bias else None
-    if through or need_weight or need_bias:
-        before, state, rate, first = _memory(rest.memory if through else None)
-        read.reduce(rows, None, maps, dweight, dbias, before, state, rate, first=first)
-    dx, dresidual = read.map(rows, maps, mask, need_x=need_x, want=need_residual)
-    return dx, dweight, dbias, dresidual
+    *memory, first = _memory(rest.memory if through else None)
+    if through and rest.plan.whole:
+        out = read.results(need_x=True, want=need_residual)
+        launch(
+            visit.normalize_grad, rest.plan, x, *read.tensors, mask, *out, rows, dweight, dbias,
+            *memory, *rest.plan.sizes()[:3], FIRST=first, **read.constants(),
+        )  # fmt: skip
+    else:
+        maps = new_rows(x, 2, rest.groups) if through else None
+        if through or need_weight or need_bias:
+            read.reduce(rows, None, maps, dweight, dbias, *memory, first=first)
+        out = read.map(rows, maps, mask, need_x=need_x, want=need_residual)
+    same = need_residual and rest.activation is None
+    return out[0], dweight, dbias, read.tensors[0] if same else out[1]
 
 
 def _memory(memory: Memory | None) -> tuple[Tensor | None, Tensor | None, float, bool]:
@@ -151,7 +173,7 @@ def _memory(memory: Memory | None) -> tuple[Tensor | None, Tensor | None, float,
 
 def unpack(tensors: Any, rest: Rest) -> Saved:
     """What a forward left, as the stages leave it."""
-    *kept, rows = tensors
+    x, weight, bias, residual, mask, y, signs, rows = tensors
     rows = rows if rest.groups is not None else rows[:, 0]
 
     def row(k: Any) -> Tensor:
@@ -168,8 +190,7 @@ def unpack(tensors: Any, rest: Rest) -> Saved:
     known = Coefficients(
         *(row(getattr(policies, name)) for name in ("CENTER", "SCALE", "SHIFT", "RHO"))
     )
-    replicas: Exchange | None = None
     return Saved(
-        *kept, batch, normalizer, known, rest.eps, rest.activation, rest.groups, replicas,
-        rest.residual_dtype, rest.memory,
+        x, weight, bias, residual, mask, y, signs, batch, normalizer, known, rest.eps,
+        rest.activation, rest.groups, None, rest.residual_dtype, rest.memory,
     )  # fmt: skip

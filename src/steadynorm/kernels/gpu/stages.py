@@ -16,7 +16,7 @@ from steadynorm.statistics.moments import Moments
 from . import backward, forward
 from . import plan as plans
 from .plan import Plan, alike, empty_like
-from .policies import COUNT, ROWS, VAR
+from .policies import COUNT, ROWS
 
 KEPT = {
     Keep.NOTHING: None,
@@ -64,7 +64,7 @@ def empty_signs(x: Tensor, groups: Groups = None) -> Tensor:
 
 
 def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
-    """1 where the signs let a gradient through, else 0: as good as y to the activation's gradient."""
+    """1 where the signs let a gradient through, else 0: as good as y to the derivative."""
     p = plan_of(x, groups)
     bits = (signs[:, None] >> torch.arange(8, device=signs.device)) & 1
     lines = (p.A // 2, p.B // 4, 2, 4) if p.four else (p.A, p.B // 8, 1, 8)
@@ -99,8 +99,8 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
     p = plan_of(x, groups)
     mask = None if mask is None else mask.contiguous()
     run_moments(x, p, rows, mask, None, None, None, None, None, 1.0, 0.0, 0.0, -1.0)
-    first = COUNT.value
-    count, mean, low, var = rows[first : first + 4] if groups is not None else rows[first : first + 4, 0]
+    measured = rows[COUNT.value : COUNT.value + 4]
+    count, mean, low, var = measured if groups is not None else measured[:, 0]
     values: Any = count[..., :1]
     if groups is None:
         values = p.rows * (1 if p.last else p.columns) if mask is None else values
@@ -167,9 +167,7 @@ class Read:
         """ACT, KEPT and the tile's."""
         return {"ACT": self.activation, "KEPT": self.kept, **self.p.tile(bits=True)}
 
-    def reduce(
-        self, rows: Tensor, sums: Tensor | None, *finished: Any, first: bool = True
-    ) -> None:
+    def reduce(self, rows: Tensor, sums: Tensor | None, *finished: Any, first: bool = True) -> None:
         """The kernel `reduce_grad`; `finished` are its arguments from `maps` to `rate`."""
         p, x = self.p, self.x
         parts = new_rows(x, 2 * p.parts, p.groups)
@@ -180,22 +178,24 @@ class Read:
             FIRST=first, **self.constants(),
         )  # fmt: skip
 
+    def results(self, *, need_x: bool, want: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Memory for dx, and for the residual's gradient if that is another than `grad`."""
+        own = want and self.activation is not None
+        return empty_like(self.x) if need_x else None, empty_like(self.x) if own else None
+
     def map(
         self, rows: Tensor, maps: Tensor | None, mask: Tensor | None, *, need_x: bool, want: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The kernel `apply_grad`: dx, and the residual's gradient if it is another than `grad`."""
-        x, grad = self.x, self.tensors[0]
-        own = want and self.activation is not None
-        dx = empty_like(x) if need_x else None
-        dresidual = empty_like(x) if own else None
-        if need_x or own:
+        """The kernel `apply_grad`, into `results`."""
+        out = self.results(need_x=need_x, want=want)
+        if any(t is not None for t in out):
             mask = None if mask is None else mask.contiguous()
             launch(
-                backward.apply_grad, self.p, x,
-                *self.tensors, mask, dx, dresidual, self.starts, rows, maps, *self.p.sizes(),
-                self.p.RB, **self.constants(),
+                backward.apply_grad, self.p, self.x,
+                *self.tensors, mask, *out, self.starts, rows, maps, *self.p.sizes(), self.p.RB,
+                **self.constants(),
             )  # fmt: skip
-        return dx, dresidual if own else (grad if want else None)
+        return out
 
 
 def reduce_grad(
@@ -212,9 +212,7 @@ def reduce_grad(
     groups: Groups = None,
 ) -> tuple[Tensor, ...]:
     """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
-    read = Read(
-        grad, x, y=y, residual=residual, signs=signs, activation=activation, groups=groups
-    )
+    read = Read(grad, x, y=y, residual=residual, signs=signs, activation=activation, groups=groups)
     sums = new_rows(x, 2, groups)
     read.reduce(stacked(x, center, scale, shift), sums, *(None,) * 5, 0.0)
     return tuple(sums.unbind() if groups is not None else sums[:, 0].unbind())
@@ -238,10 +236,8 @@ def apply_grad(
     want_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted."""
-    read = Read(
-        grad, x, y=y, residual=residual, signs=signs, activation=activation, groups=groups
-    )
+    read = Read(grad, x, y=y, residual=residual, signs=signs, activation=activation, groups=groups)
     rows, maps = stacked(x, center, scale, shift), stacked(x, slope, constant)
     dx, dresidual = read.map(rows, maps, mask, need_x=True, want=want_residual)
     assert dx is not None
-    return dx, dresidual
+    return dx, grad if want_residual and activation is None else dresidual

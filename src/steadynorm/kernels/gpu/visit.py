@@ -1,0 +1,127 @@
+"""Both stages of a direction in one launch, where a channel fits into a program's registers.
+
+One tile holds all of a channel (or, channels-last, of B channels): x is read once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .activations import activated, through
+from .backward import before_activation
+from .forward import move_running
+from .lanes import merge
+from .policies import (
+    CENTER,
+    NEXT_MEAN,
+    NEXT_VAR,
+    SCALE,
+    SHIFT,
+    decide,
+    finish_gradient,
+    row,
+    running_before,
+)
+from .tiles import (
+    bits_at,
+    channels_of,
+    columns_of,
+    comes_last,
+    pack_bits,
+    tile_at,
+    to_channels,
+    valid_at,
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=["signs"])
+def normalize(x, residual, mask, y, signs, tickets, rows, weight, bias, running_mean, running_var,
+              batches, eps, pace, prior, known, N, C, LV, A: tl.constexpr, B: tl.constexpr,
+              WIDTH: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr, BIG: tl.constexpr,
+              FOUR: tl.constexpr, ACT: tl.constexpr, POLICY: tl.constexpr,
+              FIRST: tl.constexpr = False, COUNTS: tl.constexpr = False,
+              R_MAX: tl.constexpr = 1.0, D_MAX: tl.constexpr = 0.0, WARMUP: tl.constexpr = 0,
+              R_RAMP: tl.constexpr = 1, D_RAMP: tl.constexpr = 1):  # fmt: skip
+    """`moments` and `apply`. The last program of all moves the running statistics: until it comes,
+    others may still read them.
+    """
+    block = tl.program_id(0)
+    AXIS: tl.constexpr = 0 if LAST else None
+    c = channels_of(block, WIDTH)
+    inside = c < C
+    columns = columns_of(block, 0, 1, B, LAST)
+    r = tl.arange(0, A)
+    at, n, ok = tile_at(0, N, r, columns, block, C, LV, VEC, LAST, BIG)
+    v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    valid = ok
+    if mask is not None:
+        valid = valid_at(mask, n, columns, ok, r < N, LV, VEC, LAST)
+    nothing = tl.zeros((A, B), tl.float32)
+    count, pivot, middle, total = merge(valid.to(tl.float32), v, nothing, nothing, AXIS)
+    old_mean, old_var, t = running_before(
+        running_mean, running_var, batches, c, inside, C, WIDTH, POLICY, COUNTS
+    )
+    old_mean, old_var, t, center, scale, shift = decide(
+        to_channels(count, LAST), to_channels(pivot, LAST), to_channels(middle, LAST),
+        to_channels(total, LAST), rows, 0, 1, c, inside, C, weight, bias, old_mean, old_var, t, eps,
+        pace, prior, known, POLICY, FIRST, running_mean is not None, R_MAX, D_MAX, WARMUP, R_RAMP,
+        D_RAMP,
+    )  # fmt: skip
+    z = tl.fma(v - center[None, :], scale[None, :], shift[None, :])
+    if residual is not None:
+        z += tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)
+    z = activated(z, ACT)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=ok)
+    if signs is not None:
+        gate = through(tl.full((A, B), 1.0, tl.float32), z, ACT) != 0.0
+        to = bits_at(signs, block * 0, block, tl.num_programs(0), 0, 0, 1, 1, A, B, FOUR)
+        tl.store(to, pack_bits(gate, A, B, FOUR))
+    if running_mean is not None:
+        tl.store(row(rows, NEXT_MEAN, 0, 1, c, C), old_mean, mask=inside)
+        tl.store(row(rows, NEXT_VAR, 0, 1, c, C), old_var, mask=inside)
+        if comes_last(tickets, tl.num_programs(0) - 1):
+            for k in tl.range(0, C, 256):
+                every = k + tl.arange(0, 256)
+                move_running(
+                    rows, running_mean, running_var, batches, k == 0, 1, every, every < C, C
+                )
+
+
+@triton.jit(do_not_specialize_on_alignment=["signs"])
+def normalize_grad(grad, x, extra, signs, mask, dx, dresidual, rows, dweight, dbias, before, state,
+                   rate, N, C, LV, A: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr,
+                   VEC: tl.constexpr, LAST: tl.constexpr, BIG: tl.constexpr, FOUR: tl.constexpr,
+                   ACT: tl.constexpr, KEPT: tl.constexpr, FIRST: tl.constexpr = True):  # fmt: skip
+    """`reduce_grad` and `apply_grad`."""
+    block = tl.program_id(0)
+    AXIS: tl.constexpr = 0 if LAST else None
+    c = channels_of(block, WIDTH)
+    inside = c < C
+    center = tl.load(row(rows, CENTER, 0, 1, c, C), mask=inside, other=0.0)
+    scale = tl.load(row(rows, SCALE, 0, 1, c, C), mask=inside, other=0.0)
+    shift = tl.load(row(rows, SHIFT, 0, 1, c, C), mask=inside, other=0.0)
+    columns = columns_of(block, 0, 1, B, LAST)
+    r = tl.arange(0, A)
+    at, n, ok = tile_at(0, N, r, columns, block, C, LV, VEC, LAST, BIG)
+    d, centered = before_activation(
+        grad, x, extra, signs, at, ok, center, scale, shift, block * 0, block, 0, 0, 1, 1, A, B,
+        FOUR, ACT, KEPT, "evict_first",
+    )  # fmt: skip
+    s1 = to_channels(tl.sum(d, AXIS), LAST)
+    s2 = to_channels(tl.sum(d * centered, AXIS), LAST)
+    by_weight, by_bias, slope, constant = finish_gradient(
+        s1, s2, rows, None, before, state, rate, 0, 1, c, inside, C, FIRST
+    )
+    if dweight is not None:
+        tl.store(dweight + c, by_weight.to(dweight.dtype.element_ty), mask=inside)
+    if dbias is not None:
+        tl.store(dbias + c, by_bias.to(dbias.dtype.element_ty), mask=inside)
+    if dresidual is not None:
+        tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), mask=ok)
+    flowing = tl.fma(centered, slope[None, :], constant[None, :])
+    if mask is not None:
+        valid = valid_at(mask, n, columns, ok, r < N, LV, VEC, LAST)
+        flowing = tl.where(valid, flowing, 0.0)
+    d = tl.fma(scale[None, :], d, flowing)
+    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=ok)
