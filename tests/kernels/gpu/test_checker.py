@@ -114,7 +114,8 @@ RUNNING = Case((6, 3, 20), sn.Running(), mean=3.0, steps=2)
 RENORM = Case((6, 3, 20), sn.Renorm(warmup=0, r_ramp=1, d_ramp=1), mean=3.0, steps=2)
 GHOST = Case((7, 3, 20), sn.Ghost(3), activation="relu", residual=True, mean=3.0)
 AVERAGED = Case((4, 3, 10), sn.Ghost(2), momentum=None)
-MASKED = Case((6, 3, 20), mask="some", mean=3.0)
+MASKED = Case((6, 3, 20), mask="some", mean=3.0, tile=(2, 16), split=2)
+HELD = Case((6, 3, 20), mask="some", mean=3.0, activation="relu", residual=True)
 FAR = Case((64, 2, 16), mean=1e6, tile=(2, 16), split=1, spoil="first_far")
 FAULTS = [
     # (file, what stands there, what stands there instead, the case that must notice)
@@ -144,6 +145,9 @@ FAULTS = [
     ("policies", "t += some.to(tl.float32)", "t += 0.0", AVERAGED),
     ("backward", "moved = tl.fma(d, centered, moved)", "moved = tl.fma(d, d, moved)", PLAIN),
     ("backward", "flowing = tl.where(valid, flowing, 0.0)", "pass", MASKED),
+    ("visit", "valid = valid_at(mask, n, columns, ok, r < N, LV, VEC, LAST)", "valid = ok", HELD),
+    ("visit", "flowing = tl.where(valid, flowing, 0.0)", "pass", HELD),
+    ("visit", "comes_last(tickets, tl.num_programs(0) - 1)", "(block == 0)", HELD),
     ("backward", 'if KEPT == "signs":', 'if KEPT == "none":', PLAIN),
 ]  # fmt: skip
 NOTICED = r"(?i)race|outside|error \d|error nan|ticket|assert"
