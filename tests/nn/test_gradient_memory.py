@@ -92,6 +92,7 @@ def test_fifty_steps(shape: tuple[int, ...], activation: str | None, masked: boo
         np.testing.assert_allclose(made.gradient_memory.numpy(), memory, atol=1e-12)
 
 
+@pytest.mark.usefixtures("backend")
 def test_against_autograd_of_the_explicit_formula() -> None:
     made, x, grad = layer(), drawn(0, 5), upstream(0, 5)
     mean, var = made.running_mean.clone(), made.running_var.clone()
@@ -118,6 +119,39 @@ def test_against_autograd_of_the_explicit_formula() -> None:
     torch.testing.assert_close(made.gradient_memory, memory)
 
 
+@pytest.mark.usefixtures("backend")
+def test_the_map_given_the_memory() -> None:
+    """With an endless window the memory stands still: a one-way gradient less a fixed part.
+
+    The one-way gradient is checked by difference quotients; δ² carries none, so about a running
+    mean that is the batch's.
+    """
+    x, grad = drawn(0, 6), upstream(0, 6)
+    made = layer(statistics=sn.Steady(prior=16, window=1e14))
+    made.running_mean.copy_(x.detach().mean(0))
+    one_way = copy.deepcopy(made)
+    one_way.gradient_memory.zero_()
+    rng = np.random.default_rng(0)
+    direction = torch.tensor(rng.normal(size=x.shape))
+    outputs = []
+    for shift in (1e-6, -1e-6):
+        y = copy.deepcopy(one_way)(x.detach() + shift * direction)
+        outputs.append((y * grad).sum())
+    quotient = (outputs[0] - outputs[1]) / 2e-6
+    k = 6 / (6 + 16)
+    mean, batch = made.running_mean.clone(), x.detach()
+    u = (1 - k) * made.running_var + k * batch.var(0, correction=0)
+    rho = (u + made.eps).rsqrt()
+    fixed = made.gradient_memory[0] + made.gradient_memory[1] * (batch - mean) * rho
+    z = x.detach().clone().requires_grad_()
+    one_way(z).backward(grad)
+    made(x).backward(grad)
+    assert z.grad is not None
+    torch.testing.assert_close((z.grad * direction).sum(), quotient.detach(), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(x.grad, z.grad - made.weight.detach() * rho * fixed)
+
+
+@pytest.mark.usefixtures("backend")
 def test_second_derivatives_hold_the_memory_still() -> None:
     """`gradgradcheck` of the map given the memory: with an endless window nothing moves it."""
     made = layer(statistics=sn.Steady(prior=16, window=1e14))
