@@ -134,7 +134,7 @@ class BatchNorm(nnx.BatchNorm):
             self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __nnx_repr__(self) -> Iterator[Any]:
-        yield from super().__nnx_repr__()
+        yield from super().__nnx_repr__()  # type: ignore[no-untyped-call]
         if self.statistics.one_way() != self.statistics:
             yield reprlib.Attr("one-way", "JAX keeps no memory of the gradient")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from steadynorm.kernels import dispatch
 from steadynorm.kernels.activations import ACTIVATIONS, ActivationName
 from steadynorm.kernels.checks import activation_name, nonfinite_name, numerics_name
-from steadynorm.kernels.spec import Call, Memory, statistics_dtype
+from steadynorm.kernels.reference.gradient_memory import Memory
+from steadynorm.kernels.spec import Call, statistics_dtype
 from steadynorm.nn import checks, recomputation
 from steadynorm.nn.synchronize import Replicas, Synchronize, Terms, process_group
 from steadynorm.nn.training import TrainingStep

@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from steadynorm.kernels import compat, dispatch
 from steadynorm.kernels.activations import ActivationName
-from steadynorm.kernels.spec import Call, Memory
+from steadynorm.kernels.reference.gradient_memory import Memory
+from steadynorm.kernels.spec import Call
 from steadynorm.nn import recomputation
 from steadynorm.nn.batchnorm import BatchNorm1d
 from steadynorm.nn.functional import batch_norm

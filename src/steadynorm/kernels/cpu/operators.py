@@ -16,7 +16,8 @@ from torch.library import Library, impl, register_autograd, register_fake
 
 from steadynorm.kernels import compat
 from steadynorm.kernels.reference.closed_form import REFERENCE, ClosedForm
-from steadynorm.kernels.spec import Call, Keep, Memory, Saved, coefficients_of, statistics_dtype
+from steadynorm.kernels.reference.gradient_memory import Memory
+from steadynorm.kernels.spec import Call, Keep, Saved, coefficients_of, statistics_dtype
 from steadynorm.statistics import Moments, Normalizer
 
 from .backend import CPU
@@ -71,8 +72,10 @@ def _backend(x: Tensor, residual: Tensor | None = None) -> ClosedForm:
 
 def _laid_out(t: Tensor | None, x: Tensor) -> Tensor | None:
     """A result of x's size in memory as compiled code expects it: as x is."""
-    made = None if t is None or t.shape != x.shape else torch.empty_like(x, dtype=t.dtype)
-    return t if made is None or made.stride() == t.stride() else made.copy_(t)
+    if t is None or t.shape != x.shape:
+        return t
+    made = torch.empty_like(x, dtype=t.dtype)
+    return t if made.stride() == t.stride() else made.copy_(t)
 
 
 def moments(x: Tensor, *, mask: Tensor | None, groups: tuple[int, ...] | None) -> Moments:

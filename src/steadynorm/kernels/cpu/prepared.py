@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import (
     Call,
     Gradients,
     Keep,
-    Memory,
     Packed,
     Saved,
     coefficients_of,

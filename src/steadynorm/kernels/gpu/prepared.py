@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import Call, Gradients, Groups, Keep, Memory, Packed, Saved
+from steadynorm.kernels.reference.gradient_memory import Memory
+from steadynorm.kernels.spec import Call, Gradients, Groups, Keep, Packed, Saved
 from steadynorm.statistics import (
     Batch,
     Coefficients,

@@ -1,0 +1,83 @@
+"""A call in operations that PyTorch differentiates: its map, and its backward, to any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadynorm.kernels.activations import ACTIVATIONS, functions
+from steadynorm.kernels.reference.torch_arrays import reference
+from steadynorm.kernels.spec import Gradients, Saved, coefficients_of
+from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory
+
+
+def live_moments(saved: Saved, own: Moments) -> Moments:
+    """Differentiable moments over all replicas."""
+    return own if saved.replicas is None else saved.replicas.link(own)
+
+
+def differentiable(saved: Saved, live: Moments | None) -> Tensor:
+    """The map over x by what was decided, joined to moments that carry gradient."""
+    x, weight, bias = saved[:3]
+    normalizer = saved.normalizer
+    if live is not None:
+        normalizer = attach(normalizer, without_gradient(live), live)
+    known = coefficients_of(normalizer, x, weight, bias, saved.eps)
+    branch: dict[str, Any] = {
+        "residual": saved.residual,
+        "activation": saved.activation,
+        "groups": saved.groups,
+    }
+    y: Tensor = reference.apply(x, *known[:3], **branch)
+    return y
+
+
+def without_gradient(live: Moments) -> Moments:
+    """The same moments without gradient."""
+    return live._replace(var=live.var.detach(), mean_low=live.mean_low.detach())
+
+
+def second_order(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
+    """The backward in differentiable operations."""
+    live = None
+    if saved.batch is not None:
+        live = live_moments(saved, reference.moments(saved.x, mask=saved.mask, groups=saved.groups))
+    z = differentiable(saved._replace(activation=None), live)
+    g, y = grad, saved.y
+    if saved.activation is not None:
+        forward, gradient = functions(saved.activation, reference.xp)
+        if saved.signs is not None:
+            y = backend.stages.outputs_for(saved.signs, saved.x, saved.groups)
+        elif y is None:
+            y = z if ACTIVATIONS[saved.activation].source == "input" else forward(z)
+        g = gradient(grad, y)
+    wanted = [t if need else None for t, need in zip(saved[:3], needs, strict=False)]
+    inputs = [t for t in wanted if t is not None]
+    found: Any = torch.autograd.grad(z, inputs, g.to(z.dtype), create_graph=True) if inputs else ()
+    gradients = iter(found)
+    dx, dweight, dbias = (None if t is None else next(gradients) for t in wanted)
+    if dx is not None and live is not None and saved.memory is not None:
+        dx = dx + _remembered(saved, live, g)
+    return dx, dweight, dbias, g.to(saved.residual_dtype) if needs[3] else None
+
+
+def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
+    """What the memory of the gradient takes off; itself it is a constant to derivatives."""
+    assert saved.memory is not None
+    assert saved.batch is not None
+    x, known, normalizer = saved.x, saved.coefficients, saved.normalizer
+    with torch.no_grad():
+        sums: tuple[Tensor, ...] = reference.reduce_grad(
+            grad.detach(), x, *known[:3], groups=saved.groups
+        )
+        if saved.replicas is not None:
+            sums = saved.replicas.sum(torch.stack(sums)).unbind()
+        memory = saved.memory.follow(normalizer, saved.batch, known.rho, *sums)
+    normalizer = attach(normalizer, without_gradient(live), live)
+    known = coefficients_of(normalizer, x, saved.weight, None, saved.eps)
+    nothing = GradientCoefficients(0.0, 0.0)
+    slope, constant = with_memory(nothing, memory, normalizer, known.scale, known.rho)
+    part: Tensor = reference.apply(x, known.center, slope, constant, groups=saved.groups)
+    return part if saved.mask is None else torch.where(saved.mask.unsqueeze(1), part, 0)
