@@ -15,7 +15,7 @@ from steadynorm.kernels.activations import ACTIVATIONS
 
 POLICIES = {
     "batch": sn.Batch(),
-    "steady": sn.Steady(),
+    "steady": sn.Steady(window=None),
     "running": sn.Running(),
     "renorm": sn.Renorm(warmup=2, r_ramp=10, d_ramp=10),
     "ghost": sn.Ghost(3),

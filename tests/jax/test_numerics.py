@@ -13,7 +13,7 @@ import steadynorm as sn
 from steadynorm.jax import BatchNorm, RunningStatistics, batch_norm
 
 POLICIES = [
-    sn.Batch(), sn.Steady(), sn.Running(), sn.Renorm(warmup=0), sn.Ghost(16), sn.Frozen()
+    sn.Batch(), sn.Steady(window=None), sn.Running(), sn.Renorm(warmup=0), sn.Ghost(16), sn.Frozen()
 ]  # fmt: skip
 BAR = tolerances.BAR
 

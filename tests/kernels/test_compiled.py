@@ -26,7 +26,9 @@ def gradients(call, layer, *, residual, mask):
 AROUND = [(None, False, False), ("relu", True, False), ("gelu", True, True)]
 
 
-@pytest.mark.parametrize("policy", [sn.Batch(), sn.Steady(), sn.Ghost(2), sn.Frozen()], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [sn.Batch(), sn.Steady(window=None), sn.Ghost(2), sn.Frozen()], ids=repr
+)
 @pytest.mark.parametrize(("activation", "residual", "mask"), AROUND)
 def test_the_kernels_run_and_agree_with_eager(policy, activation, residual, mask, monkeypatch):
     monkeypatch.setattr(aten, "LIMIT", 0)

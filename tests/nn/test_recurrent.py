@@ -24,7 +24,7 @@ import steadynorm as sn
 
 POLICIES = {
     "batch": sn.Batch(),
-    "steady": sn.Steady(prior=3),
+    "steady": sn.Steady(prior=3, window=None),
     "running": sn.Running(),
     "renorm": sn.Renorm(warmup=0, r_ramp=2, d_ramp=2),
     "ghost": sn.Ghost(3),

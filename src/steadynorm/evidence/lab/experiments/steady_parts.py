@@ -19,6 +19,7 @@ from typing import Any
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiments import batch_of_one
 from steadynorm.evidence.lab.experiments.batch_of_one import (
     CONV,
     DEEP,
@@ -29,14 +30,13 @@ from steadynorm.evidence.lab.experiments.batch_of_one import (
     each,
     is_lost,
     of,
-    recipe,
     trained,
     weight,
 )
 from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
 from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
-from steadynorm.evidence.training import Tick
+from steadynorm.evidence.training import Recipe, Tick
 from steadynorm.report.page import Table
 from steadynorm.statistics import (
     Batch,
@@ -57,7 +57,10 @@ PARTS = {
     "present": "M and R without the present batch",
     "averages": "averages instead of the regression",
     "samples": "the share counts positions",
+    "single": "a step for each sample",
+    "clipped": "a step for each sample, each clipped",
 }
+ONLY = {"samples": (CONV,), "single": (FLAT, CONV), "clipped": (FLAT, CONV)}
 DEFAULT = (TWO_WAY.prior, TWO_WAY.horizon, TWO_WAY.window)
 SWEPT = (
     *((16, 640, window) for window in (4, 64, 640)),
@@ -134,7 +137,7 @@ def settings(
         | dict(zip(("prior", "horizon", "window"), values, strict=True))
         for network in NETWORKS
         for part, batch, values in cells
-        if not (part == "samples" and network != CONV)  # where a sample has one position
+        if network in ONLY.get(part, NETWORKS)
     ]
 
 
@@ -144,6 +147,14 @@ SETTINGS: dict[Profile, list[Setting]] = {
 }
 
 
+def recipe(setting: Setting) -> Recipe:
+    """Steps of 64 samples, or of one."""
+    if setting["part"] in ("single", "clipped"):
+        clip = 5.0 if setting["part"] == "clipped" else None
+        return Recipe(1, setting["samples"], clip=clip, points=1)
+    return batch_of_one.recipe(setting)
+
+
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     """Train and measure."""
     part = setting["part"]
@@ -151,7 +162,8 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     steady = (CountsPositions if part == "samples" else Steady)(*values)
     policy = Batch() if part == "batch" else steady
     layer = LAYERS.get(part, MicroBatchNorm)
-    return trained(setting, seed, digits, tick, of(policy, setting["batch"], layer))
+    layers = of(policy, setting["batch"], layer)
+    return trained(setting, seed, digits, tick, layers, recipe(setting))
 
 
 def at(runs: Runs, part: str, values: tuple[float, ...] = DEFAULT) -> Runs:
