@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NOT_IN_DEV = {"executorch", "openvino", "torchao"}
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -43,7 +44,12 @@ def pages() -> list[Path]:
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    failures = run_examples(page.read_text(encoding="utf-8"), str(page.relative_to(ROOT)))
+    try:
+        failures = run_examples(page.read_text(encoding="utf-8"), str(page.relative_to(ROOT)))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in NOT_IN_DEV:
+            raise
+        pytest.skip(str(error))
     assert not failures, "\n".join(failures)
 
 

@@ -38,11 +38,41 @@ def data() -> torch.Tensor:
     return torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
+def exported_in_training(made: Any, x: torch.Tensor) -> Any:
+    """A program; the export warns where no other tool can switch it to inference."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = torch.export.export(copy.deepcopy(made), (x,))
+    said = [str(each.message) for each in caught if "in training for ever" in str(each.message)]
+    assert bool(said) == (not isinstance(made[1].statistics, sn.Batch | sn.Frozen))
+    return program
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_training_under_batch_is_exported_as_the_operator_that_other_tools_switch(
+    activation: Any,
+) -> None:
+    """Quantization-aware training (PT2E) looks for it, to fold it and to switch it to inference."""
+    made, x = network(sn.Batch()), data()
+    made[1].activation = activation
+    plain = torch.nn.Sequential(made[0], torch.nn.BatchNorm2d(3, EPS))
+    plain[1].load_state_dict(made[1].state_dict())
+    names = [
+        [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        for program in (exported_in_training(made, x), torch.export.export(plain, (x,)))
+    ]
+    assert names[0] == names[1] + ["aten.relu.default"] * (activation is not None)
+    made[1].momentum = None  # what the operator does not do
+    with pytest.warns(UserWarning, match="in training for ever"):
+        program = torch.export.export(copy.deepcopy(made), (x,)).module()
+    torch.testing.assert_close(program(x), made(x), rtol=1e-5, atol=1e-5)
+
+
 @everywhere
 def test_export_in_training(policy: sn.Batch) -> None:
     """The exported program computes the values and moves its own buffers."""
     made, x = network(policy), data()
-    program = torch.export.export(copy.deepcopy(made), (x,)).module()
+    program = exported_in_training(made, x).module()
     for _ in range(2):
         torch.testing.assert_close(program(x), made(x), rtol=1e-5, atol=1e-5)
     exported = dict(program.named_buffers())

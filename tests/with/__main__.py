@@ -9,6 +9,6 @@ BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 if __name__ == "__main__":
     tools = import_module("tests.with.tools")
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    table = tools.table()
+    table = tools.table(rest)
     PAGE.write_text(before + BEGIN + table + END + rest.split(END)[1], encoding="utf-8")
     print(table)

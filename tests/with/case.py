@@ -7,6 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 
 import steadynorm as sn
 
-WORKS, RAISES = "works", "raises"
+WORKS, RAISES, WARNS = "works", "raises", "warns"
 
 
 class Case(NamedTuple):
     """One thing that a tool does.
 
-    `run` raises AssertionError where a result is wrong. Where the tool is to refuse, `raises` is
-    what its error says, and `cure`, which the table shows, is what `cured` does.
+    `run` raises AssertionError where a result is wrong. Where the tool is to refuse, or to warn
+    (`result`), `raises` is what it says, and `cure`, which the table shows, is what `cured` does.
     """
 
     tool: str
@@ -31,6 +32,12 @@ class Case(NamedTuple):
     raises: str | None = None
     cure: str = ""
     cured: Callable[[], None] | None = None
+    result: str = WORKS
+
+    @property
+    def row(self) -> str:
+        """Its row of the table, as it has to be."""
+        return f"| {self.tool} | {self.does} | {self.result} | {self.cure} |"
 
 
 CASES: list[Case] = []
@@ -44,16 +51,22 @@ def case(tool: str, does: str, *needs: str) -> Callable[[Callable[[], None]], No
 
 
 def refusal(
-    tool: str, does: str, *needs: str, raises: str, cure: str, cured: Callable[[], None]
+    tool: str,
+    does: str,
+    *needs: str,
+    raises: str,
+    cure: str,
+    cured: Callable[[], None],
+    result: str = RAISES,
 ) -> Callable[[Callable[[], None]], None]:
     def add(run: Callable[[], None]) -> None:
-        CASES.append(Case(tool, does, run, needs, raises, cure, cured))
+        CASES.append(Case(tool, does, run, needs, raises, cure, cured, result))
 
     return add
 
 
 def verdict(case: Case) -> str:
-    """ "works", "raises" (as declared, and the cure works), or what went wrong."""
+    """The result that it has to have (a cure works, too), or what went wrong."""
     try:
         case.run()
     except AssertionError as error:
@@ -63,24 +76,27 @@ def verdict(case: Case) -> str:
         if case.raises is None or not re.search(case.raises, str(error)):
             return f"fails: {type(error).__name__}: {error}"
     else:
-        return WORKS if case.raises is None else "silent: it did not raise"
+        return case.result if case.raises is None else "silent: it did not raise"
     assert case.cured is not None
     try:
         case.cured()
     except Exception as error:  # noqa: BLE001
         return f"the cure fails: {type(error).__name__}: {error}"
-    return RAISES
+    return case.result
 
 
-def table() -> str:
-    """The cases as a table in Markdown; every one is run."""
+def table(before: str) -> str:
+    """The cases as a table in Markdown, each run; of a tool that is not installed, as before."""
     logging.disable()
     rows = ["| tool | what it does | result | cure |", "|---|---|---|---|"]
     for each in CASES:
+        installed = all(find_spec(name) for name in each.needs)
+        if not installed and each.row in before:
+            rows.append(each.row)
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = verdict(each)
-        rows.append(f"| {each.tool} | {each.does} | {result} | {each.cure} |")
+            rows.append(each._replace(result=verdict(each)).row)
     return "\n".join(rows) + "\n"
 
 

@@ -57,6 +57,7 @@ def test_programs_compute_what_the_float32_model_does(dtype: torch.dtype) -> Non
 
 
 @HALVES
+@pytest.mark.filterwarnings("ignore:.*in training for ever")
 @pytest.mark.parametrize("policy", ["batch", "steady"])
 def test_export_in_training(policy: str, dtype: torch.dtype) -> None:
     half = network().train().to(dtype)

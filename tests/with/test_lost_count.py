@@ -104,6 +104,7 @@ def test_batch_does_as_torch_does(momentum: float | None) -> None:
 
 
 @SETTINGS
+@pytest.mark.filterwarnings("ignore:.*in training for ever")
 @pytest.mark.parametrize("trained", [True, False])
 def test_compiled_and_exported_too(policy: str, momentum: float | None, trained: bool) -> None:
     """Where the count is a tensor that nobody may wait for."""

@@ -118,11 +118,22 @@ def _parameters(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
 
 
+def is_one_operator(call: Call) -> bool:
+    """Whether a call can be exported as PyTorch's operator; in training it moves the statistics."""
+    mean, dtype = call.running_mean, statistics_dtype(call.x)
+    moves = mean is not None and mean.dtype is dtype
+    return call.by_running or (call.basic and moves and not call.exact)
+
+
 def one_operator(call: Call) -> Tensor:
-    """Inference as the single operator that other runtimes know and fold; for export."""
+    """The single operator that other runtimes fold, and switch to inference; for export."""
+    training = not call.by_running
     tensors = (call.x, call.weight, call.bias, call.running_mean, call.running_var)
     x, weight, bias, mean, var = in_type(statistics_dtype(call.x), *tensors)
-    y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, call.eps, True)
+    if training and call.num_batches_tracked is not None:
+        call.num_batches_tracked.add_(1)  # first, as torch's layers do
+    momentum = call.momentum or 0.0
+    y = torch.batch_norm(x, weight, bias, mean, var, training, momentum, call.eps, True)
     return finished(y, call)
 
 

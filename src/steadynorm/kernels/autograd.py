@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -68,8 +69,18 @@ class Traced(Backend):
                 f"sn.Steady(window=None) there."
             )
         x, measured = call.x, not call.by_running
-        if call.by_running and _is_exported():
-            return aten.one_operator(call), ((), None)
+        if _is_exported():
+            if aten.is_one_operator(call):
+                return aten.one_operator(call), ((), None)
+            if compat.is_exporting():
+                warnings.warn(
+                    f"A layer is exported in training under statistics={call.policy!r}: its "
+                    f"program normalizes as in training for ever. Tools that switch exported "
+                    f"programs to inference, as quantization-aware training does, cannot switch "
+                    f'it: for these use statistics="batch" and a momentum, without a mask. For '
+                    f"inference call model.eval() before the export.",
+                    stacklevel=2,
+                )
         by_operators = operators.serve(call)
         live = None
         if measured and by_device(call):
