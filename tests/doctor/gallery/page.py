@@ -10,15 +10,16 @@ import torch
 
 from steadynorm.report.machine import processor
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "doctor_gallery.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+PAGE = DOCS / "doctor_gallery.md"
 
 
-def replace(marker: str, text: str) -> None:
+def replace(marker: str, text: str, page: Path = PAGE) -> None:
     """Put `text` between a marker's beginning and end."""
     begin, end = (f"<!-- {marker}: {side} -->" for side in ("begin", "end"))
-    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+    before, rest = page.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
-    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def where_and_when(command: str) -> str:

@@ -140,8 +140,8 @@ def _runs(lines: Tensor) -> Tensor:
     best = torch.zeros(len(lines), dtype=torch.int64, device=lines.device)
     for vector, skipped in _candidates(lines):
         # One line first: nearly all inputs end their search there.
-        for part in (lines[..., :1], lines):
-            run = _run(part, vector, skipped)
+        for others in (1, lines.shape[3]):
+            run = _run(lines[..., :others], vector[..., :others], skipped)
             if not bool(run.any()):
                 break
         if run.sum() > best.sum():
@@ -150,16 +150,18 @@ def _runs(lines: Tensor) -> Tensor:
 
 
 def _run(lines: Tensor, vector: Tensor, skipped: int) -> Tensor:
-    """`vector`: (C,), or (N, C) with each sample's own, which must be repeated `EDGE` times."""
-    expected = vector[..., :, None, None]
-    if vector.ndim == 1:
+    """`vector`: (C, others), or (N, C, others) with each sample's own, which must be repeated
+    `EDGE` times.
+    """
+    expected = vector.unsqueeze(-2)
+    if vector.ndim == 2:
         equal = lines == expected
     else:  # a convolution rounds the same values one way here and another there
         equal = torch.isclose(lines, expected, rtol=1e-5, atol=1e-6 * float(lines.abs().max()))
     same = equal.all(1).all(-1)  # (N, L)
     same[:, same.shape[1] - skipped :] = True
     run = same.flip(1).to(torch.int64).cumprod(1).sum(1)
-    return torch.where(run > skipped + (1 if vector.ndim == 1 else EDGE), run, 0)
+    return torch.where(run > skipped + (1 if vector.ndim == 2 else EDGE), run, 0)
 
 
 def _candidates(lines: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -167,7 +169,7 @@ def _candidates(lines: Tensor) -> Iterator[tuple[Tensor, int]]:
     positions lie behind.
     """
     for skipped in range(min(EDGE, lines.shape[2] - 1)):
-        ends = lines[:, :, lines.shape[2] - 1 - skipped, 0]
+        ends = lines[:, :, lines.shape[2] - 1 - skipped]
         vectors, counts = torch.unique(ends, dim=0, return_counts=True)
         if int(counts.max()) > 1:
             yield vectors[int(counts.argmax())], skipped

@@ -46,8 +46,8 @@ class Trend:
     batches cancels in it, and `error` is what is left of it (the mean's standard error). `ratio`:
     the batches' unbiased variance over the running one, as a ratio of standard deviations.
     `dead`: in all of the readings. `values`: of a channel in all of them. `samples`: in a batch.
-    `alike`: how many times as far the batches' means scatter, as a variance, as those of batches
-    with the same samples mixed would; NaN where not known.
+    `alike`: how many times as far the batches' means scatter from one reading to the next, as a
+    variance, as those of batches with the same samples mixed would; NaN where not known.
     `independent`: independent values that a batch counts for: the variance of values over that of
     (batch mean − running mean), harmonic mean over channels. The running mean takes out the slow
     movement of the weights.
@@ -152,7 +152,8 @@ def _independent(late: list[ChannelReading]) -> tuple[float, float]:
     """`independent` and `alike` of a trend."""
     if len(late) < 2:
         return float("nan"), float("nan")
-    of_means = np.var([r.mean - r.running_mean for r in late], axis=0, ddof=1)
+    away = [r.mean - r.running_mean for r in late]
+    of_means = np.var(away, axis=0, ddof=1)
     # Single values vary within and between batches.
     var = np.mean([r.var for r in late], axis=0) + of_means
     some = var > 0
@@ -161,7 +162,10 @@ def _independent(late: list[ChannelReading]) -> tuple[float, float]:
     share = max(float(np.mean(of_means[some] / var[some])), 1e-12)
     mixed = [r.of_means / max(r.samples - 1, 1) for r in late if r.of_means is not None]
     expected = float(np.mean(np.mean(mixed, axis=0)[some] / var[some])) if mixed else float("nan")
-    return 1 / share, share / expected if expected > 0 else float("nan")
+    # Statistics that lag drift away; what is between neighbouring readings is scatter.
+    steps = np.mean(np.diff(away, axis=0) ** 2, axis=0) / 2
+    scatter = float(np.mean(steps[some] / var[some]))
+    return 1 / share, scatter / expected if expected > 0 else float("nan")
 
 
 def _std(var: np.ndarray, eps: float) -> np.ndarray:

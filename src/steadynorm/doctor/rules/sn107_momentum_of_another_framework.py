@@ -6,8 +6,9 @@ little else, and inference is as noisy as that batch was; the other way round th
 times as long to follow the weights.
 
 When: 0.9 or more under torch, 0.1 or less under Keras and flax: their defaults (0.1, and 0.99) and
-what people choose lie on the other side. A warning where the layer is in training mode, or its mode
-is not known; in inference the momentum is not used: information.
+what people choose lie on the other side. A warning where the layer is in training mode, its mode
+is not known, or its statistics are not those of the batches (the divergence of SN302); else, in
+inference, the momentum is not used: information.
 
 Cure: Set momentum to 1 minus what it is, then measure the statistics anew.
 
@@ -17,6 +18,7 @@ Source: pytorch/examples issue 289; ludwig-ai/ludwig issue 2100; kazuto1011/deep
 
 from __future__ import annotations
 
+from steadynorm.doctor.evidence.divergence import running_divergence
 from steadynorm.doctor.rules.rule import (
     INFO,
     WARNING,
@@ -56,7 +58,8 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         "weight_of_new_batch": weight,
         "batches_remembered": batches,
     }
-    used = usage is None or (usage.training and usage.moves)
+    how = running_divergence(layer)
+    used = usage is None or (usage.training and usage.moves) or (how is not None and how.far)
     yield rule.finding(
         layer,
         message,

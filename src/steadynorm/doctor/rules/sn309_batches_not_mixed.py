@@ -25,10 +25,10 @@ from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 
 
-def _limit(batches: int) -> float:
+def scatter_limit(batches: int) -> float:
     """χ²/k, k = batches - 1, that one in 5,000 exceeds, after Wilson and Hilferty.
 
-    >>> round(_limit(8), 1), round(_limit(32), 1)
+    >>> round(scatter_limit(8), 1), round(scatter_limit(32), 1)
     (4.1, 2.1)
     """
     spread = 2 / (9 * (batches - 1))
@@ -46,7 +46,7 @@ def _check(evidence: Evidence) -> Findings:
         if data.effective is None or data.worth_of_mean is None or data.calls != batches:
             continue
         expected = data.samples * data.worth_of_mean
-        if data.effective >= expected / _limit(batches):
+        if data.effective >= expected / scatter_limit(batches):
             continue
         alike = data.effective / data.worth_of_mean
         yield rule.finding(

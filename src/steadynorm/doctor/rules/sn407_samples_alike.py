@@ -7,8 +7,8 @@ to read the kind from its neighbours. The batch is large and knows little.
 
 When: From at least 8 readings in the run's second half. Within a batch the samples' own means
 scatter; if batches were mixed, their means would scatter by that over the number of samples. A
-warning where they scatter, as a variance, more than four times as far, in the mean over channels.
-`diagnose` says the same of batches (SN309).
+warning where they scatter, as a variance, so many times as far as SN309 asks for as many batches,
+and at least 2.5 times, in the mean over channels.
 
 Cure: Mix the samples that are normalized together; give a discriminator both kinds in one batch, or
 a policy for each kind, or a norm without batches.
@@ -21,8 +21,9 @@ Source: Wu & Johnson 2021, sections 4 and 6; Xie et al. 2020, for mixtures of tw
 from __future__ import annotations
 
 from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.rules.sn309_batches_not_mixed import scatter_limit
 
-LIMIT = 4
+LIMIT = 2.5
 
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN402", "SN405"))
 
@@ -36,7 +37,7 @@ def _check(evidence: Evidence) -> Findings:
         by_batch = layer.usage is None or layer.usage.policy == "Batch"
         if trend is None or trend.readings < 8 or trend.samples < 8 or not by_batch:
             continue
-        if trend.alike > LIMIT:
+        if trend.alike > max(LIMIT, scatter_limit(trend.readings)):
             found.append((layer, trend))
     if not found:
         return
