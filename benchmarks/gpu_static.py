@@ -75,7 +75,7 @@ def configurations(short: bool) -> Iterator[Config]:
         for shape in (WIDE, SMALL) if short else (WIDE, ODD, SMALL):
             for activation, residual in ((None, False), ("relu", False), ("relu", True)):
                 yield Config(dtype, layout, shape, Batch(), activation, residual)
-        for policy in (Steady(), Steady(window=16)):
+        for policy in (Steady(window=None), Steady()):
             yield Config(dtype, layout, policy=policy)
         if not short:
             for policy in (Running(), Renorm(), Ghost(8)):
@@ -111,12 +111,14 @@ def record(config: Config) -> list[Launch]:
     )  # fmt: skip
     call.gradient = True
     kept = stages.launch, plans.multiprocessors
-    stages.launch, plans.multiprocessors = launch, lambda device: MULTIPROCESSORS
+    stages.launch = prepared.launch = launch
+    plans.multiprocessors = lambda device: MULTIPROCESSORS
     try:
         y, saved = prepared.forward(call)
         prepared.backward(saved, torch.empty_like(y), (True, True, True, config.residual))
     finally:
-        stages.launch, plans.multiprocessors = kept
+        stages.launch = prepared.launch = kept[0]
+        plans.multiprocessors = kept[1]
     return launched
 
 

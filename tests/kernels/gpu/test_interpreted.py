@@ -27,7 +27,7 @@ pytestmark = [
 FIRST, LAST = {"tile": (2, 16), "split": 2}, {"tile": (16, 8), "split": 3, "last": True}
 LAYOUTS = {"first": FIRST, "last": LAST}
 POLICIES = [
-    sn.Batch(), sn.Steady(), sn.Steady(prior=16, window=16), sn.Running(),
+    sn.Batch(), sn.Steady(prior=4, window=None), sn.Steady(prior=16, window=16), sn.Running(),
     sn.Renorm(warmup=1, r_ramp=2, d_ramp=2), sn.Ghost(3),
 ]  # fmt: skip
 BF16, F16 = torch.bfloat16, torch.float16
@@ -55,7 +55,7 @@ CASES = [
           product([*ACTIVATIONS], [False, True]), [FIRST, LAST] * len(ACTIVATIONS), strict=True)),
     *(Case((6, 3, 24), dtype=dtype, mean=3.0, **branch, last=last)
       for dtype, branch, last in product((BF16, F16), BRANCHES[1:], (False, True))),
-    Case((6, 3, 24), sn.Steady(), dtype=BF16, parameters=BF16, activation="silu"),
+    Case((6, 3, 24), sn.Steady(window=None), dtype=BF16, parameters=BF16, activation="silu"),
     # Odd planes, one row, one channel, columns without positions, 3d, no parameters.
     Case((5, 4, 49), mean=1e6, tile=(2, 16), split=2),
     Case((5, 4, 49), mean=1e6, tile=(16, 8), split=3, last=True),

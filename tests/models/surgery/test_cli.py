@@ -59,7 +59,8 @@ def test_convert(folder: Path) -> None:
     given = ("--weights", "weights.safetensors", "--data", "x.npy", "--out", "ours.safetensors")
     output = run("convert", "shop:network", *given, "--statistics", "steady")
     assert (
-        "converted  1      BatchNorm2d(4)  BatchNorm2d(4)  Steady(prior=16, horizon=640, window=16)" in output
+        "converted  1      BatchNorm2d(4)  BatchNorm2d(4)  Steady(prior=16, horizon=640, window=16)"
+        in output
     )
     assert "fused      1      relu after it   one call        by (model)" in output
     before, after = (read_tensors(folder / f"{n}.safetensors") for n in ("weights", "ours"))
