@@ -135,9 +135,9 @@ class Row(NamedTuple):
         found = [f"spills {r.spills}"] if r.spills else []
         # Sign bits and masks are bytes.
         narrow = {b for b in (*r.loads, *r.stores) if 8 < b < self.vector}
-        if narrow and r.target in CHIPS:
+        if narrow and r.loops and r.target in CHIPS:
             found.append(f"accesses of {sorted(narrow)} bits of {self.vector}")
-        if r.hot_barriers:
+        if r.hot_barriers and r.loops:
             found.append(f"{r.hot_barriers} barriers in the hot loop")
         if r.issue_share >= 1:
             found.append(f"issue {r.issue_share:.2f} of memory time")

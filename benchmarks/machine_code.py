@@ -46,7 +46,8 @@ class Launch:
 
     def __init__(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
         self.kernel, self.name = kernel, kernel.fn.__name__
-        self.options = {k: constants[k] for k in ("num_warps", "enable_fp_fusion")}
+        options = ("num_warps", "enable_fp_fusion", "maxnreg")
+        self.options = {k: constants[k] for k in options if k in constants}
         given = dict(zip(kernel.arg_names, arguments, strict=False))
         given |= {k: v for k, v in constants.items() if k not in self.options}
         defaults = {p.name: p.default for p in kernel.params if p.has_default}
@@ -108,12 +109,14 @@ class Report:
     issue_share: float = 0.0
     barriers: int = 0
     hot_barriers: int = 0
+    loops: bool = True  # else all figures of the hot loop are the whole kernel's
 
 
 def read(launch: Launch, target: str, x_sized: tuple[str, ...]) -> Report:
     """Compile and read. `x_sized`: the arguments whose every element the hot loop moves once."""
     compiled = launch.compile(target)
     report = Report(launch.name, target, launch.options["num_warps"])
+    report.loops = "normalize" not in launch.name
     report.shared = compiled.metadata.shared
     if "cubin" in compiled.asm:
         _read_cuda(report, compiled.asm["cubin"])
@@ -208,7 +211,7 @@ def _read_cuda(report: Report, cubin: bytes) -> None:
     lines, places = _lines(sass)
     local = sum(bool(re.search(r"\b(LDL|STL)\b", t)) for t in lines)
     report.spills = max(int(found["STACK"]), int(found["LOCAL"]), local)
-    begin, end = _hot(lines, places)
+    begin, end = _hot(lines, places) if report.loops else (0, len(lines))
     hot = lines[begin:end]
     for text in hot:
         opcode = _opcode(text)

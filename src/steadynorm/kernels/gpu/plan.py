@@ -68,13 +68,21 @@ class Plan(NamedTuple):
         }  # fmt: skip
         return named | {"FOUR": self.four} if bits else named
 
+    def reduction(self, itemsize: int) -> dict[str, Any]:
+        """The constants of `tile` that a reduction has besides.
+
+        With a limit of its own ptxas spills outside of the loop, or requests half as much before
+        the first use. SP: how many programs' results the last one reads at a time.
+        """
+        named: dict[str, Any] = {"UNROLL": 2 if itemsize >= 4 else 4}
+        named["SP"] = min(_power(self.parts), max(1, 256 // self.B) if self.last else 256)
+        if torch.version.hip is None:
+            named["maxnreg"] = 72 if self.last else 64
+        return named
+
     def sizes(self) -> tuple[int, int, int, int, int]:
         """N, C, LV, SR and SQ."""
         return self.rows, self.channels, self.columns // self.VEC, self.SR, self.SQ
-
-    def merging(self) -> int:
-        """SP: how many programs' results the last one reads at a time."""
-        return min(_power(self.parts), max(1, 256 // self.B) if self.last else 256)
 
 
 def _power(n: int) -> int:

@@ -25,8 +25,6 @@ KEPT = {
     Keep.SIGNS: "signs",
 }
 """What the kernels call what a backward keeps."""
-UNROLL = {2: 4, 4: 2}
-"""Turns of a reduction at once by bytes of a value: that many loads are then under way."""
 
 
 def planned(x: Tensor, groups: Groups = None) -> Plan | str:
@@ -88,8 +86,7 @@ def run_moments(
         forward.moments, p, x,
         x, mask, plans.starts(p.groups, x.device), parts,
         None if alone else plans.tickets(p.blocks, x.device), rows, *decided, *p.sizes(),
-        WELFORD=p.four, UNROLL=UNROLL[x.element_size()], SP=p.merging(), ALONE=alone,
-        **p.tile(), **policy,
+        WELFORD=p.four, ALONE=alone, **p.tile(), **p.reduction(x.element_size()), **policy,
     )  # fmt: skip
 
 
@@ -174,8 +171,8 @@ class Read:
         launch(
             backward.reduce_grad, p, x,
             *self.tensors, self.starts, parts, plans.tickets(p.blocks, x.device), rows, sums,
-            *finished, *p.sizes(), p.RB, UNROLL=UNROLL[x.element_size()], SP=p.merging(),
-            FIRST=first, **self.constants(),
+            *finished, *p.sizes(), p.RB, FIRST=first, **p.reduction(x.element_size()),
+            **self.constants(),
         )  # fmt: skip
 
     def results(self, *, need_x: bool, want: bool) -> tuple[Tensor | None, Tensor | None]:
