@@ -4,8 +4,8 @@
 
 Needs Triton (`make test-triton` makes an environment with it), and TRITON_INTERPRET unset. What is
 compiled is what the host's own code would launch, recorded on tensors without values. Compiled
-kernels are cached by Triton. `--write` puts the tables into docs/gpu.md. No figure is a
-measurement: nothing runs.
+kernels are cached by Triton. `--write` puts a summary, the table of one target and a prediction
+into docs/gpu.md. No figure is a measurement: nothing runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import triton
 from benchmarks.machine_code import CHIPS, TARGETS, Launch, Report, processes, read
 
+from steadynorm.evidence.bench.workloads import RESNET50
 from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.gpu import plan as plans
 from steadynorm.kernels.gpu import prepared, stages
@@ -64,7 +65,7 @@ class Config(NamedTuple):
             policy += " two-way"
         parts = [policy, *(["add"] if self.residual else []), self.activation or ""]
         what = " + ".join(part for part in parts if part) + (", mask" if self.masked else "")
-        size = {WIDE: "", ODD: ", odd planes", SMALL: ", in registers"}[self.shape]
+        size = {ODD: ", odd planes", SMALL: ", in registers"}.get(self.shape, "")
         return f"{self.dtype} {self.layout}: {what}{size}"
 
 
@@ -189,6 +190,73 @@ HEAD = (
 )
 
 
+def summary(rows: list[Row]) -> Iterator[str]:
+    """One line a target."""
+    heads = ("target", "kernels", "registers", "spills, most", "KB in flight, least",
+             "issue/memory time, most", "miss a bar")  # fmt: skip
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
+    for target, group in itertools.groupby(rows, key=lambda row: row.report.target):
+        mine = list(group)
+        looped = [row.report for row in mine if row.report.loops]
+        registers = [row.report.registers for row in mine]
+        flight = min((r.in_flight for r in looped), default=0)
+        issue = max((r.issue_share for r in looped), default=0.0)
+        yield "| " + " | ".join((
+            target, str(len(mine)), f"{min(registers)} to {max(registers)}",
+            str(max(row.report.spills for row in mine)), f"{flight / 1024:.0f}" if flight else "",
+            f"{issue:.2f}" if issue else "", str(sum(bool(row.complaints()) for row in mine)),
+        )) + " |"  # fmt: skip
+
+
+LAUNCH = 2.5e-6  # seconds of a launch, assumed
+EAGER = {"forward": 8, "backward": 8}
+"""Passes of torch.nn's layer, add and ReLU (benchmarks/launches.py)."""
+
+
+def predicted(shape: tuple[int, ...], dtype: str, bandwidth: float) -> tuple[float, float]:
+    """Seconds of BN + add + ReLU, forward and backward, ours and eager, by bytes and launches."""
+    config = Config(dtype, "last", shape, activation="relu", residual=True)
+    size = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+    unit, bits = size.nbytes, size.numel() / 8
+    once = len(launches := record(config)) == 2
+    ours = (3 + 4) * unit + 2 * bits if once else (4 + 6) * unit + 3 * bits
+    theirs = sum(EAGER.values()) * unit
+    return ours / bandwidth + len(launches) * LAUNCH, theirs / bandwidth + 8 * LAUNCH
+
+
+def predictions(target: str) -> Iterator[str]:
+    """BN + add + ReLU at the shapes of ResNet-50."""
+    bandwidth = CHIPS[target][2] * 1e12
+    yield "| input | bf16, µs: ours | eager | ratio | fp32, µs: ours | eager | ratio |"
+    yield "|" + "---|" * 7
+    for shape in RESNET50:
+        cells = ["×".join(map(str, shape))]
+        for dtype in ("bf16", "fp32"):
+            ours, theirs = predicted(shape, dtype, bandwidth)
+            cells += [f"{ours * 1e6:.0f}", f"{theirs * 1e6:.0f}", f"{theirs / ours:.2f}"]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def write(rows: list[Row]) -> None:
+    """The tables between the marks of the page."""
+    shown = [r for r in rows if r.report.target == "sm_90" and r.what.startswith(("fp32", "bf16"))]
+    shown = [r for r in shown if "Batch" in r.what and "odd" not in r.what and "mask" not in r.what]
+    shown = [r for r in shown if r.what.split("+")[-1].strip().split(",")[0] in {"relu", "Batch"}]
+    parts = {
+        "summary": "\n".join(summary(rows)),
+        "sm_90": f"{HEAD}\n" + "\n".join(map(line, shown)),
+        "prediction": "\n".join(predictions("sm_90")),
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    for name, body in parts.items():
+        before, rest = text.split(f"<!-- {name} -->")
+        text = (
+            f"{before}<!-- {name} -->\n\n{body}\n\n<!-- end -->" + rest.partition("<!-- end -->")[2]
+        )
+    PAGE.write_text(text, encoding="utf-8")
+
+
 def main() -> int:
     """Compile, print, and say what misses a bar."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -205,6 +273,10 @@ def main() -> int:
               for r in rows if (said := r.complaints())]  # fmt: skip
     print(f"\n{len(rows)} kernels in {time.perf_counter() - start:.0f} s; {len(missed)} miss a bar")
     print(*missed, sep="\n")
+    print("\nSeconds below are predicted from bytes and launches, not measured.\n")
+    print(*summary(rows), "", *predictions("sm_90"), sep="\n")
+    if chosen.write:
+        write(rows)
     return 0
 
 
