@@ -136,6 +136,7 @@ def test_the_compiler_may_leave_the_layer_out() -> None:
     torch.testing.assert_close(made.gradient_memory, plain.gradient_memory)
 
 
+@pytest.mark.filterwarnings("ignore:A layer is exported in training")
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_graph_trains_the_same(strict: bool) -> None:
     made = layer()
