@@ -72,7 +72,8 @@ class Traced(Backend):
         if _is_exported():
             if aten.is_one_operator(call):
                 return aten.one_operator(call), ((), None)
-            if compat.is_exporting():
+            # Not with strict=True: Dynamo does not trace a warning.
+            if compat.is_exporting() and not torch.compiler.is_dynamo_compiling():
                 warnings.warn(
                     f"A layer is exported in training under statistics={call.policy!r}: its "
                     f"program normalizes as in training for ever. Tools that switch exported "
