@@ -65,17 +65,17 @@ class MicroBatchNorm(_BatchNorm):
 
     def decide(self, batch: Moments) -> Normalizer:
         """What normalizes each micro-batch; moves the running statistics."""
-        buffers: Any = (self.running_mean, self.running_var)
-        running = RunningStatistics(*(t.numpy() for t in buffers), int(self.num_batches_tracked))  # type: ignore[arg-type]
+        buffers: Any = (self.running_mean, self.running_var, self.num_batches_tracked)
+        mean, var, batches = (buffer.numpy() for buffer in buffers)
+        running = RunningStatistics(mean, var, int(batches))
         context = Context(self.size, self.momentum, self.eps, np)
         before = []
         for row in zip(*batch, strict=True):
             before.append(running)
             running = self.statistics.update(Moments(*row), running, context)
         mean, var, batches = (np.stack(rows) for rows in zip(*before, strict=True))
-        for buffer, value in zip(buffers, running[:2], strict=True):
-            buffer.copy_(torch.from_numpy(value))
-        self.num_batches_tracked.fill_(running.batches)  # type: ignore[union-attr, operator]
+        for buffer, value in zip(buffers, running, strict=True):
+            buffer.copy_(torch.as_tensor(value))
         seen = RunningStatistics(mean, var, batches[:, None].astype(mean.dtype))
         return self.statistics.normalizer(batch, seen, context)
 
@@ -121,12 +121,13 @@ class _InOrder(torch.autograd.Function):
         known = coefficients(Normalizer(*parts), weight, bias, layer.eps)
         ctx.save_for_backward(x)
         ctx.groups, ctx.layer, ctx.decided = groups, layer, (batch, normalizer, known)
-        return reference.apply(x, *known[:3], groups=groups)
+        y: Tensor = reference.apply(x, *known[:3], groups=groups)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (batch, normalizer, known) = ctx.saved_tensors, ctx.decided
-        maps = (grad, x, *known[:3])
+        maps: Any = (grad, x, *known[:3])
         sums = [t.numpy() for t in reference.reduce_grad(*maps, groups=ctx.groups)]
         scale, rho = known.scale.numpy(), known.rho.numpy()
         factors = gradient_factors(normalizer, batch, scale, rho)
@@ -134,8 +135,8 @@ class _InOrder(torch.autograd.Function):
         memory = ctx.layer.remember(batch, normalizer, rho, *sums)
         if memory is not None:
             through = with_memory(through, memory, normalizer, scale, rho)
-        slope, constant = (torch.from_numpy(part) for part in through)
-        dx, _ = reference.apply_grad(*maps, slope, constant, groups=ctx.groups)
+        through_x: Any = [torch.from_numpy(part) for part in through]
+        dx, _ = reference.apply_grad(*maps, *through_x, groups=ctx.groups)
         dweight, dbias = parameter_gradients(normalizer, rho, *sums)
         return dx, *(torch.from_numpy(part.sum(0)) for part in (dweight, dbias)), None
 

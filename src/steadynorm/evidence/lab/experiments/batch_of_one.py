@@ -14,7 +14,7 @@ from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.lab.experiment import Experiment, Figures
 from steadynorm.evidence.lab.figures import chart, plus_minus
 from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
-from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting, grid
+from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.side_by_side import train
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import Kind, Normalization, build, renorm_for
