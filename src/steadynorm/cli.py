@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from steadynorm import command
 from steadynorm._extras import lacking
 from steadynorm.doctor._cli import doctor
 from steadynorm.evidence.bench._cli import bench, warmup
@@ -19,9 +20,16 @@ from steadynorm.evidence.lab._cli import lab
 from steadynorm.evidence.tour._cli import tour
 from steadynorm.models._cli import calibrate, convert, convert_weights, fold
 
+VERBOSE = "--verbose"
+
 
 class Commands(TyperGroup):
     """A command whose optional package is missing ends with one line and exit code 2."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--verbose` may stand anywhere."""
+        asked = [argument for argument in args if argument == VERBOSE]
+        return super().parse_args(ctx, asked[:1] + [a for a in args if a != VERBOSE])
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -55,8 +63,12 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option(VERBOSE, help="Where something fails, show the traceback too.")
+    ] = False,
 ) -> None:
     """Batch normalization that stays steady."""
+    command.verbose = verbose
 
 
 app.command()(tour)

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich import progress as bars
 from rich.console import Console
+
+verbose = False
+"""Whether `--verbose` was given."""
 
 
 @contextmanager
 def errors_in_one_line(command: str, interrupted: str = "nothing was written.") -> Iterator[None]:
     """Turns an error about what was given into one line without control characters, exit code 2.
 
-    Ctrl-C ends with 130. A package that is missing passes through: the group of all commands says
-    which extra brings it.
+    With `--verbose` the traceback comes before it. Ctrl-C ends with 130. A package that is missing
+    passes through: the group of all commands says which extra brings it.
     """
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if verbose:
+            traceback.print_exc()
         line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
         typer.echo(f"steadynorm {command}: {line}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         typer.echo(f"steadynorm {command}: interrupted; {interrupted}", err=True)
         raise typer.Exit(130) from None
+
+
+def show(result: Any, *, json: bool) -> None:
+    """Print a result as its table, or as its JSON."""
+    typer.echo(result.to_json().rstrip("\n") if json else result)
 
 
 def say(text: str, *, stderr: bool = False) -> None:

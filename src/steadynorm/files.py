@@ -1,9 +1,10 @@
-"""The one writer: a file is replaced whole or not at all."""
+"""The one writer: a file is replaced whole or not at all; and the one text of JSON."""
 
 from __future__ import annotations
 
 import glob
 import importlib
+import json
 import os
 import stat
 import tempfile
@@ -93,3 +94,20 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def json_text(record: object) -> str:
+    r"""JSON without NaN or infinity, which it does not have; what does not print is escaped.
+
+    >>> json_text({"é": "\x7f"})
+    '{\n "é": "\\u007f"\n}\n'
+    """
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -123,7 +123,7 @@ def test_information_fails_where_asked(shop: Path) -> None:
 COULD_NOT = {
     ("shop:nothing",): "MODEL 'shop:nothing' cannot be found: module",
     ("nowhere:network",): "MODEL 'nowhere:network' cannot be found: No module named 'nowhere'.",
-    ("shop:number",): "'int' object is not callable",
+    ("shop:number",): "MODEL must make a torch.nn.Module; shop:number made int.",
     ("shop:breaks",): "RuntimeError: no such data set",
     ("nothing.pt",): "no such file: nothing.pt",
     ("shop.py",): "path must end in one of .safetensors, .pt, .pth, .pth.tar, .ckpt, .bin, ",

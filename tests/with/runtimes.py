@@ -115,4 +115,5 @@ def _() -> None:
 def _() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        _trained_quantized("steady")
+        network, _ = sn.convert(_plain(), statistics="steady")
+        torch.export.export(network.train(), (X,))

@@ -9,6 +9,7 @@ import typer
 
 from steadynorm._extras import lacking
 from steadynorm.command import errors_in_one_line
+from steadynorm.models._cli import DATA, MODEL, Json
 
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
@@ -22,10 +23,9 @@ File = Optional[Path]  # noqa: UP045
 Codes = Optional[list[str]]  # noqa: UP045
 Count = Optional[int]  # noqa: UP045
 TARGET = (
-    "package.module:factory, called without arguments; or a checkpoint file alone: .pt, .pth, "
-    ".ckpt, .bin (tensors only), .safetensors, .npz, .h5, .keras."
+    f"{MODEL[:-1]}; or a checkpoint file alone: .pt, .pth, .ckpt, .bin (tensors only), "
+    ".safetensors, .npz, .h5, .keras."
 )
-DATA = "package.module:batches, an iterable or a function that makes one."
 AGAINST = "Other batches, those that the model will meet, named as --data is."
 LOSS = "package.module:function of (outputs, targets), say torch.nn.functional:mse_loss."
 OPTIMIZER = "package.module:function of (model) that makes the optimizer."
@@ -54,6 +54,7 @@ def doctor(
     output_format: Annotated[
         str, typer.Option("--format", help="text, json, sarif or html.")
     ] = "text",
+    json: Json = False,
     output: Annotated[File, typer.Option(help="Write the report to this file instead.")] = None,
     fix: Annotated[
         bool, typer.Option("--fix", help="Apply the safe cures to a copy, and look again.")
@@ -72,6 +73,7 @@ def doctor(
         if list_rules or explain is not None:
             typer.echo(_listed() if explain is None else _explained(explain))
             return
+        output_format = "json" if json else output_format
         _check(target, output_format, fail_on, fix, out)
         asked: dict[str, Any] = {"select": _split(select), "ignore": _split(ignore)}
         named = {"data": data, "against": against, "loss": loss, "optimizer": optimizer}
@@ -120,7 +122,8 @@ def _is_model(target: str) -> bool:
     """`package.module:factory` is a model; no file is, nor a path with a drive's letter."""
     from steadynorm.models.files import READERS
 
-    return ":" in target and not Path(target).exists() and Path(target).suffix not in READERS
+    called = "(" in target or (":" in target and Path(target).suffix not in READERS)
+    return called and not Path(target).exists()
 
 
 def _diagnose(
@@ -147,23 +150,23 @@ def _diagnose(
             )
         return diagnose(target, **asked), ""
 
-    from steadynorm.models._cli import batches_from, load_model, named_by
+    from steadynorm.models import named as names
     from steadynorm.models.files import load_weights
 
-    model = load_model(target)
+    model = names.model(target)
     if weights is not None:
         load_weights(model, weights)
     data, against, loss, optimizer = named.values()
     given_to: dict[str, Any] = {
-        "loss": None if loss is None else named_by(loss, "--loss"),
-        "against": None if against is None else batches_from(against, "--against"),
+        "loss": None if loss is None else names.thing(loss, "--loss"),
+        "against": None if against is None else names.batches(against, model, "--against"),
         "max_batches": max_batches,
-        "optimizer": None if optimizer is None else named_by(optimizer, "--optimizer")(model),
+        "optimizer": None if optimizer is None else names.thing(optimizer, "--optimizer")(model),
         "exporting": exporting,
         "name": target,
         **asked,
     }
-    batches = None if data is None else batches_from(data)
+    batches = None if data is None else names.batches(data, model)
     report = diagnose(model, batches, **given_to)
     if not fix:
         return report, ""

@@ -10,81 +10,84 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from steadynorm.command import errors_in_one_line
+from steadynorm.command import errors_in_one_line, show
 
 # typer reads these at run time, where Python 3.10 needs Optional.
-Model = Annotated[str, typer.Argument(help="package.module:factory, called without arguments.")]
+MODEL = "package.module:factory, or a call with literals: \"timm.create_model('resnet18')\"."
+DATA = (
+    "Batches: package.module:batches, an iterable or a function that makes one; or a file that "
+    "holds one: .npy, .npz, .safetensors, .pt."
+)
+Model = Annotated[str, typer.Argument(help=MODEL)]
 Weights = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="A state dict to load: .safetensors, or a .pt of tensors only."),
 ]
-Data = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="Example inputs, to check by: .npy, .npz, .safetensors or .pt."),
+Example = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help=f"{DATA} The first is what to check by."),
 ]
-Batches = Annotated[
-    str,
-    typer.Option(
-        help="package.module:batches, an iterable of batches or a function that makes one."
-    ),
-]
+Batches = Annotated[str, typer.Option(help=DATA)]
 Out = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Where to write the state dict: .safetensors or .pt."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def convert(
     model: Model,
     weights: Weights = None,
-    data: Data = None,
-    out: Out = None,
+    data: Example = None,
     statistics: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Policy for every layer, such as steady; none keeps each."),
     ] = None,
     fuse: Annotated[bool, typer.Option(help="Fuse activations and residuals.")] = True,
     to: Annotated[str, typer.Option(help="steadynorm or torch.")] = "steadynorm",
+    json: Json = False,
 ) -> None:
-    """Turn every batch norm of a model into ours, and say what changed."""
+    """Say what sn.convert would change of a model, checked on data. The weights stay the same."""
+    from steadynorm.models import named
     from steadynorm.models.convert import convert as convert_model
     from steadynorm.statistics import policy_from
 
     with errors_in_one_line("convert"):
         policy = None if statistics is None else policy_from(statistics)
-        loaded, example_inputs = _load(model, weights), _example(data)
-        result, changes = convert_model(
-            loaded, policy, fuse, to=to, example_inputs=example_inputs, inplace=True
-        )
-        typer.echo(changes)
-        _write(result, out)
+        loaded = _load(model, weights)
+        given = named.example(data, loaded)
+        _, changes = convert_model(loaded, policy, fuse, to=to, example_inputs=given, inplace=True)
+        show(changes, json=json)
 
 
 def fold(
     model: Model,
     weights: Weights = None,
-    data: Data = None,
+    data: Example = None,
     out: Out = None,
     onnx: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Also export to this file, checked with onnxruntime."),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Merge batch norms into their neighbours, for inference, and say what changed."""
+    from steadynorm.models import named
     from steadynorm.models.fold import fold as fold_model
 
     with errors_in_one_line("fold"):
-        loaded, example_inputs = _load(model, weights), _example(data)
+        loaded = _load(model, weights)
+        example_inputs = named.example(data, loaded)
         if onnx is not None and example_inputs is None:
             raise ValueError("--onnx needs --data, example inputs to export and check with.")
         result, changes = fold_model(loaded.eval(), example_inputs)
-        typer.echo(changes)
-        _write(result, out)
+        show(changes, json=json)
+        _write(result, out, json)
         if onnx is not None:
             from steadynorm.models.onnx import export_onnx
 
             export_onnx(result, example_inputs, onnx)
-            typer.echo(f"wrote {onnx}; onnxruntime answers the same")
+            typer.echo(f"wrote {onnx}; onnxruntime answers the same", err=json)
 
 
 def calibrate(
@@ -103,19 +106,22 @@ def calibrate(
         Optional[float],  # noqa: UP045
         typer.Option(help="Adapt instead: samples that the model's own statistics count for."),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Replace a model's running statistics by those of its data, and say how far they were off."""
     from steadynorm.models import calibrate as functions
+    from steadynorm.models import named
 
     with errors_in_one_line("calibrate"):
-        network, batches = _load(model, weights), batches_from(data)
+        network = _load(model, weights)
+        batches = named.batches(data, network)
         options: dict[str, Any] = {"passes": passes, "max_batches": max_batches}
         if prior is None:
             report = functions.calibrate(network, batches, **options)
         else:
             report = functions.adapt(network, batches, prior=prior, **options)
-        typer.echo(report)
-        _write(network, out)
+        show(report, json=json)
+        _write(network, out, json)
 
 
 def convert_weights(
@@ -132,8 +138,10 @@ def convert_weights(
     count_batches: Annotated[
         bool, typer.Option("--count-batches", help="Keep num_batches_tracked everywhere.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Rename a checkpoint's batch normalization weights for another framework."""
+    from steadynorm.files import json_text
     from steadynorm.models import checkpoints, files
 
     with errors_in_one_line("convert-weights"):
@@ -145,69 +153,28 @@ def convert_weights(
             count_batches=count_batches,
         )
         files.write(values, target_file)
+        if json:
+            record = {"arrays": len(values), "file": str(target_file), "remarks": remarks}
+            typer.echo(json_text(record), nl=False)
+            return
         typer.echo(f"{len(values)} arrays written to {target_file}")
         for remark in remarks:
             typer.echo(remark)
 
 
-def load_model(spec: str) -> Any:
-    """The model made by `package.module:factory`, called without arguments.
-
-    The current folder is searched too. Raises ValueError for a malformed or unknown name, TypeError
-    if what is made is no model.
-
-    >>> load_model("torch.nn:Identity")
-    Identity()
-    """
-    from torch import nn
-
-    made = named_by(spec, "MODEL")
-    model = made if isinstance(made, nn.Module) else made()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"MODEL must make a torch.nn.Module; {spec} made {type(model).__name__}.")
-    return model
-
-
-def batches_from(spec: str, option: str = "--data") -> Any:
-    """What `package.module:name` is, or makes when called; the current folder is searched too."""
-    found = named_by(spec, option)
-    return found() if callable(found) else found
-
-
-def named_by(spec: str, option: str) -> Any:
-    """What `package.module:name` names. Raises ValueError where there is no such thing."""
-    import sys
-    from pkgutil import resolve_name
-
-    if not all(spec.partition(":")):
-        raise ValueError(f"{option} must be package.module:name; got {spec!r}.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return resolve_name(spec)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {spec!r} cannot be found: {error}.") from error
-
-
 def _load(model: str, weights: Path | None) -> Any:
+    from steadynorm.models import named
     from steadynorm.models.files import load_weights
 
-    loaded = load_model(model)
+    loaded = named.model(model)
     if weights is not None:
         load_weights(loaded, weights)
     return loaded
 
 
-def _example(data: Path | None) -> Any:
-    from steadynorm.models.files import read_data
-
-    return None if data is None else read_data(data)
-
-
-def _write(model: Any, out: Path | None) -> None:
+def _write(model: Any, out: Path | None, json: bool) -> None:
     if out is not None:
         from steadynorm.models.files import write
 
         write(model.state_dict(), out)
-        typer.echo(f"wrote {out}")
+        typer.echo(f"wrote {out}", err=json)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
+
+from steadynorm.files import json_text
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> str:
@@ -53,6 +55,10 @@ class Changes(list[Change]):
         if not self:
             return "nothing to do"
         return aligned([[field.name for field in fields(Change)], *map(astuple, self)])
+
+    def to_json(self) -> str:
+        """The records as JSON, a list of objects with a key for each column of the table."""
+        return json_text([asdict(change) for change in self])
 
     @property
     def left(self) -> Changes:

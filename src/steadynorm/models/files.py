@@ -33,6 +33,7 @@ READERS = {
     ".h5": formats.hdf5,
     ".keras": formats.keras,
 }
+WRAPPERS = ("module", "_orig_mod")
 READABLE = ".safetensors, .pt, .pth, .pth.tar, .ckpt, .bin, .npz, .weights.h5, .h5, .keras"
 
 
@@ -103,12 +104,24 @@ def read_data(path: Path) -> Any:
 def load_weights(model: Any, path: Path) -> None:
     """Loads a checkpoint into a model, name by name.
 
+    Names that all begin with what DistributedDataParallel or torch.compile puts before them
+    (`module.`, `_orig_mod.`) lose it, unless the model's own do too.
+
     Raises ValueError for a file that cannot be read, or whose names or shapes do not fit.
     """
     try:
-        model.load_state_dict(read_tensors(path))
+        model.load_state_dict(_unwrapped(read_tensors(path), model.state_dict()))
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the model. {error}") from error
+
+
+def _unwrapped(held: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    while held and not held.keys() & own.keys():
+        first = next(iter(held)).partition(".")[0]
+        if first not in WRAPPERS or not all(name.startswith(f"{first}.") for name in held):
+            break
+        held = {name.removeprefix(f"{first}."): value for name, value in held.items()}
+    return held
 
 
 def keras_settings(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from steadynorm.files import json_text
 from steadynorm.models.changes import aligned
 from steadynorm.models.layers import NormLayer
 from steadynorm.models.replicas import LayerMoments
@@ -97,7 +97,7 @@ class CalibrationReport:
 
     def to_json(self) -> str:
         """The same as JSON."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        return json_text(self.to_dict())
 
 
 def _not_finite(value: object) -> bool:

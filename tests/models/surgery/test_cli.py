@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import typer
 from tests.models.surgery.zoo import ZOO, disturb
 from torch import nn
 from typer.testing import CliRunner
 
-from steadynorm.models import _cli
+import steadynorm as sn
+from steadynorm.cli import app
 from steadynorm.models.files import read_tensors, write
 from steadynorm.models.fold import fold
 from steadynorm.models.onnx import export_onnx
 
-app = typer.Typer()
-app.command()(_cli.convert)
-app.command()(_cli.fold)
-
 FACTORY = """
+import torch
 from torch import nn
+
+
+def batches():
+    return [(torch.randn(2, 3, 6, 6), "label") for _ in range(2)]
+
+
+def sized(channels, bias=True):
+    return nn.Sequential(nn.Conv2d(3, channels, 1, bias=bias), nn.BatchNorm2d(channels))
 
 
 def network():
@@ -55,17 +61,74 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-def test_convert(folder: Path) -> None:
-    given = ("--weights", "weights.safetensors", "--data", "x.npy", "--out", "ours.safetensors")
+@pytest.mark.parametrize("data", ["x.npy", "shop:batches"])
+def test_convert(folder: Path, data: str) -> None:
+    given = ("--weights", "weights.safetensors", "--data", data)
     output = run("convert", "shop:network", *given, "--statistics", "steady")
-    assert (
-        "converted  1      BatchNorm2d(4)  BatchNorm2d(4)  Steady(prior=16, horizon=640, window=16)"
-        in output
-    )
+    policy = repr(sn.Steady())
+    assert f"converted  1      BatchNorm2d(4)  BatchNorm2d(4)  {policy}" in output
     assert "fused      1      relu after it   one call        by (model)" in output
-    before, after = (read_tensors(folder / f"{n}.safetensors") for n in ("weights", "ours"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_json(folder: Path) -> None:
+    given = ("--weights", "weights.safetensors", "--data", "x.npy", "--json")
+    rows = json.loads(run("convert", "shop:network", *given))
+    assert [(row["what"], row["where"]) for row in rows] == [("converted", "1"), ("fused", "1")]
+    result = CliRunner().invoke(app, ["fold", "shop:network", *given, "--out", "folded.pt"])
+    assert [row["what"] for row in json.loads(result.stdout)] == ["folded"]
+    assert "wrote folded.pt" in result.stderr
+    calibrated = json.loads(run("calibrate", "shop:network", *given))
+    assert [layer["name"] for layer in calibrated["layers"]] == ["1"]
+    arguments = ("weights.safetensors", "bn.npz", "--source", "torch", "--target", "keras")
+    found = json.loads(run("convert-weights", *arguments, "--json"))
+    assert (found["arrays"], found["file"]) == (4, "bn.npz")
+    report = json.loads(run("doctor", "shop:network", *given, "--fail-on", "never"))
+    assert report["target"] == "shop:network"
+
+
+def test_calls_with_literals(folder: Path) -> None:
+    assert "BatchNorm2d(7)" in run("convert", "shop.sized(7, bias=False)")
+    assert "BatchNorm2d(7)" in run("convert", "shop:sized(7)")
+    run("doctor", "shop.sized(7)", "--fail-on", "never")
+    wrong = (
+        "shop.sized(len('7777777'))", "shop.sized(*[7])", "shop.sized(**{'channels': 7})",
+        "shop.sized(7).eval()", "shop.sized(7", "shop.sized(__import__('os').getpid())",
+    )  # fmt: skip
+    for spec in wrong:
+        result = CliRunner().invoke(app, ["convert", spec])
+        assert result.exit_code == 2
+        assert "MODEL: a call must hold literals alone" in result.stderr
+
+
+def test_double_precision_of_numpy_becomes_the_models(folder: Path) -> None:
+    np.save("wide.npy", np.load("x.npy").astype(np.float64))
+    assert "folded" in run("fold", "shop:network", "--data", "wide.npy")
+    assert "calibrated" in run("calibrate", "shop:network", "--data", "wide.npy")
+
+
+def test_prefixes_of_wrappers_are_left_out(folder: Path) -> None:
+    held = read_tensors("weights.safetensors")
+    wrapped = {f"_orig_mod.module.{name}": value for name, value in held.items()}
+    torch.save({"model": wrapped, "epoch": 3}, "wrapped.pt")
+    run("fold", "shop:network", "--weights", "wrapped.pt", "--out", "a.pt")
+    run("fold", "shop:network", "--weights", "weights.safetensors", "--out", "b.pt")
+    a, b = read_tensors("a.pt"), read_tensors("b.pt")
+    assert all(torch.equal(a[name], value) for name, value in b.items())
+    mixed = {f"module.{name}" if n else name: v for n, (name, v) in enumerate(held.items())}
+    torch.save(mixed, "mixed.pt")
+    result = CliRunner().invoke(app, ["fold", "shop:network", "--weights", "mixed.pt"])
+    assert result.exit_code == 2
+    assert "does not fit the model" in result.stderr
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_verbose_shows_the_traceback(folder: Path, first: bool) -> None:
+    command = ["convert", "shop:network", "--to", "keras"]
+    command.insert(0 if first else 2, "--verbose")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("steadynorm convert: convert: `to` must be")
 
 
 def test_fold_and_onnx(folder: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from steadynorm.files import replacing
-from steadynorm.models._cli import load_model
+from steadynorm.models import named
 from steadynorm.models.files import load_weights, read_data, read_tensors, write
 
 STATE = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
@@ -96,7 +96,7 @@ def test_data(tmp_path: Path) -> None:
 )
 def test_models_that_are_none(spec: str, error: type[Exception], why: str) -> None:
     with pytest.raises(error, match=why):
-        load_model(spec)
+        named.model(spec)
 
 
 def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -170,20 +169,3 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same for code and other text of several lines."""
     return "\n".join(map(printable, text.split("\n")))
-
-
-def json_text(record: object) -> str:
-    r"""JSON without NaN or infinity, which it does not have; escaped what `printable` spells out.
-
-    >>> json_text({"é": "\x7f"})
-    '{\n "é": "\\u007f"\n}\n'
-    """
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    if text.replace("\n", "").isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    units = character.encode("utf-16-be", "surrogatepass").hex()
-    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

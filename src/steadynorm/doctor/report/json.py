@@ -14,7 +14,8 @@ import numpy as np
 from steadynorm import __version__
 from steadynorm.doctor.evidence.records import NormEvidence
 from steadynorm.doctor.finding import Severity
-from steadynorm.doctor.report.groups import Reported, json_text
+from steadynorm.doctor.report.groups import Reported
+from steadynorm.files import json_text
 
 VERSION = 1
 """Raised when a reader of the old format would misread the new one; new names do not raise it."""

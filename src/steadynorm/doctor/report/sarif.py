@@ -10,9 +10,10 @@ from typing import Any
 
 from steadynorm import __version__
 from steadynorm.doctor.finding import Finding, Severity
-from steadynorm.doctor.report.groups import Reported, json_text, printable, printable_lines
+from steadynorm.doctor.report.groups import Reported, printable, printable_lines
 from steadynorm.doctor.report.json import to_record
 from steadynorm.doctor.rules import Rule, find_rule
+from steadynorm.files import json_text
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "note"}

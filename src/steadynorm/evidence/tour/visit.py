@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from steadynorm.evidence import workers as processes
 from steadynorm.evidence.digits import load
 from steadynorm.evidence.tour.demo import Demo, DemoResult, TourOptions
-from steadynorm.files import replace_file
+from steadynorm.files import json_text, replace_file
 from steadynorm.report.machine import processor
 from steadynorm.report.page import Page, Section
 
@@ -75,7 +74,7 @@ class Tour:
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write `report.html` and `report.json`, each whole or not at all; returns their paths."""
         page = self.page().html()
-        record = json.dumps(self.record(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        record = json_text(self.record())
         return (
             replace_file(folder / "report.html", page),
             replace_file(folder / "report.json", record),
