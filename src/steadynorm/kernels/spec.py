@@ -137,6 +137,8 @@ class Call:
             assert self.running_var is not None
             running = RunningStatistics(self.running_mean, self.running_var, 0)
             seen = int(batches_seen(running, xp=torch))
+            if batches is not None and seen:
+                batches.fill_(seen)  # so that the next batch does not replace them either
         share: float = policy.share(count, samples, seen, xp=torch)
         weight: float = policy.weight(samples, seen, xp=torch)
         return share, weight
