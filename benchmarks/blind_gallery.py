@@ -6,7 +6,7 @@
 Faults of random strength are planted at random places in small networks of transformers and MONAI
 that read digits (`tests/doctor/gallery/blind.py`). A fault costs the points of accuracy on digits
 that no network saw by which inference is worse than the same network without it. Everything is
-trained here; nothing is downloaded. `--draws` and `--healthy` say how many.
+trained here; nothing is downloaded. `--draws` and `--healthy` say how many, `--minutes` stops early.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,21 +35,44 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10, help="of each fault")
     parser.add_argument("--healthy", type=int, default=100, help="networks")
     parser.add_argument("--only", default="", help="faults whose code or name contains this")
-    parser.add_argument("--record", type=Path, help="a JSON file that keeps every trial")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no draw after so many")
+    parser.add_argument("--record", type=Path, help="a file of lines of JSON, gone on with")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    chosen = [name for name, f in FAULTS.items() if arguments.only in f"{f.code} {name}"]
-    planned = [(name, number) for name in chosen for number in range(arguments.draws)]
-    trials = [trial(*one, of=arguments.draws) for one in track(planned, "faults", transient=True)]
-    numbers = track(range(arguments.healthy), "healthy networks", transient=True)
-    blamed = [healthy_trial(number) for number in numbers]
-    found: dict[str, Any] = {"faults": trials, "healthy": blamed}
-    if arguments.record:
-        arguments.record.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    lines = [json.loads(line) for line in held(arguments.record)]
+    end = monotonic() + 60 * arguments.minutes
+    for kind, key in track(planned(arguments), "draws", transient=True):
+        if any([kind, list(key)] == line[:2] for line in lines):
+            continue
+        if monotonic() > end:
+            break
+        lines.append([kind, list(key), trial(*key) if kind == "fault" else healthy_trial(*key)])
+        if arguments.record:
+            with arguments.record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    found = blind_page.Found(
+        *([line[2] for line in lines if line[0] == kind] for kind in ("fault", "healthy"))
+    )
     print(blind_page.table(found))
     if arguments.write:
         blind_page.write(found)
+
+
+def held(record: Path | None) -> list[str]:
+    return record.read_text("utf-8").splitlines() if record and record.exists() else []
+
+
+def planned(arguments: argparse.Namespace) -> list[tuple[str, tuple[Any, ...]]]:
+    """All faults once, some healthy networks, all faults again, so that any part is a fair one."""
+    names = [name for name, f in FAULTS.items() if arguments.only in f"{f.code} {name}"]
+    share = -(-arguments.healthy // arguments.draws)
+    made: list[tuple[str, tuple[Any, ...]]] = []
+    for draw in range(arguments.draws):
+        made += [("fault", (name, draw)) for name in names]
+        sound = range(share * draw, min(share * (draw + 1), arguments.healthy))
+        made += [("healthy", (number,)) for number in sound]
+    return made
 
 
 if __name__ == "__main__":

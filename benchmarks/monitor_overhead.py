@@ -25,6 +25,9 @@ CASES = {
     "fully connected, 3 norms, 64 × 64": (
         lambda: fully_connected(64, normalization_1d("torch")), (64, 64), 1_000
     ),
+    "convolutional, 3 norms, 16 × 1×14×14": (
+        lambda: convolutional(nn.BatchNorm2d), (16, 1, 14, 14), 400
+    ),
     "convolutional, 3 norms, 64 × 1×28×28": (
         lambda: convolutional(nn.BatchNorm2d), (64, 1, 28, 28), 200
     ),

@@ -11,6 +11,7 @@ SLOW = (
     "contract",
     "doctor/report/test_browser.py",
     "doctor/test_gallery.py",
+    "doctor/test_keras_live.py",
     "doctor/test_missed.py",
     "doctor/test_outside.py",
     "evidence",

@@ -1,4 +1,4 @@
-"""`monitor` in Lightning's and in Hugging Face's Trainer.
+"""`monitor` in Lightning's and Hugging Face's Trainer, and in Keras's `fit`.
 
 Each function makes a callback; its `watch` is a `Monitor` once training has begun. With `page`, the
 report is written there when training ends, also when an exception ends it (Lightning).
@@ -9,25 +9,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from steadynorm.doctor.monitoring import Monitor
-
 
 class _Monitored:
-    """What both callbacks do."""
+    """What the callbacks do."""
 
-    watch: Monitor | None = None
+    watch: Any = None
 
     def __init__(self, every: int, to: Any, page: str | Path | None) -> None:
         self._every, self._to, self._page = every, to, page
 
     def _begin(self, model: Any, optimizer: Any) -> None:
+        from steadynorm.doctor.monitoring import Monitor
+
         self.watch = Monitor(model, self._every, to=self._to, optimizer=optimizer)
 
     def _end(self, *_: Any, **__: Any) -> None:
         if self.watch is not None:
-            self.watch.stop()
+            if hasattr(self.watch, "stop"):
+                self.watch.stop()
             if self._page is not None:
-                self.watch.to_html(self._page)
+                self.watch.report().to_html(self._page)
 
 
 def lightning_callback(
@@ -88,3 +89,39 @@ def trainer_callback(
         on_train_end = _Monitored._end
 
     return TrainerMonitor(every, to, page)
+
+
+def keras_callback(
+    every: int = 50, *, to: Any = (), page: str | Path | None = None
+) -> Any:  # a keras.callbacks.Callback
+    """A callback for `model.fit(..., callbacks=[...])`, on any backend; the arguments are those of
+    `monitor`.
+
+    What reaches a layer is worked out from its moving statistics before and after a step, so that
+    `dead`, `saturated` and `gradient` are not known, and a layer that trains with other statistics
+    than Keras's own is not read.
+    """
+    import keras
+
+    from steadynorm.doctor.keras_monitoring import KerasMonitor
+    from steadynorm.doctor.writers import writers
+
+    class KerasCallback(_Monitored, keras.callbacks.Callback):  # type: ignore[misc, unused-ignore]
+        """See `keras_callback`."""
+
+        def __init__(self) -> None:
+            _Monitored.__init__(self, every, to, page)
+            keras.callbacks.Callback.__init__(self)
+
+        def on_train_begin(self, logs: Any = None) -> None:
+            self.watch = KerasMonitor(self.model, every, writers(to))
+
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self.watch.begin_step()
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.watch.end_step()
+
+        on_train_end = _Monitored._end
+
+    return KerasCallback()

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steadynorm.doctor.evidence.keras_model import is_keras, probe_keras
 from steadynorm.doctor.evidence.losses import loss_raised_by_calibration
 from steadynorm.doctor.evidence.records import Evidence
 from steadynorm.doctor.finding import Finding, Severity
@@ -187,7 +188,8 @@ def diagnose(
     Args:
         target: a model; a checkpoint file (`.pt`, `.pth`, `.ckpt`, `.bin` read weights-only,
             `.safetensors`, `.npz`, `.h5`, `.keras`); or a state dict, tensors or arrays by name.
-            Of a TorchScript or exported model the state alone is judged.
+            Of a TorchScript, an exported or a Keras model (on any backend) the state alone is
+            judged.
         batches: tensors; mappings of keyword arguments; tuples or lists, of which the first element
             is taken (inputs with labels); anything else with `forward`. A DataLoader, say. As they
             come in training: the size of a batch is part of what is judged.
@@ -207,7 +209,7 @@ def diagnose(
     Raises:
         TypeError: arguments of the wrong kind.
         ValueError: a file that cannot be read, in one line; no batches; an unknown rule; batches
-            for a checkpoint or for a model on the meta device, which cannot be run.
+            for a checkpoint, a Keras model or a model on the meta device.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
@@ -218,16 +220,15 @@ def diagnose(
     >>> report.findings[0].message
     'running_var is infinite in 3 of 3 channels'
     """
+    given = {"batches": batches, "loss": loss, "against": against, "optimizer": optimizer}
+    if is_keras(target):
+        _refuse(given, "is for torch models; of a Keras model the layers' state alone is judged")
+        return judge(probe_keras(target), select=select, ignore=ignore)
     from torch import nn
 
     from steadynorm.doctor.evidence.checkpoint import probe_state
     from steadynorm.doctor.evidence.model import probe_model
 
-    if any(kind.__module__.startswith("keras.") for kind in type(target).__mro__):
-        raise TypeError(
-            "diagnose: `target` is a Keras model; save it, model.save('model.keras'), and diagnose "
-            "the file."
-        )
     state = getattr(target, "state_dict", None)
     if not isinstance(target, nn.Module) and isinstance(state, Mapping):  # torch.export's
         target = state
@@ -239,13 +240,11 @@ def diagnose(
                 advance=advance,
             )  # fmt: skip
     elif isinstance(target, str | PathLike | Mapping):
-        given = {"batches": batches, "loss": loss, "against": against, "optimizer": optimizer}
-        for argument, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"diagnose: `{argument}` needs a model to go with it; got a checkpoint alone. "
-                    f"Load it into its model and diagnose that."
-                )
+        _refuse(
+            given,
+            "needs a model to go with it; got a checkpoint alone. Load it into its model and "
+            "diagnose that",
+        )
         evidence = probe_state(target)
     else:
         raise TypeError(
@@ -253,6 +252,12 @@ def diagnose(
             f"got {type(target).__name__}."
         )
     return judge(evidence, select=select, ignore=ignore)
+
+
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    for argument, value in given.items():
+        if value is not None:
+            raise ValueError(f"diagnose: `{argument}` {why}.")
 
 
 @contextmanager

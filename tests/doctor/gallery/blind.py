@@ -128,7 +128,7 @@ def fault(code: str, name: str, unit: str = "") -> Callable[[Callable[[Draw], Pl
 def seen(
     network: nn.Module, amount: float, pairs: Iterable[Pair] | None = None, **more: Any
 ) -> Planted:
-    given = {"batches": data(16) if pairs is None else pairs, "loss": F.cross_entropy, **more}
+    given = {"batches": data(10) if pairs is None else pairs, "loss": F.cross_entropy, **more}
     return Planted(Case(network, given), network, amount)
 
 
@@ -373,7 +373,7 @@ def _(draw: Draw) -> Planted:
     kind = draw.kind if draw.kind != "MONAI Classifier" else "MONAI DenseNet"  # fixed in size
     source = ((padded(x), y) for x, y in map(_large, endless(32)))
     network = train(untrained(kind, draw.seed), source=source)
-    made = seen(network, value, [(padded(x), y) for x, y in data(16)])
+    made = seen(network, value, [(padded(x), y) for x, y in data(10)])
     return Planted(made.case, network, value, padded)
 
 
@@ -384,7 +384,7 @@ def _(draw: Draw) -> Planted:
     def brighter(x: Tensor) -> Tensor:
         return x + more
 
-    against = [(brighter(x), y) for x, y in data(16, seed=3)]
+    against = [(brighter(x), y) for x, y in data(10, seed=3)]
     return Planted(seen(network, more, against=against).case, network, more, brighter)
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from tests.doctor.gallery.blind_trial import Trial
 from tests.doctor.gallery.page import DOCS, replace, where_and_when
 
 COSTLY = 0.02
 COLUMNS, WIDTH, HEIGHT = 4, 220, 150
-Found = dict[str, Any]
+
+
+class Found(NamedTuple):
+    """Trials of faults, and what each healthy network was blamed for."""
+
+    faults: list[Trial]
+    healthy: list[list[str]]
 
 
 def first(trial: Trial) -> bool:
@@ -26,18 +32,18 @@ def share(flags: list[bool]) -> str:
 
 def by_fault(found: Found) -> dict[str, list[Trial]]:
     groups: dict[str, list[Trial]] = defaultdict(list)
-    for trial in found["faults"]:
+    for trial in found.faults:
         groups[trial["fault"]].append(trial)
     return groups
 
 
 def table(found: Found) -> str:
     """All figures as Markdown."""
-    trials, healthy = found["faults"], found["healthy"]
+    trials, healthy = found.faults, found.healthy
     costly = [t for t in trials if t["cost"] >= COSTLY]
     cured = [t for t in costly if "gain" in t]
     harmed = [t for t in trials if t.get("gain", 0) < -t.get("error", 0)]
-    missed = defaultdict(int)
+    missed: dict[str, int] = defaultdict(int)
     for trial in costly:
         if not first(trial):
             missed[f"{trial['code']} as {(trial['codes'] or ['nothing'])[0]}"] += 1

@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steadynorm.doctor import Report, Severity
-from steadynorm.doctor.fixes import fix
+from steadynorm.doctor.fixes import acts, fix
 
 SEEDS = 3
 """Healthy networks of each kind, in which faults are planted."""
 
+GOLDEN = 0.618034
+
 Trial = dict[str, Any]
 
 
-def trial(name: str, number: int, *, of: int) -> Trial:
-    """Draw `number` of so many: strengths are spread evenly, places and networks by chance."""
+def trial(name: str, number: int) -> Trial:
+    """Strengths spread evenly however many draws there are; places and networks are by chance."""
     fault = FAULTS[name]
     chance = torch.Generator().manual_seed(1000 * list(FAULTS).index(name) + number)
     kind = list(KINDS)[int(torch.randint(len(KINDS), (1,), generator=chance))]
     torch.manual_seed(number)
-    seed, strength = number % SEEDS, (number + 0.5) / of
+    seed, strength = number % SEEDS, (0.5 + GOLDEN * number) % 1
     planted = fault.plant(Draw(kind, seed, strength, chance))
     report = planted.case.diagnose()
     right = correct(planted.network, planted)
@@ -45,6 +47,8 @@ def _cured(planted: Planted, report: Report, before: Tensor) -> Trial:
     """
     case = planted.case
     if not isinstance(case, Case) or not isinstance(case.target, nn.Module):
+        return {}
+    if not any(acts(finding) for finding in report.findings):
         return {}
     fixed = fix(case.target, report, **case.given)
     if {change.what for change in fixed.changes} <= {"left"}:
