@@ -6,7 +6,7 @@
 Faults of random strength are planted at random places in small networks of transformers and MONAI
 that read digits (`tests/doctor/gallery/blind.py`). A fault costs the points of accuracy on digits
 that no network saw by which inference is worse than the same network without it. Everything is
-trained here; nothing is downloaded. `--draws` and `--healthy` say how many, `--minutes` stops early.
+trained here; nothing is downloaded. `--draws` and `--healthy` say how many; `--minutes` ends it.
 """
 
 from __future__ import annotations

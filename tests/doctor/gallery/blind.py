@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tests.doctor.fixtures.case import Case
@@ -96,14 +96,18 @@ class Draw:
         return [things[i] for i in order[: max(1, round(self.strength * len(things)))]]
 
 
-@dataclass
-class Planted:
-    """What the doctor gets; `network`, whose accuracy the fault costs; the strength by its unit."""
+class Planted(NamedTuple):
+    """What the doctor gets; `network`, whose accuracy the fault costs; the strength by its unit.
+
+    `seen`: what the network sees of a digit. `twin`: the same network without the fault, where it
+    is another than the healthy one of its kind.
+    """
 
     case: Diagnosed
     network: nn.Module
     amount: float
     seen: Callable[[Tensor], Tensor] = lambda x: x
+    twin: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,7 @@ def _(draw: Draw) -> Planted:
 
 @fault("SN111", "Caffe's scale factor, in a checkpoint alone", "factor, powers of ten")
 def _(draw: Draw) -> Planted:
-    network, power = draw.network(), 2 + 1.5 * draw.strength
+    network, power = draw.network(), 2.5 + draw.strength
     for norm in norms(network):
         norm.running_mean.mul_(10**power)
         norm.running_var.mul_(10**power)
@@ -336,7 +340,9 @@ def _(draw: Draw) -> Planted:
             average.update_parameters(network)
 
     train(network, rate=10**power, cycle=False, before=take)
-    return seen(average.eval(), power)
+    measured = copy.deepcopy(average.eval())
+    sn.calibrate(measured, data(40), progress=False)
+    return seen(average, power)._replace(twin=measured)
 
 
 # --- what batches show
@@ -354,7 +360,9 @@ def _(draw: Draw) -> Planted:
 @fault("SN303", "trained at small batches", "samples")
 def _(draw: Draw) -> Planted:
     size = round(2 + 6 * (1 - draw.strength))
-    network = train(draw.fresh(), steps=300, source=map(_large, endless(size)), rate=3e-3)
+    network = train(
+        draw.fresh(), steps=min(720, 2880 // size), source=map(_large, endless(size)), rate=3e-3
+    )
     return seen(network, size, data(32, size))
 
 
@@ -392,7 +400,12 @@ def _(draw: Draw) -> Planted:
 def _(draw: Draw) -> Planted:
     mixed = 0.9 * (1 - draw.strength)
     network = train(draw.fresh(), source=by_class(mixed) * 3)
-    return seen(network, mixed, by_class(mixed))
+    return seen(network, mixed, by_class(mixed))._replace(twin=all_mixed(draw))
+
+
+def all_mixed(draw: Draw) -> nn.Module:
+    """A network that trained on as many digits, in batches of any."""
+    return train(draw.fresh(), source=by_class(1.0) * 3)
 
 
 @fault("SN310", "a weight that has overflowed")
@@ -444,7 +457,7 @@ def _(draw: Draw) -> Planted:
 @fault("SN405", "micro-batches in a run", "samples")
 def _(draw: Draw) -> Planted:
     size = round(2 + 6 * (1 - draw.strength))
-    source, steps = map(_large, endless(size)), 1200 // size
+    source, steps = map(_large, endless(size)), 2880 // size
     return watched(draw.fresh(), size, source=source, steps=steps, rate=2e-3)
 
 
@@ -462,7 +475,8 @@ def _(draw: Draw) -> Planted:
 @fault("SN407", "classes in order in a run", "share of samples that are mixed")
 def _(draw: Draw) -> Planted:
     mixed = 0.9 * (1 - draw.strength)
-    return watched(draw.fresh(), mixed, source=by_class(mixed) * 3)
+    made = watched(draw.fresh(), mixed, source=by_class(mixed) * 3)
+    return made._replace(twin=all_mixed(draw))
 
 
 # --- nothing

@@ -8,6 +8,7 @@ import torch
 from tests.doctor.fixtures.case import Case
 from tests.doctor.gallery.blind import FAULTS, KINDS, Draw, Planted, healthy, sound
 from tests.doctor.gallery.networks import digits
+from tests.doctor.outside import accuracy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +33,7 @@ def trial(name: str, number: int) -> Trial:
     planted = fault.plant(Draw(kind, seed, strength, chance))
     report = planted.case.diagnose()
     right = correct(planted.network, planted)
-    before = healthy(kind, seed)[1]
+    before = healthy(kind, seed)[1] if planted.twin is None else accuracy(planted.twin)
     codes = list(dict.fromkeys(finding.code for finding in report.findings))
     return {
         "fault": name, "code": fault.code, "unit": fault.unit, "kind": kind,

@@ -50,6 +50,9 @@ def _state(layer: Any) -> NormState:
         framework="keras",
         eps=float(layer.epsilon),
         momentum=float(layer.momentum),
-        **{part: arrays.get(part) for part in NAMES},
+        weight=arrays.get("weight"),
+        bias=arrays.get("bias"),
+        running_mean=arrays["running_mean"],
+        running_var=arrays["running_var"],
         dtypes={part: str(variable.dtype) for part, variable in found.items()},
     )

@@ -8,9 +8,10 @@ that were filled with 0.
 
 When: An error where every channel is exactly 0: even a network that has died varies by rounding. A
 warning where at least half of the channels lie below a tenth of eps: they leave with less than a
-third of the standard deviation they should have. Information where any channel lies below eps, as a
-few do in most trained networks. Where the layer before has no weight above 0.01 it is named:
-weight decay without bound shrinks what a batch norm follows, until eps decides.
+third of the standard deviation they should have. Where the layer before has no weight above 0.01 it
+is named, and half of the channels below eps itself are enough: weight decay without bound shrinks
+what a batch norm follows, until eps decides. Information where any channel lies below eps, as a few
+do in most trained networks.
 
 Cure: Measure the statistics on data that varies; if they are right, look for dead units and
 constant features before this layer, and for weights made too small: multiply them, and let weight
@@ -74,9 +75,10 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         message += f", below a tenth of it in {far}"
     usage = layer.usage
     peak = None if usage is None or usage.host_peak is None else float(usage.host_peak.max())
-    if far and usage is not None and usage.before and peak is not None and peak < SHRUNK:
+    shrunk = peak is not None and peak < SHRUNK
+    if shrunk and peak is not None and usage is not None and usage.before:
         numbers["largest_weight"] = peak
         message += f"; {usage.before[0].name!r} before it has no weight above {peak:.2g}"
-    many = 2 * far >= var.size
+    many = 2 * (count if shrunk else far) >= var.size
     severity = WARNING if many else INFO
     yield rule.finding(layer, message, numbers, severity=severity)

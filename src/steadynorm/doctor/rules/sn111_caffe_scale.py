@@ -6,7 +6,7 @@ thousand means; the shapes fit, and nothing fails.
 
 When: The variance of a channel over the sum of its squared weights, geometric mean over a layer,
 is about the mean square of what the layer before receives: 0.1 to 10 behind a batch norm. A warning
-above 100 in three of four layers, of at least three whose weights are found in the order of the
+above 30 in three of four layers, of at least three whose weights are found in the order of the
 state dict. A first layer fed with pixels up to 255 reaches 5,000, and is one of four at most.
 
 Cure: Divide running_mean and running_var by the scale factor.
@@ -23,7 +23,7 @@ import numpy as np
 
 from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 
-FACTOR = 100
+FACTOR = 30
 
 rule = Rule(__name__, __doc__, WARNING, safe=None, explains=("SN301", "SN302"))
 

@@ -9,8 +9,9 @@ it.
 When: With all of the model in training mode, the standard deviation of the layer's input, geometric
 mean over channels, is another than with dropout and its kin in inference; batches normalize both
 times, so that each layer shows what lies between it and the norm before. A warning from a factor of
-1.15, as straight behind a dropout of p = 0.25; information from 1.05. Where SN205 names the layer
-this rule keeps quiet.
+1.15, as straight behind a dropout of p = 0.25, where the running statistics are not those of
+inference (the divergence of SN302); information from 1.05, and where they were measured since.
+Where SN205 names the layer this rule keeps quiet.
 
 Cure: Draw behind the last batch norm, or let the branch end in a norm; where it must stay, measure
 the statistics when training is over.
@@ -25,8 +26,16 @@ from __future__ import annotations
 
 import math
 
-from steadynorm.doctor.evidence.divergence import measured
-from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.evidence.divergence import measured, running_divergence
+from steadynorm.doctor.rules.rule import (
+    INFO,
+    WARNING,
+    Evidence,
+    Findings,
+    NormEvidence,
+    Rule,
+    first_of,
+)  # fmt: skip
 
 CLEAR, SMALL = 1.15, 1.05
 
@@ -44,7 +53,7 @@ def _check(evidence: Evidence) -> Findings:
             found.append((layer, ratio))
     if not found:
         return
-    clear = [pair for pair in found if abs(math.log(pair[1])) > math.log(CLEAR)]
+    clear = [pair for pair in found if abs(math.log(pair[1])) > math.log(CLEAR) and _far(pair[0])]
     layer, ratio = (clear or found)[0]
     yield rule.finding(
         layer,
@@ -53,3 +62,8 @@ def _check(evidence: Evidence) -> Findings:
         {"std_ratio": ratio, "layers_concerned": len(clear or found)},
         severity=WARNING if clear else INFO,
     )
+
+
+def _far(layer: NormEvidence) -> bool:
+    how = running_divergence(layer)
+    return how is not None and how.far
