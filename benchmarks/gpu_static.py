@@ -1,6 +1,7 @@
 """The GPU kernels compiled for devices that are not here, and a table of what their code tells.
 
     python -m benchmarks.gpu_static [--short] [--targets sm_90,gfx942] [--write]
+    python -m benchmarks.gpu_static --breaks --targets sm_90    with another Triton than the pinned
 
 Needs Triton (`make test-triton` makes an environment with it), and TRITON_INTERPRET unset. What is
 compiled is what the host's own code would launch, recorded on tensors without values. Compiled
@@ -34,7 +35,7 @@ from steadynorm.statistics import Batch, Ghost, Policy, Renorm, Running, Steady
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
-WIDE, ODD, SMALL = (32, 256, 56, 56), (64, 2048, 9, 9), (32, 2048, 7, 7)
+WIDE, ODD, SMALL = (32, 256, 56, 56), (64, 2048, 9, 9), (4, 2048, 7, 7)
 """Planes of a multiple of a vector, odd ones, and channels that one program holds."""
 X_SIZED = ("x", "residual", "y", "grad", "extra", "dx", "dresidual")
 IN_FLIGHT = 30 << 10
@@ -171,6 +172,25 @@ def compile_all(targets: list[str], *, short: bool = False) -> list[Row]:
         return [row for rows in found for row in rows]
 
 
+def breaks(targets: list[str]) -> Iterator[tuple[str, str]]:
+    """Every kernel of BN + add + ReLU, in a process of its own, and how it ended.
+
+    Some releases of Triton crash their process on kernels that others compile.
+    """
+    for dtype, layout, shape, target in itertools.product(
+        ("fp32", "bf16"), LAYOUTS, (WIDE, SMALL), targets
+    ):
+        config = Config(dtype, layout, shape, activation="relu", residual=True)
+        for number, launch in enumerate(record(config)):
+            with ProcessPoolExecutor(1) as pool:
+                try:
+                    pool.submit(compiled, (config, number), target).result()
+                    told = "compiled"
+                except Exception as error:  # noqa: BLE001  whatever it is, it is the answer
+                    told = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            yield f"{config} {launch.name} {target}", told
+
+
 def line(row: Row) -> str:
     """One row of the table."""
     r = row.report
@@ -263,7 +283,13 @@ def main() -> int:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--short", action="store_true", help="fewer kinds of calls")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/gpu.md")
+    parser.add_argument("--breaks", action="store_true", help="only whether it compiles")
     chosen = parser.parse_args()
+    if chosen.breaks:
+        print(f"Triton {triton.__version__}")
+        for what, told in breaks(chosen.targets.split(",")):
+            print(f"{told:10s} {what}", flush=True)
+        return 0
     start = time.perf_counter()
     rows = compile_all(chosen.targets.split(","), short=chosen.short)
     for target, group in itertools.groupby(rows, key=lambda row: row.report.target):
