@@ -216,12 +216,24 @@ def test_a_batch_that_is_kept_out_is_decided_by_the_call(policy):
     assert int(other.num_batches_tracked) == 0
 
 
-def test_a_missing_count_beside_trained_statistics_reads_as_many():
-    layer = sn.BatchNorm1d(300, statistics="running")
-    layer.running_mean[299] = 2.0  # in another program's channels
-    layer(torch.randn(8, 300))
-    assert layer.running_mean[299] > 1.5
-    assert layer.running_mean[0].abs() < 0.2
+@pytest.mark.parametrize("policy", ["running", "steady", "renorm", "batch"])
+@pytest.mark.parametrize("shape", [(8, 300), (40, 3, 24, 24)], ids=["whole", "in parts"])
+def test_a_missing_count_beside_trained_statistics_reads_as_many(policy, shape, gpu, monkeypatch):
+    """In this batch and in all that follow, as the reference has it."""
+    torch.manual_seed(0)
+    batches = [torch.randn(shape) for _ in range(3)]
+    found = []
+    for backend in (gpu, dispatch.REFERENCE):
+        monkeypatch.setattr(dispatch, "BACKENDS", (backend,))
+        kind = sn.BatchNorm1d if len(shape) == 2 else sn.BatchNorm2d
+        layer = kind(shape[1], statistics=policy)
+        layer.running_mean[-1] = 2.0  # in another program's channels
+        outputs = [layer(x) for x in batches]
+        found.append([*outputs, *layer.buffers()])
+    for a, b in zip(*found, strict=True):
+        cases.close(a, numpy(b), 2e-6, "output or buffer")
+    counts = {"batch": 3}
+    assert int(layer.num_batches_tracked) == counts.get(policy, 2**30 + 3)
 
 
 def test_a_momentum_of_none_without_a_count_is_refused():

@@ -13,6 +13,7 @@ from .policies import (
     NEXT_MEAN,
     NEXT_VAR,
     SCALE,
+    SEEN,
     SHIFT,
     coefficients,
     decide,
@@ -137,6 +138,8 @@ def moments(x, mask, starts, parts, tickets, rows, weight, bias, running_mean, r
         old_mean, old_var, t = running_before(
             running_mean, running_var, batches, c, ok, C, WIDTH, POLICY, COUNTS
         )
+        if running_mean is not None and POLICY is not None:
+            tl.store(row(rows, SEEN, 0, G, c, C), t, mask=ok)
         for g in tl.range(0, G):
             if not ALONE:
                 n, pivot, middle, total = gather(parts, g, G, S, c, C, SP, WIDTH)
@@ -154,7 +157,8 @@ def moments(x, mask, starts, parts, tickets, rows, weight, bias, running_mean, r
 def move_running(rows, running_mean, running_var, batches, first, G, c, ok, C):
     """The running statistics as they were decided, and how many batches they have seen.
 
-    `first`: whether the channels begin with the first, whose program counts. .cg as in `gather`.
+    `first`: whether the channels begin with the first, whose program counts. A count of 0 that was
+    read as "many" goes on from there. .cg as in `gather`.
     """
     mean = tl.load(row(rows, NEXT_MEAN, 0, G, c, C), mask=ok, cache_modifier=".cg")
     var = tl.load(row(rows, NEXT_VAR, 0, G, c, C), mask=ok, cache_modifier=".cg")
@@ -163,6 +167,9 @@ def move_running(rows, running_mean, running_var, batches, first, G, c, ok, C):
     if batches is not None:
         if first:
             seen = tl.load(batches)
+            if seen == 0:
+                before = tl.load(row(rows, SEEN, 0, G, 0, C), cache_modifier=".cg")
+                seen = before.to(tl.int64)
             for g in tl.range(0, G):
                 count = tl.load(row(rows, COUNT, g, G, 0, C), cache_modifier=".cg")
                 seen += (count > 0.0).to(tl.int64)

@@ -32,7 +32,8 @@ RHO = tl.constexpr(12)
 # What the running statistics become; in group 0 alone.
 NEXT_MEAN = tl.constexpr(13)
 NEXT_VAR = tl.constexpr(14)
-ROWS = 15
+SEEN = tl.constexpr(15)  # batches before this one
+ROWS = 16
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from .policies import (
     NEXT_MEAN,
     NEXT_VAR,
     SCALE,
+    SEEN,
     SHIFT,
     decide,
     finish_gradient,
@@ -62,6 +63,8 @@ def normalize(x, residual, mask, y, signs, tickets, rows, weight, bias, running_
     old_mean, old_var, t = running_before(
         running_mean, running_var, batches, c, inside, C, WIDTH, POLICY, COUNTS
     )
+    if running_mean is not None:
+        tl.store(row(rows, SEEN, 0, 1, c, C), t, mask=inside)
     old_mean, old_var, t, center, scale, shift = decide(
         to_channels(count, LAST), to_channels(pivot, LAST), to_channels(middle, LAST),
         to_channels(total, LAST), rows, 0, 1, c, inside, C, weight, bias, old_mean, old_var, t, eps,
