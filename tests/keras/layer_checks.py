@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 BACKEND = keras.config.backend()
 POLICIES = {
     "batch": sn.Batch(),
-    "steady": sn.Steady(),
+    "steady": sn.Steady(window=None),
     "running": sn.Running(),
     "renorm": sn.Renorm(warmup=0, r_ramp=2, d_ramp=2),
     "ghost": sn.Ghost(3),
