@@ -110,6 +110,31 @@ def test_all_steps_in_one_call_are_the_same_as_one_call_a_step(policy: Any) -> N
     torch.testing.assert_close(together.state_dict(), apart.state_dict(), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["equal", "unequal"])
+def test_every_time_step_remembers_the_gradient_by_itself(lengths: Any) -> None:
+    """One memory for each norm and time step, as of the running statistics; in one call or many."""
+    network = made(sn.Steady(prior=16, horizon=64, window=16))
+    apart = copy.deepcopy(network)
+    for step in apart.cells[0].input_norm.steps:
+        step.register_forward_pre_hook(lambda *_: None)  # so that every step is a call
+    for _ in range(3):
+        inputs = [sequences().requires_grad_() for _ in range(2)]
+        inputs[1].data.copy_(inputs[0].data)
+        grad = torch.randn(TIME, SAMPLES, HIDDEN, dtype=torch.float64)
+        for net, x in zip((network, apart), inputs, strict=True):
+            net(x, lengths=lengths)[0].backward(grad)
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    memories = {n: b for n, b in network.named_buffers() if n.endswith("gradient_memory")}
+    assert len(memories) == len(NORMS) * len(network.cells[0].cell_norm.steps)
+    reached = max(lengths) if lengths else TIME
+    for name in NORMS:
+        steps = getattr(network.cells[0], name).steps[: min(reached, TIME)]
+        moved = [step.gradient_memory.any() for step in steps]
+        assert all(moved[1:]), name  # at step 0 a zero hidden state has no gradient to remember
+    torch.testing.assert_close(dict(apart.named_buffers()), dict(network.named_buffers()))
+    assert not any(name.endswith("gradient_memory") for name in network.state_dict())
+
+
 @pytest.mark.parametrize("lengths", [None, [3, 4, 2, 4]], ids=["equal", "unequal"])
 @pytest.mark.parametrize("policy", [sn.Batch(), sn.Running(), sn.Frozen()], ids=repr)
 def test_gradcheck(policy: Any, lengths: Any) -> None:
