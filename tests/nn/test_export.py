@@ -81,6 +81,12 @@ def test_export_in_training(policy: sn.Batch) -> None:
         assert exported[name].dtype == buffer.dtype
 
 
+def test_strict_export_in_training() -> None:
+    made, x = network(sn.Steady()), data()
+    program = torch.export.export(copy.deepcopy(made), (x,), strict=True).module()
+    torch.testing.assert_close(program(x), made(x), rtol=1e-5, atol=1e-5)
+
+
 @everywhere
 def test_export_in_inference(policy: sn.Batch) -> None:
     """One operator that runtimes know, with our eps, for any batch size."""
