@@ -275,6 +275,8 @@ def adopt(module: Any, norm: Norm, policy: Policy, synchronize: Synchronize) -> 
     if norm.kind == "other":
         notes += _restructure(module, norm)
     module.__class__ = kind
+    for name in ("num_features", "eps"):
+        setattr(module, name, vars(module)[name])
     module.statistics = policy
     module.activation = None if norm.activation is None else activation_name(norm.activation)
     module.synchronize = synchronize
@@ -335,8 +337,8 @@ def release(module: Any) -> list[str]:
     lazy = kind in (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
     if synchronized and not lazy:
         kind = nn.SyncBatchNorm
-    for name in SETTINGS:
-        delattr(module, name)
+    for name in (*SETTINGS, "_num_features", "_eps"):
+        vars(module).pop(name, None)
     module.__class__ = kind
     if kind is nn.SyncBatchNorm:
         module.process_group = group

@@ -35,7 +35,8 @@ def _for_rebuilding(name: str) -> Any:
         return layer.__dict__[name]
 
     def write(layer: SteadyNorm, value: Any) -> None:
-        layer.__dict__[name] = value
+        # Twice: torch 2.9's compiler takes `__dict__[name]` for the property.
+        layer.__dict__[name] = layer.__dict__[f"_{name}"] = value
 
     return property(read, write)
 
@@ -47,6 +48,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     num_features = _for_rebuilding("num_features")
     eps = _for_rebuilding("eps")
+    _eps: float
 
     def __dir__(self) -> list[str]:
         """What can be read: torch.jit.trace and inspect.getmembers read all of it."""
@@ -161,7 +163,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             bias,
             training,
             self.momentum,
-            self.__dict__["eps"],
+            self._eps,
             num_batches_tracked=batches if tracked else None,
             statistics=self.statistics,
             activation=self.activation if activation is None else activation,

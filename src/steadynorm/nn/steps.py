@@ -55,7 +55,7 @@ class TimeStep(BatchNorm1d):
             bias,
             self.training,
             self.momentum,
-            self.eps,
+            self._eps,
             num_batches_tracked=self.num_batches_tracked,
             statistics=self.statistics,
             activation=activation,
