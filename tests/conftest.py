@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 SLOW = (
     "contract",
     "doctor/report/test_browser.py",
+    "doctor/test_blind.py",
     "doctor/test_gallery.py",
     "doctor/test_keras_live.py",
     "doctor/test_missed.py",

@@ -13,7 +13,6 @@ from steadynorm.doctor.evidence.graph import inside_checkpointing
 from steadynorm.doctor.evidence.training import ChannelReading
 from steadynorm.models.layers import Norm
 from steadynorm.models.observe import input_of, moments_of
-from steadynorm.statistics import pool
 
 # Where the slope of a sigmoid is a twentieth of its largest: s(1 − s) = 1/80.
 STEEP_UNTIL = 4.36
@@ -102,6 +101,9 @@ def _moments(x: Tensor, mask: Tensor | None) -> tuple[Any, Tensor, Tensor, Tenso
     if mask is not None or x.ndim == 2:
         count, mean, var, _ = moments_of(x, mask)
         return count, mean, var, var if mask is None else torch.full_like(var, nan)
-    rows = moments_of(x, None, groups=(1,) * x.shape[0])
-    count, mean, var, _ = pool(rows, xp=torch)
-    return count, mean, var, rows.mean.var(0, correction=0)
+    samples, channels = x.shape[:2]
+    # A sample's channel as a channel of one sample: one look at the input gives both.
+    count, means, within, _ = moments_of(x.reshape(1, samples * channels, *x.shape[2:]), None)
+    means, within = means.view(samples, channels), within.view(samples, channels)
+    of_means = means.var(0, correction=0)
+    return samples * count, means.mean(0), within.mean(0) + of_means, of_means

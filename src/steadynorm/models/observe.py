@@ -65,14 +65,11 @@ def eagerly() -> AbstractContextManager[Any]:
     return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
-def moments_of(x: Tensor, mask: Tensor | None, groups: tuple[int, ...] | None = None) -> Moments:
-    """Moments of one call's input in float64, where the mean needs no second half; a row for each
-    group, where groups of samples are given.
-    """
-    part = stages_for(x).moments(x.detach(), mask=mask, groups=groups)
+def moments_of(x: Tensor, mask: Tensor | None) -> Moments:
+    """Moments of one call's input in float64, where the mean needs no second half."""
+    part = stages_for(x).moments(x.detach(), mask=mask)
     where = float64_device(part.mean)
-    count = torch.as_tensor(part.count, dtype=torch.float64, device=where)
-    count = count.reshape(1 if groups is None else (-1, 1))
+    count = torch.as_tensor(part.count, dtype=torch.float64, device=where).reshape(1)
     mean, low, var = (
         value.to(where, torch.float64) for value in (part.mean, part.mean_low, part.var)
     )

@@ -39,6 +39,15 @@ def _() -> Case:
     return seen(average.eval(), batches())
 
 
+@patient("SN110", "statistics of a checkpoint whose count of batches was lost, momentum=None")
+def _() -> Case:
+    network = trained("convolutional")
+    for norm in norms(network):
+        norm.momentum = None
+        norm.num_batches_tracked.zero_()
+    return seen(network.train(), batches())
+
+
 @patient("SN111", "means and variances as Caffe stores them, in a checkpoint alone")
 def _() -> Case:
     network = trained("convolutional")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
 
-rule = Rule(__name__, __doc__, WARNING, safe=None, explains=("SN301", "SN302"))
+rule = Rule(__name__, __doc__, WARNING, safe=None, explains=("SN301", "SN302", "SN312"))
 
 
 @rule.each_layer
