@@ -132,7 +132,7 @@ class Row(NamedTuple):
     vector: int  # bits of the widest access that the shape allows
 
     def complaints(self) -> list[str]:
-        """Bars that it misses."""
+        """Bars that it misses; a kernel without a loop has fixed work, and only the first."""
         r = self.report
         found = [f"spills {r.spills}"] if r.spills else []
         # Sign bits and masks are bytes.
@@ -141,7 +141,7 @@ class Row(NamedTuple):
             found.append(f"accesses of {sorted(narrow)} bits of {self.vector}")
         if r.hot_barriers and r.loops:
             found.append(f"{r.hot_barriers} barriers in the hot loop")
-        if r.issue_share >= 1:
+        if r.issue_share >= 1 and r.loops:
             found.append(f"issue {r.issue_share:.2f} of memory time")
         return found
 

@@ -68,16 +68,17 @@ class Plan(NamedTuple):
         }  # fmt: skip
         return named | {"FOUR": self.four} if bits else named
 
-    def reduction(self, itemsize: int) -> dict[str, Any]:
-        """The constants of `tile` that a reduction has besides.
+    def reduction(self, itemsize: int, *, light: bool) -> dict[str, Any]:
+        """The constants that a reduction has besides `tile`'s.
 
-        With a limit of its own ptxas spills outside of the loop, or requests half as much before
-        the first use. SP: how many programs' results the last one reads at a time.
+        A `light` loop takes several turns at once, and a limit of registers: with one of its own,
+        ptxas spills beside the loop, or requests half as many bytes before the first use. SP: how
+        many programs' results the last one reads at a time.
         """
-        named: dict[str, Any] = {"UNROLL": 2 if itemsize >= 4 else 4}
+        named: dict[str, Any] = {"UNROLL": (2 if itemsize >= 4 else 4) if light else 1}
         named["SP"] = min(_power(self.parts), max(1, 256 // self.B) if self.last else 256)
-        if torch.version.hip is None:
-            named["maxnreg"] = 72 if self.last else 64
+        if light and torch.version.hip is None:
+            named["maxnreg"] = 80 if self.last else 72
         return named
 
     def sizes(self) -> tuple[int, int, int, int, int]:

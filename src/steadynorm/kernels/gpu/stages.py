@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.spec import Groups, Keep
 from steadynorm.statistics.moments import Moments
 
@@ -86,7 +87,8 @@ def run_moments(
         forward.moments, p, x,
         x, mask, plans.starts(p.groups, x.device), parts,
         None if alone else plans.tickets(p.blocks, x.device), rows, *decided, *p.sizes(),
-        WELFORD=p.four, ALONE=alone, **p.tile(), **p.reduction(x.element_size()), **policy,
+        WELFORD=p.four, ALONE=alone, **p.tile(),
+        **p.reduction(x.element_size(), light=mask is None), **policy,
     )  # fmt: skip
 
 
@@ -168,10 +170,13 @@ class Read:
         """The kernel `reduce_grad`; `finished` are its arguments from `maps` to `rate`."""
         p, x = self.p, self.x
         parts = new_rows(x, 2 * p.parts, p.groups)
+        row = ACTIVATIONS.get(self.activation or "")
+        light = row is None or row.source != "input"  # else z, and often an exponential, of each
         launch(
             backward.reduce_grad, p, x,
             *self.tensors, self.starts, parts, plans.tickets(p.blocks, x.device), rows, sums,
-            *finished, *p.sizes(), p.RB, FIRST=first, **p.reduction(x.element_size()),
+            *finished, *p.sizes(), p.RB, FIRST=first,
+            **p.reduction(x.element_size(), light=light),
             **self.constants(),
         )  # fmt: skip
 
