@@ -46,7 +46,8 @@ test-oldest: constraints.txt  ## the layers on the oldest torch claimed; downloa
 	$(OLDEST)/bin/python -m pip install --quiet 'torch==2.7.*' '.[torch]' pytest hypothesis expecttest
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(OLDEST)/bin/python -m pytest -q \
 	    tests/statistics tests/nn/test_checkpointing.py tests/nn/test_edges.py \
-	    tests/nn/test_policies.py tests/nn/test_names.py tests/nn/test_transforms.py
+	    tests/nn/test_policies.py tests/nn/test_names.py tests/nn/test_transforms.py \
+	    tests/models/surgery/test_convert.py tests/models/test_other_tools.py
 
 lint: $(VENV)/.dev  ## style and layout, nothing changed
 	$(BIN)/ruff check .

@@ -140,7 +140,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation: ActivationName | None = None,
     ) -> Tensor:
         """Normalize `input`; see the class. `activation`: for this call, if the layer has none."""
-        if input.ndim not in self._axes:
+        if input.ndim not in type(self)._axes:
             if _is_traced(input):
                 node: Tensor = _as_one_node(self, input, residual, mask, activation)
                 return node
