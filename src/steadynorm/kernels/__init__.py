@@ -6,11 +6,8 @@ from __future__ import annotations
 def use(backend: str, on: bool = True) -> None:
     """Let `backend` serve the calls that it supports, or, with `on=False`, no call.
 
-    There is one to switch: "gpu", the Triton kernels, off until they have been measured on a
-    device. For the whole process, at once.
-
-    Raises ValueError for any other name. Triton is imported with the first call that the kernels
-    serve; where it cannot be, `steadynorm.kernels.dispatch.explain` says so.
+    For the whole process. There is one to switch: "gpu", the Triton kernels, off until they have
+    been measured; ValueError for any other. Where Triton cannot be imported, `explain` says so.
 
     >>> import steadynorm as sn
     >>> sn.kernels.use("gpu")
