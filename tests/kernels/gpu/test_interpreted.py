@@ -176,6 +176,21 @@ def test_later_backward_passes_move_the_memory_no_further():
     assert torch.equal(tensors.layer.gradient_memory, memory)
 
 
+@pytest.mark.parametrize("split", [None, 2])
+def test_a_channel_whose_gradient_overflowed_keeps_its_memory(split, monkeypatch):
+    case = Case((6, 3, 10), sn.Steady(prior=16, window=16), split=split)
+    monkeypatch.setattr(stages, "planned", cases.cut(case))
+    tensors = Tensors(case)
+    for _ in range(2):
+        before = tensors.layer.gradient_memory.clone()
+        y = tensors.layer(tensors.x.requires_grad_())
+        torch.autograd.grad(y, tensors.x, tensors.grad)
+        tensors.grad[2, 1, 3] = float("inf")
+    moved = (tensors.layer.gradient_memory != before).all(0)
+    assert moved.tolist() == [True, False, True]
+    assert tensors.layer.gradient_memory.isfinite().all()
+
+
 @pytest.mark.parametrize("policy", [sn.Batch(), sn.Steady(prior=16, window=16), sn.Ghost(3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_second_derivatives_are_the_references(layout, policy, gpu, monkeypatch):
