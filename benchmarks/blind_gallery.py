@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # for the networks, which the tests share
 import torch  # noqa: E402
 from rich.progress import track  # noqa: E402
 from tests.doctor.gallery import blind_page  # noqa: E402
-from tests.doctor.gallery.blind import FAULTS  # noqa: E402
+from tests.doctor.gallery.all_faults import FAULTS  # noqa: E402
 from tests.doctor.gallery.blind_trial import healthy_trial, trial  # noqa: E402
 
 

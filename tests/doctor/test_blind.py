@@ -9,7 +9,8 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from tests.doctor.gallery.blind import FAULTS, KINDS
+from tests.doctor.gallery.all_faults import FAULTS
+from tests.doctor.gallery.blind import KINDS
 from tests.doctor.gallery.blind_page import Found, curves, table
 from tests.doctor.gallery.blind_trial import healthy_trial, trial
 from tests.doctor.gallery.page import DOCS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import steadynorm as sn
-from steadynorm.doctor.fixes import Fixed, acts, fix
+from steadynorm.doctor.fixes import ACTS, Fixed, acts, fix
 from steadynorm.doctor.rules import all_rules
+from steadynorm.models.changes import Change
 
 
 def mended(model: nn.Module, *given: object, **named: object) -> Fixed:
@@ -191,3 +193,21 @@ def test_calibration_is_left_where_the_loss_would_rise() -> None:
     (change,) = fixed.changes
     assert change.what == "left"
     assert change.why.startswith("the loss on batches held back rose from ")
+
+
+def test_a_cure_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the cure: the loss of inference before and after decides."""
+
+    def spoil(model: nn.Module, _: object, layers: list[str]) -> Iterator[Change]:
+        with torch.no_grad():
+            model[-1].weight.zero_()  # type: ignore[index]
+        yield Change("dropped", layers[0], "", "", "")
+
+    network = trained("convolutional")
+    network[0].register_parameter("bias", nn.Parameter(torch.zeros(network[0].out_channels)))
+    monkeypatch.setitem(ACTS, "drop_redundant_bias", spoil)
+    fixed = mended(network, batches(), loss=F.cross_entropy)
+    (change,) = fixed.changes
+    assert (change.what, change.where) == ("left", "1")
+    assert change.why.startswith("taken back: the loss of inference rose from ")
+    assert accuracy(fixed.model) == accuracy(network)

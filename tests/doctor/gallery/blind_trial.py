@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from tests.doctor.fixtures.case import Case
-from tests.doctor.gallery.blind import FAULTS, KINDS, Draw, Planted, healthy, sound
+from tests.doctor.gallery.all_faults import FAULTS
+from tests.doctor.gallery.blind import KINDS, Draw, Planted, healthy, sound
 from tests.doctor.gallery.networks import digits
 from tests.doctor.outside import accuracy
 from torch import Tensor, nn
