@@ -44,7 +44,11 @@ def pair(policy: sn.Batch) -> tuple[Twice, Twice]:
 
 def assert_same(plain: Twice, checkpointed: Twice) -> None:
     for name, value in plain.named_buffers():
-        assert torch.equal(checkpointed.get_buffer(name), value), name
+        # To rounding: what may be recomputed runs by stages, what is not in one kernel.
+        close = (
+            {"rtol": 1e-6, "atol": 1e-7} if value.is_floating_point() else {"rtol": 0, "atol": 0}
+        )
+        torch.testing.assert_close(checkpointed.get_buffer(name), value, **close)
     for name, parameter in plain.named_parameters():
         other = checkpointed.get_parameter(name).grad
         assert other is not None

@@ -217,7 +217,10 @@ def _to_torch(name: str, module: nn.Module) -> Change | None:
 
 # --- one layer
 
-SETTINGS = ("statistics", "activation", "synchronize", "nonfinite", "numerics")
+OURS_ALONE = (
+    "statistics", "activation", "synchronize", "nonfinite", "numerics", "_num_features", "_eps",
+)  # fmt: skip
+"""Attributes that torch's layers do not have."""
 
 
 class BatchNorm(ours.SteadyNorm):
@@ -337,7 +340,7 @@ def release(module: Any) -> list[str]:
     lazy = kind in (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
     if synchronized and not lazy:
         kind = nn.SyncBatchNorm
-    for name in (*SETTINGS, "_num_features", "_eps"):
+    for name in OURS_ALONE:
         vars(module).pop(name, None)
     module.__class__ = kind
     if kind is nn.SyncBatchNorm:

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from steadynorm.models.changes import Change, Changes
-from steadynorm.models.convert import SETTINGS, adopt
+from steadynorm.models.convert import OURS_ALONE, adopt
 from steadynorm.models.layers import Norm, describe, named, recognize
 from steadynorm.statistics import Frozen, Policy
 
@@ -92,8 +92,8 @@ def unfreeze(model: Model) -> tuple[Model, Changes]:
             continue
         before = f"{describe(module)}, Frozen()"
         if memory.policy is None:
-            for setting in SETTINGS:
-                delattr(module, setting)
+            for attribute in OURS_ALONE:
+                vars(module).pop(attribute, None)
             module.__class__ = memory.kind
         else:
             module.statistics = memory.policy  # type: ignore[assignment]

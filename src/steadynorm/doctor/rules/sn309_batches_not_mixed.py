@@ -29,7 +29,7 @@ def scatter_limit(batches: int) -> float:
     """χ²/k, k = batches - 1, that one in 5,000 exceeds, after Wilson and Hilferty.
 
     >>> round(scatter_limit(8), 1), round(scatter_limit(32), 1)
-    (4.1, 2.1)
+    (4.1, 2.2)
     """
     spread = 2 / (9 * (batches - 1))
     return float((1 - spread + 3.54 * spread**0.5) ** 3)
