@@ -92,7 +92,7 @@ $(TRITON)/.done: constraints.txt pyproject.toml
 	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(TRITON)/bin/python -m pip install --quiet --constraint constraints.txt \
-	    --editable '.[gpu]' triton pytest pytest-xdist
+	    --editable '.[torch]' triton pytest pytest-xdist
 	@touch $@
 
 attack: $(VENV)/.dev  ## break the promises of docs/promises.md, for at most 10 minutes
