@@ -57,10 +57,11 @@ PARTS = {
     "present": "M and R without the present batch",
     "averages": "averages instead of the regression",
     "samples": "the share counts positions",
-    "single": "a step for each sample",
-    "clipped": "a step for each sample, each clipped",
+    "single": "a step for each sample, a quarter of the digits",
+    "clipped": "the same, the gradient clipped in each step",
 }
-ONLY = {"samples": (CONV,), "single": (FLAT, CONV), "clipped": (FLAT, CONV)}
+ONLY = {"samples": (CONV,), "single": (CONV,), "clipped": (CONV,)}
+BY_SAMPLE = ("single", "clipped")
 DEFAULT = (TWO_WAY.prior, TWO_WAY.horizon, TWO_WAY.window)
 SWEPT = (
     *((16, 640, window) for window in (4, 64, 640)),
@@ -129,11 +130,11 @@ def settings(
     samples: int, networks: int, parts: tuple[str, ...], swept: tuple[tuple[float, ...], ...]
 ) -> list[Setting]:
     """`Batch` at 64, the parts at the defaults, and the whole at other settings."""
-    common = {"samples": samples, "networks": networks}
     cells = [("batch", SAMPLES, DEFAULT)]
     cells += [(part, 1, DEFAULT) for part in parts] + [("whole", 1, values) for values in swept]
     return [
-        {"network": network, "part": part, "batch": batch, **common}
+        {"network": network, "part": part, "batch": batch, "networks": networks}
+        | {"samples": samples // 4 if part in BY_SAMPLE else samples}
         | dict(zip(("prior", "horizon", "window"), values, strict=True))
         for network in NETWORKS
         for part, batch, values in cells
@@ -149,7 +150,7 @@ SETTINGS: dict[Profile, list[Setting]] = {
 
 def recipe(setting: Setting) -> Recipe:
     """Steps of 64 samples, or of one."""
-    if setting["part"] in ("single", "clipped"):
+    if setting["part"] in BY_SAMPLE:
         clip = 5.0 if setting["part"] == "clipped" else None
         return Recipe(1, setting["samples"], clip=clip, points=1)
     return batch_of_one.recipe(setting)
