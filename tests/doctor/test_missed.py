@@ -119,6 +119,23 @@ def test_a_norm_along_the_positions_of_a_transformer() -> None:
     assert of(report, "SN311") == []
 
 
+@pytest.mark.parametrize("mode", ["common_channel", "mix_channel"])
+def test_a_network_that_mixes_one_axis_after_the_other_is_left_alone(mode: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.PatchTSMixerConfig(
+        context_length=32, prediction_length=8, num_input_channels=3, patch_length=4,
+        patch_stride=4, d_model=8, num_layers=2, norm_mlp="BatchNorm", mode=mode,
+    )  # fmt: skip
+    model = transformers.PatchTSMixerForPrediction(config)
+    given = [
+        {"past_values": torch.randn(16, 32, 3), "future_values": torch.randn(16, 8, 3)}
+        for _ in range(8)
+    ]
+    assert of(sn.diagnose(model, given), "SN311") == []
+
+
 def test_a_norm_along_the_rows_of_pictures_with_channels_last() -> None:
     import transformers
 

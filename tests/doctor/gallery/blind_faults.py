@@ -56,7 +56,7 @@ def _(draw: Draw) -> Planted:
     return seen(network, len(chosen) / len(var))
 
 
-@fault("SN104", "weights before a norm shrunk until eps decides", "factor, powers of ten")
+@fault("SN104", "weights shrunk until eps decides", "factor, powers of ten")
 def _(draw: Draw) -> Planted:
     network, power = draw.network(), -1 - 4 * draw.strength
     conv, norm = draw.one(hosts(network))

@@ -11,7 +11,7 @@ from tests.doctor.gallery.blind_trial import Trial
 from tests.doctor.gallery.page import DOCS, replace, where_and_when
 
 COSTLY = 0.02
-COLUMNS, WIDTH, HEIGHT = 4, 220, 150
+COLUMNS, WIDTH, HEIGHT = 4, 230, 170
 
 
 class Found(NamedTuple):
@@ -74,7 +74,7 @@ def table(found: Found) -> str:
 
 def curves(found: Found) -> str:
     """A small picture for each fault that has a strength: named first (top) or not (bottom) against
-    strength, and the share among neighbours as a line.
+    strength, and the share among three neighbours as a line.
     """
     groups = [(n, g) for n, g in by_fault(found).items() if g[0]["unit"]]
     rows = -(-len(groups) // COLUMNS)
@@ -83,7 +83,7 @@ def curves(found: Found) -> str:
         f'{rows * HEIGHT + 24}" font-family="sans-serif" font-size="10">',
         '<rect width="100%" height="100%" fill="white"/>',
         '<text x="8" y="14">Named first (1) or not (0); filled: the fault costs 2 points of '
-        "accuracy or more; line: share among five neighbours</text>",
+        "accuracy or more; line: share among three neighbours</text>",
     ]
     for number, (name, group) in enumerate(groups):
         left, top = number % COLUMNS * WIDTH, number // COLUMNS * HEIGHT + 24
@@ -99,18 +99,18 @@ def _panel(name: str, group: list[Trial]) -> str:
         return 28 + (WIDTH - 44) * (amount - low) / ((high - low) or 1)
 
     def y(value: float) -> float:
-        return HEIGHT - 34 - (HEIGHT - 66) * value
+        return HEIGHT - 52 - (HEIGHT - 94) * value
 
     parts = [
         f'<text x="28" y="12" font-weight="bold">{group[0]["code"]}</text>'
-        f'<text x="66" y="12">{escape(name[:30])}</text>'
+        f'<text x="28" y="25">{escape(name)}</text>'
     ]
     parts += [
         f'<line x1="24" x2="{WIDTH - 12}" y1="{y(value)}" y2="{y(value)}" stroke="#ccc"/>'
         f'<text x="12" y="{y(value) + 3}">{value}</text>'
         for value in (0, 1)
     ]
-    near = [group[max(0, min(i - 2, len(group) - 5)) :][:5] for i in range(len(group))]
+    near = [group[max(0, i - 1) : i + 2] for i in range(len(group))]
     points = [
         f"{x(t['amount']):.1f},{y(sum(map(first, some)) / len(some)):.1f}"
         for t, some in zip(group, near, strict=True)
@@ -125,9 +125,9 @@ def _panel(name: str, group: list[Trial]) -> str:
             f'fill="{fill}" stroke="#00796b"/>'
         )
     parts.append(
-        f'<text x="28" y="{HEIGHT - 14}">{low:.3g}</text>'
-        f'<text x="{WIDTH - 16}" y="{HEIGHT - 14}" text-anchor="end">{high:.3g}</text>'
-        f'<text x="{WIDTH / 2 + 6}" y="{HEIGHT - 14}" text-anchor="middle">'
+        f'<text x="28" y="{HEIGHT - 36}">{low:.3g}</text>'
+        f'<text x="{WIDTH - 16}" y="{HEIGHT - 36}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{WIDTH / 2 + 6}" y="{HEIGHT - 22}" text-anchor="middle">'
         f"{escape(group[0]['unit'])}</text>"
     )
     return "".join(parts)
@@ -135,7 +135,9 @@ def _panel(name: str, group: list[Trial]) -> str:
 
 def write(found: Found) -> None:
     """Table and curves into docs/."""
-    text = f"{where_and_when('blind_gallery.py')}\n\n{table(found)}"
+    draws = len(found.faults) // max(len(by_fault(found)), 1)
+    command = f"blind_gallery.py --draws {draws} --healthy {len(found.healthy)}"
+    text = f"{where_and_when(command)}\n\n{table(found)}"
     replace("blind", text, DOCS / "blind_gallery.md")
     picture: Path = DOCS / "images" / "blind_gallery.svg"
     picture.write_text(curves(found), encoding="utf-8")

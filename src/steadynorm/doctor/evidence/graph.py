@@ -101,26 +101,28 @@ def _facts(
     }
 
 
-def _channel_axis(node: Node) -> int | None:
-    """Where the channels of the layer that made these values lie in them; None if not known."""
-    while node.shape is not None:
-        last = len(node.shape) - 1
-        if node.module is not None and is_host(node.module):
-            return channel_axis(node.module, last + 1)
-        if node.module is not None and recognize(node.module) is not None:
-            return 1
-        if isinstance(node.module, nn.RNNBase) or _operator(node) in FEATURES_LAST:
-            return last
-        source = next(iter(node.inputs), None)
-        if source is None:
-            return None
-        if node.axes is not None:
-            before = _channel_axis(source)
-            return None if before is None else node.axes.get(before)
-        if source.shape != node.shape or not (_operator(node) in BY_ELEMENT or node.module):
-            return None
-        node = source
-    return None
+def _channel_axis(node: Node, depth: int = 50) -> int | None:
+    """Where the channels of the layers that made these values lie in them; None if that is not
+    known, or if the layers whose results were added up do not agree, as where axes are mixed in
+    turn. `depth`: how many operators it looks back.
+    """
+    if node.shape is None or not depth:
+        return None
+    last = len(node.shape) - 1
+    if node.module is not None and is_host(node.module):
+        return channel_axis(node.module, last + 1)
+    if node.module is not None and recognize(node.module) is not None:
+        return 1
+    if isinstance(node.module, nn.RNNBase) or _operator(node) in FEATURES_LAST:
+        return last
+    if node.axes is not None and node.inputs:
+        before = _channel_axis(node.inputs[0], depth - 1)
+        return None if before is None else node.axes.get(before)
+    if not (node.module or _operator(node) in BY_ELEMENT):
+        return None
+    alike = (source for source in node.inputs if source.shape == node.shape)
+    axes = {_channel_axis(source, depth - 1) for source in alike}
+    return axes.pop() if len(axes) == 1 else None
 
 
 def _neighbour(node: Node, modules: dict[str, nn.Module]) -> Neighbour:

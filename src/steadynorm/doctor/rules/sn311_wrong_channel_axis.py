@@ -7,7 +7,7 @@ scales, sequences of another length cannot be run, and folding is impossible. No
 the sizes agree.
 
 When: The graph of calls shows which layer made the input, through operators that rearrange or act
-by element, and its channels lie on another axis than 1: a warning. Where the maker is not known and
+by element, and its channels lie on another axis than 1: a warning. Where that is not known and
 the input has three axes: information if the means along another axis hold ten times as large a
 share of the variance as those along axis 1, and at least a fifth; standardized inputs show nothing.
 
