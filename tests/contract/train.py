@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from steadynorm.models.checkpoints import convert_settings, convert_weights
+from steadynorm.statistics import Steady
 
 RATE, MOMENTUM, EPS, BATCH = 0.1, 0.2, 1e-3, 32
 NORMS, LINEARS = ("1", "3"), ("0", "2", "4")
@@ -20,7 +21,9 @@ Arrays = dict[str, np.ndarray]
 
 def settings(framework: str, statistics: str) -> list[dict[str, Any]]:
     shared = convert_settings({"momentum": MOMENTUM, "eps": EPS}, "torch", framework).values
-    return [{**shared, "statistics": statistics, "activation": a} for a in ("tanh", None)]
+    # One-way, as it is in JAX and TensorFlow: the memory of the gradient is torch's alone.
+    policy = Steady(window=None) if statistics == "steady" else statistics
+    return [{**shared, "statistics": policy, "activation": a} for a in ("tanh", None)]
 
 
 def norms(weights: Arrays, source: str, target: str, statistics: str) -> Arrays:

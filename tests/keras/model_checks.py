@@ -12,6 +12,7 @@ import pytest
 from tests.keras.layer_checks import POLICIES, Layer, array, draw
 
 from steadynorm.keras import BatchNormalization, convert
+from steadynorm.statistics import policy_from
 
 # Keras's variables have NumPy's old `__array__`, without `copy`.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -47,7 +48,7 @@ def test_files_round_trip(policy: str, tmp_path: Path) -> None:
     again = keras.models.load_model(tmp_path / "model.keras")
     layer = again.layers[1]
     assert type(layer) is BatchNormalization
-    assert layer.statistics == POLICIES[policy]
+    assert layer.statistics == policy_from(policy)
     assert layer.nonfinite == "skip"
     np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
     if policy == "steady":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -64,7 +65,9 @@ def test_a_replica_that_died_ends_the_others(death: str, tmp_path: Path) -> None
     assert time.monotonic() - begin < TIMEOUT
     assert replicas[1].returncode == 9
     for rank in (0, 2):
-        assert replicas[rank].returncode == 1
+        # After the error, gloo's threads may end the process with "terminate called without an
+        # active exception" (seen with torch 2.13 on a busy machine).
+        assert replicas[rank].returncode in (1, -signal.SIGABRT)
         assert (
             "RuntimeError: BatchNorm1d: `synchronize`: the exchange of statistics with the other "
             "replicas failed: another replica stopped, or did not reach this layer in time. Look "
