@@ -71,7 +71,7 @@ def _beside(module: nn.Module, same: Sequence[nn.Module]) -> nn.Module | None:
 
 
 def _joined(tensors: Sequence[Tensor | nn.Module]) -> nn.Parameter:
-    return nn.Parameter(torch.cat([t.detach() for t in tensors]))  # type: ignore[operator, misc]
+    return nn.Parameter(torch.cat([t.detach() for t in tensors]))  # type: ignore[operator]
 
 
 def train(

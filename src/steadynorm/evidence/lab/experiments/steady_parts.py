@@ -25,7 +25,6 @@ from steadynorm.evidence.lab.experiments.batch_of_one import (
     DEEP,
     FLAT,
     SAMPLES,
-    TWO_WAY,
     cell,
     each,
     is_lost,
@@ -62,7 +61,7 @@ PARTS = {
 }
 ONLY = {"samples": (CONV,), "single": (CONV,), "clipped": (CONV,)}
 BY_SAMPLE = ("single", "clipped")
-DEFAULT = (TWO_WAY.prior, TWO_WAY.horizon, TWO_WAY.window)
+DEFAULT: tuple[float, ...] = (16, 640, 16)  # prior, horizon, window
 SWEPT = (
     *((16, 640, window) for window in (4, 64, 640)),
     *((prior, 640, 16) for prior in (2, 64)),
@@ -230,7 +229,7 @@ def figures(runs: Runs) -> Figures:
             settled = ", ".join(f"{value:g}" for value in values)
             rows.append([settled, *cells("whole", values), f"{ratio:.2f}, {worst}", str(lost)])
         head = ["prior, horizon, window", *networks, "worst ratio to Batch at 64", "seeds lost"]
-        bold = [swept.index(DEFAULT)]
+        bold = [index for index, values in enumerate(swept) if values == DEFAULT]
         title = "Error at a batch of one, %, by Steady's settings"
         tables.append(Table(title, head, rows, note=NOTE, emphasis=bold))
     return Figures(tables)
