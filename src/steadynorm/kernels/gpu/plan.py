@@ -81,6 +81,13 @@ class Plan(NamedTuple):
             named["maxnreg"] = 80 if self.last else 72
         return named
 
+    def held(self) -> dict[str, Any]:
+        """The constants that the forward of a channel held in registers has besides `tile`'s.
+
+        A limit of registers: without one ptxas spills for sm_100, with it for no target.
+        """
+        return {"maxnreg": 168} if torch.version.hip is None else {}
+
     def sizes(self) -> tuple[int, int, int, int, int]:
         """N, C, LV, SR and SQ."""
         return self.rows, self.channels, self.columns // self.VEC, self.SR, self.SQ

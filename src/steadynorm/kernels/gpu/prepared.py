@@ -113,7 +113,7 @@ def forward(call: Call) -> tuple[Tensor, Packed]:
             launch(
                 visit.normalize, p, x, x, residual, mask, y, signs, plans.tickets(1, x.device),
                 rows, *parameters, call.eps, *numbers, *p.sizes()[:3], ACT=call.activation,
-                **constants, **p.tile(bits=True),
+                **constants, **p.held(), **p.tile(bits=True),
             )  # fmt: skip
         else:
             run_moments(x, p, rows, mask, *parameters, call.eps, *numbers, **constants)
