@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.doctor.gallery.networks import digits, fit
+from tests.doctor.gallery.networks import Before, digits, fit
 from tests.doctor.outside import (
     Logits,
     accuracy,
@@ -43,18 +43,6 @@ def of(report: Report, code: str) -> list[Finding]:
 def read_digits(model: nn.Module, **settings: Any) -> nn.Module:
     settings = {"steps": 60, "rate": 5e-3, **settings}
     return fit(model, source=large(batches(32)) * 3, **settings)
-
-
-class Before(nn.Module):
-    """A function straight before a batch norm."""
-
-    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], norm: nn.Module) -> None:
-        super().__init__()
-        self.function, self.norm = function, norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.function(self, x))
-        return out
 
 
 def with_function(number: int, function: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:

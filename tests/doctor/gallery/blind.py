@@ -169,18 +169,6 @@ def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-class Before(nn.Module):
-    """A function of the input straight before a norm."""
-
-    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], norm: nn.Module) -> None:
-        super().__init__()
-        self.function, self.norm = function, norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.function(self, x))
-        return out
-
-
 def sound(number: int) -> Case:
     """A healthy network, trained at random settings, shown with and without a loss."""
     chance = torch.Generator().manual_seed(number)

@@ -7,7 +7,6 @@ import copy
 import torch
 from tests.doctor.fixtures.case import Case
 from tests.doctor.gallery.blind import (
-    Before,
     Draw,
     Planted,
     fault,
@@ -18,7 +17,7 @@ from tests.doctor.gallery.blind import (
     train,
     untrained,
 )
-from tests.doctor.gallery.networks import endless
+from tests.doctor.gallery.networks import Before, endless
 from tests.doctor.outside import by_class, data, norms
 from torch import Tensor, nn
 from torch.nn import functional as F

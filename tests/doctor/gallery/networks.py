@@ -98,3 +98,15 @@ def norms(network: nn.Module) -> list[Any]:
 def accuracy(network: nn.Module) -> float:
     """Of inference on the test digits."""
     return training.inference_accuracy(network, *digits()[2:])
+
+
+class Before(nn.Module):
+    """A function of the input straight before a norm."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], norm: nn.Module) -> None:
+        super().__init__()
+        self.function, self.norm = function, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.function(self, x))
+        return out

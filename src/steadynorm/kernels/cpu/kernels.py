@@ -13,6 +13,7 @@ from steadynorm.kernels.spec import Keep
 from .activations import CODES
 from .backward import backward
 from .forward import forward
+from .readable import name_of
 from .runtime import Kernel, compile_kernel
 
 SCALARS = {
@@ -20,11 +21,6 @@ SCALARS = {
     torch.float64: (np.float64, np.float64),
     torch.bfloat16: (np.uint16, np.float32),  # by its bits
 }
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """`float32` of `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 @cache

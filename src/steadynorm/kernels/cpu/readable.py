@@ -11,6 +11,11 @@ PLAIN: frozenset[Any] = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 STRIDED = torch.strided
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def readable(t: Tensor) -> bool:
     """Whether it is sure to be: a plain strided tensor in this machine's memory."""
     return t.__class__ in PLAIN and t.is_cpu and not t.is_neg() and t.layout is STRIDED

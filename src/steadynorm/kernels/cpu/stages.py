@@ -18,7 +18,8 @@ from steadynorm.kernels.spec import Groups, Keep, statistics_dtype
 from steadynorm.statistics.moments import Moments
 
 from . import loops
-from .kernels import SCALARS, backward_kernel, forward_kernel, gradient_options, name_of
+from .kernels import SCALARS, backward_kernel, forward_kernel, gradient_options
+from .readable import name_of
 from .signs import empty_signs, outputs_for
 from .slabs import MOMENTS, alike, given, per_channel, residual_alike, shape_of, slabs
 

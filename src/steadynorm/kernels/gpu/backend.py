@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.cpu.readable import PLAIN
+from steadynorm.kernels.cpu.readable import PLAIN, name_of
 from steadynorm.kernels.reference.closed_form import ClosedForm
 from steadynorm.kernels.spec import HALF, Call, Gradients, Packed, Saved
 
@@ -71,7 +71,7 @@ class GpuKernels(ClosedForm):
     def _unsupported(self, call: Call) -> str | None:
         x, residual, mask = call.x, call.residual, call.mask
         if x.dtype not in TYPES:
-            return f"the input is {_name(x.dtype)}, not float32, float16 or bfloat16"
+            return f"the input is {name_of(x.dtype)}, not float32, float16 or bfloat16"
         if not x.numel():
             return "the input is empty"
         if x.is_cuda and torch.version.hip is None:
@@ -79,17 +79,17 @@ class GpuKernels(ClosedForm):
             if major < 8:
                 return f"the device has compute capability {major}.{minor}, less than 8.0"
         if residual is not None and residual.dtype is not x.dtype:
-            return f"the residual is {_name(residual.dtype)}, the input {_name(x.dtype)}"
+            return f"the residual is {name_of(residual.dtype)}, the input {name_of(x.dtype)}"
         if mask is not None and mask.shape != (*x.shape[:1], *x.shape[2:]):
             return "every channel has its own valid positions"
         for name in ("weight", "bias", "running_mean", "running_var"):
             t = getattr(call, name)
             allowed = TYPES if name in {"weight", "bias"} else TYPES[:1]
             if t is not None and (t.dtype not in allowed or not t.is_contiguous()):
-                return f"`{name}` is {_name(t.dtype)}, or not contiguous"
+                return f"`{name}` is {name_of(t.dtype)}, or not contiguous"
         batches = call.num_batches_tracked
         if batches is not None and batches.dtype is not torch.int64:
-            return f"`num_batches_tracked` is {_name(batches.dtype)}, not int64"
+            return f"`num_batches_tracked` is {name_of(batches.dtype)}, not int64"
         plan = self.stages.planned(x, call.groups)
         return plan if plan.__class__ is str else None
 
@@ -114,10 +114,6 @@ class GpuKernels(ClosedForm):
             return super().unpack(saved)
         expanded: Saved = self.prepared.unpack(tensors, rest)
         return expanded
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 GPU = GpuKernels("gpu", None, compiled=True)
