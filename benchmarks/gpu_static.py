@@ -28,7 +28,7 @@ from benchmarks.machine_code import CHIPS, TARGETS, Launch, Report, processes, r
 from steadynorm.evidence.bench.workloads import RESNET50
 from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.gpu import plan as plans
-from steadynorm.kernels.gpu import prepared, stages
+from steadynorm.kernels.gpu import prepared, replay
 from steadynorm.kernels.spec import Call, Memory
 from steadynorm.statistics import Batch, Ghost, Policy, Renorm, Running, Steady
 
@@ -112,15 +112,14 @@ def record(config: Config) -> list[Launch]:
         memory=Memory(torch.empty(2, c, device="meta")) if getattr(policy, "window", 0) else None,
     )  # fmt: skip
     call.gradient = True
-    kept = stages.launch, plans.multiprocessors
-    stages.launch = prepared.launch = launch
+    kept = replay.launch, plans.multiprocessors
+    replay.launch = launch
     plans.multiprocessors = lambda device: MULTIPROCESSORS
     try:
         y, saved = prepared.forward(call)
         prepared.backward(saved, torch.empty_like(y), (True, True, True, config.residual))
     finally:
-        stages.launch = prepared.launch = kept[0]
-        plans.multiprocessors = kept[1]
+        replay.launch, plans.multiprocessors = kept
     return launched
 
 

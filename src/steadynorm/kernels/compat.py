@@ -37,6 +37,14 @@ is_transforming: Callable[[], bool] = getattr(
 # The backward pass that this thread runs, -1 for none: how a recomputation is told apart.
 graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
+# A device's current stream, as Triton asks for it; `torch.cuda.current_stream` makes an object
+# for it, which costs ten times as much.
+raw_stream: Callable[[int], int] = getattr(
+    torch._C,
+    "_cuda_getCurrentRawStream",
+    lambda device: torch.cuda.current_stream(device).cuda_stream,
+)
+
 # The hooks on saved tensors, under which activation checkpointing runs its first forward.
 # torch 2.7 cannot be asked: perhaps.
 _saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)

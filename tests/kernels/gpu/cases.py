@@ -18,7 +18,9 @@ from steadynorm.kernels.gpu import stages
 from steadynorm.kernels.spec import Keep
 
 GRADIENT_BAR = 1e-6
-NO_LAUNCH = {"empty", "empty_strided", "empty_like", "detach", "view", "expand", "alias"}
+NO_LAUNCH = {
+    "empty", "empty_strided", "empty_like", "detach", "view", "expand", "alias", "permute",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """The GPU kernels compiled for devices that are not here, and what their machine code tells."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
 from benchmarks import gpu_static
 from benchmarks.gpu_static import Config, compile_all, record
 from benchmarks.machine_code import TARGETS, Report, releases_partials
+
+import steadynorm as sn
+from steadynorm.kernels import compat
+from steadynorm.kernels.gpu import prepared
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +71,87 @@ def test_a_launch_is_specialized_as_triton_does():
 def test_what_was_pinned():
     assert triton.__version__ == "3.7.1", "the one that torch 2.13 ships with"
     assert torch.__version__.startswith("2.13")
+
+
+# Launches, by a driver that notes them ------------------------------------------------------------
+
+
+class Driver:
+    """Of a device that is not here: compiled kernels are loaded and launched in name alone."""
+
+    def __init__(self):
+        self.launched = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (1, 1, 32, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 232448},
+        )
+
+    def launcher_cls(self, source, _):
+        """What launches one compiled kernel: notes its arguments by name."""
+        names, noted = source.fn.arg_names, self.launched
+
+        def launch(x, y, z, stream, function, *rest):
+            noted.append((source.fn.__name__, (x, y, z), dict(zip(names, rest[4:], strict=True))))
+
+        return launch
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _):
+        return 0
+
+    def get_current_target(self):
+        return TARGETS["sm_90"]
+
+
+@pytest.fixture
+def driver(gpu, monkeypatch):
+    """Triton's driver, and the kernels for tensors in this machine's memory."""
+    noting = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", noting)
+    monkeypatch.setattr(compat, "raw_stream", lambda _: 0)
+    monkeypatch.setattr(prepared, "_kinds", {})
+    return noting
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 16, 16), (2, 32, 7, 7)], ids=["in parts", "whole"])
+@pytest.mark.parametrize("policy", [sn.Batch(), sn.Steady(), sn.Ghost(1)], ids=str)
+def test_a_step_repeats_the_launches_of_the_first_with_its_own_addresses(driver, policy, shape):
+    layer = sn.BatchNorm2d(shape[1], activation="relu", statistics=policy)
+    steps = []
+    for _ in range(3):
+        x, residual = (torch.randn(shape, requires_grad=True) for _ in range(2))
+        grad = torch.randn(shape)
+        y = layer(x, residual=residual)
+        found = torch.autograd.grad(y, [x, residual, layer.weight, layer.bias], grad)
+        given = {"x": x, "residual": residual, "grad": grad, "y": y, "weight": layer.weight}
+        given |= dict(zip(("dx", "dresidual", "dweight", "dbias"), found, strict=True))
+        given |= {"bias": layer.bias, "state": layer._buffers.get("gradient_memory")}
+        given |= {n: getattr(layer, n) for n in ("running_mean", "running_var")}
+        steps.append(({k: t for k, t in given.items() if t is not None}, driver.launched[:]))
+        driver.launched.clear()
+    assert all(isinstance(launch[2]["x"], torch.Tensor) for launch in steps[0][1])
+    for given, launched in steps[1:]:
+        for (kernel, grid, arguments), first in zip(launched, steps[0][1], strict=True):
+            assert (kernel, grid) == first[:2]
+            for name, value in arguments.items():
+                before = first[2][name]
+                if name in given and value is not None:
+                    assert value == given[name].data_ptr(), f"{kernel}: {name}"
+                elif isinstance(before, torch.Tensor):
+                    assert value % 16 == 0
+                else:
+                    assert value == before, f"{kernel}: {name}"
+
+
+def test_an_address_that_is_not_aligned_is_left_to_triton(driver):
+    layer = sn.BatchNorm2d(32)
+    layer(torch.randn(2, 32, 7, 7))
+    x = torch.randn(2 * 32 * 49 + 1)[1:].view(2, 32, 7, 7)
+    assert x.data_ptr() % 16
+    for _ in range(2):
+        layer(x)
+    layer(torch.randn(2, 32, 7, 7))
+    kinds = [type(launch[2]["x"]) for launch in driver.launched]
+    assert kinds == [torch.Tensor, torch.Tensor, torch.Tensor, int]

@@ -147,7 +147,7 @@ FAULTS = [
     ("backward", "flowing = tl.where(valid, flowing, 0.0)", "pass", MASKED),
     ("visit", "valid = valid_at(mask, n, columns, ok, r < N, LV, VEC, LAST)", "valid = ok", HELD),
     ("visit", "flowing = tl.where(valid, flowing, 0.0)", "pass", HELD),
-    ("visit", "comes_last(tickets, tl.num_programs(0) - 1)", "(block == 0)", HELD),
+    ("visit", "comes_last(tickets, tl.num_programs(0) - 1)", "(block == 0)", STEADY),
     ("backward", 'if KEPT == "signs":', 'if KEPT == "none":', PLAIN),
 ]  # fmt: skip
 NOTICED = r"(?i)race|outside|error \d|error nan|ticket|assert"

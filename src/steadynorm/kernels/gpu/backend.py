@@ -6,6 +6,9 @@ on one: so they serve only after `steadynorm.kernels.use("gpu")`.
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from steadynorm.kernels.cpu.readable import PLAIN, name_of
 from steadynorm.kernels.reference.closed_form import ClosedForm
-from steadynorm.kernels.spec import HALF, Call, Gradients, Packed, Saved
+from steadynorm.kernels.spec import HALF, Call, Gradients, Groups, Packed, Saved
 
 TYPES = (torch.float32, *HALF)
 NOT_ON_A_GPU = "the input is not on a GPU"
@@ -54,44 +57,40 @@ class GpuKernels(ClosedForm):
 
     def _unreadable(self, call: Call) -> str | None:
         """Whether every tensor is nothing but memory on the input's device."""
-        names = ("x", "weight", "bias", "residual", "mask", "running_mean", "running_var",
-                 "num_batches_tracked")  # fmt: skip
-        for name in names:
-            t = getattr(call, name)
-            if t is None:
+        device = call.x.device
+        for t in (call.x, call.weight, call.bias, call.residual, call.mask, call.running_mean,
+                  call.running_var, call.num_batches_tracked):  # fmt: skip
+            if t is None or (
+                t.__class__ in PLAIN
+                and t.device == device
+                and t.layout is torch.strided
+                and not t.is_neg()
+            ):
                 continue
+            name = _name(call, t)
             if t.__class__ not in PLAIN:
                 return f"`{name}` is a {t.__class__.__name__}"
-            if t.layout is not torch.strided or t.is_neg():
-                return f"`{name}` is not plain memory"
-            if t.device != call.x.device:
-                return f"`{name}` is on {t.device}, the input on {call.x.device}"
+            if t.device != device:
+                return f"`{name}` is on {t.device}, the input on {device}"
+            return f"`{name}` is not plain memory"
         return None
 
     def _unsupported(self, call: Call) -> str | None:
         x, residual, mask = call.x, call.residual, call.mask
-        if x.dtype not in TYPES:
-            return f"the input is {name_of(x.dtype)}, not float32, float16 or bfloat16"
-        if not x.numel():
-            return "the input is empty"
-        if x.is_cuda and torch.version.hip is None:
-            major, minor = torch.cuda.get_device_capability(x.device)
-            if major < 8:
-                return f"the device has compute capability {major}.{minor}, less than 8.0"
         if residual is not None and residual.dtype is not x.dtype:
             return f"the residual is {name_of(residual.dtype)}, the input {name_of(x.dtype)}"
         if mask is not None and mask.shape != (*x.shape[:1], *x.shape[2:]):
             return "every channel has its own valid positions"
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            t = getattr(call, name)
-            allowed = TYPES if name in {"weight", "bias"} else TYPES[:1]
-            if t is not None and (t.dtype not in allowed or not t.is_contiguous()):
-                return f"`{name}` is {name_of(t.dtype)}, or not contiguous"
+        for t in (call.weight, call.bias):
+            if t is not None and not (t.dtype in TYPES and t.is_contiguous()):
+                return f"`{_name(call, t)}` is {name_of(t.dtype)}, or not contiguous"
+        for t in (call.running_mean, call.running_var):
+            if t is not None and not (t.dtype is torch.float32 and t.is_contiguous()):
+                return f"`{_name(call, t)}` is {name_of(t.dtype)}, or not contiguous"
         batches = call.num_batches_tracked
         if batches is not None and batches.dtype is not torch.int64:
             return f"`num_batches_tracked` is {name_of(batches.dtype)}, not int64"
-        plan = self.stages.planned(x, call.groups)
-        return plan if plan.__class__ is str else None
+        return _unplanned(x.shape, x.stride(), x.dtype, x.device, call.groups)
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """With the decision in the kernel where the policy alone takes it, else by stages."""
@@ -102,7 +101,7 @@ class GpuKernels(ClosedForm):
 
     def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         """The gradients in closed form."""
-        if not hasattr(saved[1], "plan"):
+        if not hasattr(saved[1], "kind"):
             return super().backward(saved, grad, needs)
         gradients: Gradients = self.prepared.backward(saved, grad, needs)
         return gradients
@@ -110,10 +109,35 @@ class GpuKernels(ClosedForm):
     def unpack(self, saved: Packed) -> Saved:
         """What `forward` left, in full."""
         tensors, rest = saved
-        if not hasattr(rest, "plan"):
+        if not hasattr(rest, "kind"):
             return super().unpack(saved)
         expanded: Saved = self.prepared.unpack(tensors, rest)
         return expanded
+
+
+def _name(call: Call, tensor: Tensor) -> str:
+    """Which argument of a call the tensor is."""
+    return next(f.name for f in fields(Call) if getattr(call, f.name, None) is tensor)
+
+
+@lru_cache(maxsize=4096)
+def _unplanned(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+    groups: Groups,
+) -> str | None:  # fmt: skip
+    """Why there is no plan for such an input."""
+    if dtype not in TYPES:
+        return f"the input is {name_of(dtype)}, not float32, float16 or bfloat16"
+    if not math.prod(shape):
+        return "the input is empty"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"the device has compute capability {major}.{minor}, less than 8.0"
+    from . import plan as plans
+
+    found = plans.plan(shape, strides, dtype.itemsize, groups, plans.multiprocessors(device))
+    return found if isinstance(found, str) else None
 
 
 GPU = GpuKernels("gpu", None, compiled=True)

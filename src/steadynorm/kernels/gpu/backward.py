@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .activations import through
 from .lanes import gather_sums
-from .policies import CENTER, SCALE, SHIFT, finish_gradient, row
+from .policies import CENTER, SCALE, SHIFT, finish_gradient, gradient_facts, row
 from .tiles import (
     bits_at,
     channels_of,
@@ -91,13 +91,15 @@ def reduce_grad(grad, x, extra, signs, starts, parts, tickets, rows, sums, maps,
         by_weight = tl.zeros((WIDTH,), tl.float32)
         by_bias = tl.zeros((WIDTH,), tl.float32)
         for g in tl.range(0, G):
+            if sums is None:
+                facts = gradient_facts(rows, g, G, c, inside, C)
             s1, s2 = gather_sums(parts, g, G, S, c, C, SP, WIDTH)
             if sums is not None:
                 tl.store(sums + g * C + c, s1, mask=inside)
                 tl.store(sums + (G + g) * C + c, s2, mask=inside)
             else:
                 a, b, slope, constant = finish_gradient(
-                    s1, s2, rows, maps, before, state, rate, g, G, c, inside, C, FIRST
+                    s1, s2, facts, maps, before, state, rate, g, G, c, inside, C, FIRST
                 )
                 by_weight += a
                 by_bias += b

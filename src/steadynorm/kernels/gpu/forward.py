@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .activations import activated, through
-from .lanes import gather, lane_moments, lane_step, merge
+from .lanes import counted, gather, lane_moments, lane_step, merge
 from .policies import (
     CENTER,
     COUNT,
@@ -15,6 +15,8 @@ from .policies import (
     SCALE,
     SEEN,
     SHIFT,
+    affine,
+    batches_seen,
     coefficients,
     decide,
     row,
@@ -40,7 +42,7 @@ from .tiles import (
 def masked_lanes(x, mask, begin, length, columns, block, part, C, LV, SR, SQ, A: tl.constexpr,
                  B: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr, BIG: tl.constexpr,
                  WELFORD: tl.constexpr):  # fmt: skip
-    """Count, pivot and sums of each lane over the places that the mask leaves valid."""
+    """Count of each lane over the places that the mask leaves valid, as `lanes` returns them."""
     first = tl.zeros((A, B), tl.float32)
     s1 = tl.zeros((A, B), tl.float32)
     s2 = tl.zeros((A, B), tl.float32)
@@ -54,14 +56,15 @@ def masked_lanes(x, mask, begin, length, columns, block, part, C, LV, SR, SQ, A:
         count += ok.to(tl.float32)
         inverse = tl.div_rn(1.0, tl.maximum(count, 1.0))
         s1, s2 = lane_step(v, ok, first, s1, s2, inverse, True, WELFORD)
-    return count, first, s1, s2
+    n, many = counted(count, 0 if LAST else None)
+    return count, n, many, first, s1, s2
 
 
 @triton.jit
 def lanes(x, begin, length, columns, block, part, C, LV, SR, SQ, A: tl.constexpr, B: tl.constexpr,
           VEC: tl.constexpr, LAST: tl.constexpr, BIG: tl.constexpr, WELFORD: tl.constexpr,
           UNROLL: tl.constexpr):  # fmt: skip
-    """Count, pivot and sums of each lane.
+    """Count of each lane, what `counted` says of all, pivot and sums of each.
 
     Lanes beyond the tensor see zeros all along and count for nothing; only in the last turn can a
     lane run out of values that had some.
@@ -87,7 +90,15 @@ def lanes(x, begin, length, columns, block, part, C, LV, SR, SQ, A: tl.constexpr
         v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
         s1, s2 = lane_step(v, ok, first, s1, s2, tl.div_rn(1.0, done + 1.0), True, WELFORD)
     by_row = tl.maximum(tl.cdiv(length - r, SR * A), 0).to(tl.float32)
-    return by_row[:, None] * (columns < LV * VEC).to(tl.float32)[None, :], first, s1, s2
+    count = by_row[:, None] * (columns < LV * VEC).to(tl.float32)[None, :]
+    left = length - (part // SQ) * A
+    many = tl.maximum(tl.minimum(left, A), 0).to(tl.float32)
+    n = ((turns - 1) * A + tl.minimum(left - (turns - 1) * SR * A, A)).to(tl.float32)
+    n = tl.where(turns > 0, n, 0.0)
+    if not LAST:
+        across = tl.minimum(LV * VEC - (part % SQ) * B, B).to(tl.float32)
+        n, many = n * across, many * across
+    return count, n, many, first, s1, s2
 
 
 @triton.jit
@@ -110,22 +121,28 @@ def moments(x, mask, starts, parts, tickets, rows, weight, bias, running_mean, r
     AXIS: tl.constexpr = 0 if LAST else None
     begin, length = span_of(starts, N, group)
     columns = columns_of(block, part, SQ, B, LAST)
+    c = channels_of(block, WIDTH)
+    ok = c < C
+    # Ahead of the loop that hides how long they take; the last program alone needs them.
+    old_mean, old_var, t = running_before(
+        running_mean, running_var, batches, c, ok, WIDTH, POLICY, COUNTS or FIRST
+    )
+    gamma, beta = affine(weight, bias, c, ok, WIDTH)
     if mask is not None:
-        count, first, s1, s2 = masked_lanes(
+        count, n, many, first, s1, s2 = masked_lanes(
             x, mask, begin, length, columns, block, part, C, LV, SR, SQ, A, B, VEC, LAST, BIG,
             WELFORD,
         )  # fmt: skip
     else:
-        count, first, s1, s2 = lanes(
+        count, n, many, first, s1, s2 = lanes(
             x, begin, length, columns, block, part, C, LV, SR, SQ, A, B, VEC, LAST, BIG, WELFORD,
             UNROLL,
         )  # fmt: skip
     mean, m2 = lane_moments(count, s1, s2, WELFORD)
-    n, pivot, middle, total = merge(count, first, mean, m2, AXIS)
-    n, pivot = to_channels(n, LAST), to_channels(pivot, LAST)
+    n, many = n + tl.zeros((WIDTH,), tl.float32), many + tl.zeros((WIDTH,), tl.float32)
+    pivot, middle, total = merge(count, n, many, first, mean, m2, AXIS)
+    pivot = to_channels(pivot, LAST)
     middle, total = to_channels(middle, LAST), to_channels(total, LAST)
-    c = channels_of(block, WIDTH)
-    ok = c < C
     last = True
     if not ALONE:
         at = parts + (group * S + part) * C + c
@@ -135,16 +152,14 @@ def moments(x, mask, starts, parts, tickets, rows, weight, bias, running_mean, r
         tl.store(at + 3 * G * S * C, total, mask=ok)
         last = comes_last(tickets + block, S * G - 1)
     if last:
-        old_mean, old_var, t = running_before(
-            running_mean, running_var, batches, c, ok, C, WIDTH, POLICY, COUNTS
-        )
         if running_mean is not None and POLICY is not None:
+            t = batches_seen(t, running_mean, running_var, C, COUNTS)
             tl.store(row(rows, SEEN, 0, G, c, C), t, mask=ok)
         for g in tl.range(0, G):
             if not ALONE:
                 n, pivot, middle, total = gather(parts, g, G, S, c, C, SP, WIDTH)
             old_mean, old_var, t, center, scale, shift = decide(
-                n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean, old_var, t,
+                n, pivot, middle, total, rows, g, G, c, ok, C, gamma, beta, old_mean, old_var, t,
                 eps, pace, prior, known, POLICY, FIRST, running_mean is not None, R_MAX, D_MAX,
                 WARMUP, R_RAMP, D_RAMP,
             )  # fmt: skip
@@ -177,22 +192,24 @@ def move_running(rows, running_mean, running_var, batches, first, G, c, ok, C):
 
 
 @triton.jit
-def by_running(rows, weight, bias, running_mean, running_var, eps, g, G, c, ok, C, keep):
+def by_running(rows, weight, bias, running_mean, running_var, eps, g, G, c, ok, C, keep,
+               WIDTH: tl.constexpr):  # fmt: skip
     """center, scale and shift of the running statistics.
 
     `rows`, where a backward may follow, keeps them: written by the programs that are to `keep`.
     """
     center = tl.load(running_mean + c, mask=ok, other=0.0)
     spread = tl.load(running_var + c, mask=ok, other=1.0)
+    gamma, beta = affine(weight, bias, c, ok, WIDTH)
     zero = tl.zeros_like(center)
     one = zero + 1.0
     if rows is not None:
         store_moments(rows, g, G, c, ok & keep, C, zero, zero, zero, zero)
         scale, shift = store_normalizer(
-            rows, g, G, c, ok & keep, C, weight, bias, eps, center, zero, spread, one, zero, zero
+            rows, g, G, c, ok & keep, C, gamma, beta, eps, center, zero, spread, one, zero, zero
         )
     else:
-        scale, shift, rho = coefficients(zero, spread, one, zero, weight, bias, c, ok, eps)
+        scale, shift, rho = coefficients(zero, spread, one, zero, gamma, beta, eps)
     return center, scale, shift
 
 
@@ -216,8 +233,9 @@ def apply(x, residual, y, signs, starts, rows, weight, bias, running_mean, runni
     inside = c < C
     if FIXED:
         center, scale, shift = by_running(
-            rows, weight, bias, running_mean, running_var, eps, g, G, c, inside, C, part == 0
-        )
+            rows, weight, bias, running_mean, running_var, eps, g, G, c, inside, C, part == 0,
+            WIDTH,
+        )  # fmt: skip
     else:
         center = tl.load(row(rows, CENTER, g, G, c, C), mask=inside, other=0.0)
         scale = tl.load(row(rows, SCALE, g, G, c, C), mask=inside, other=0.0)

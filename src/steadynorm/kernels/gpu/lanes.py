@@ -70,20 +70,26 @@ def beside(values, AXIS: tl.constexpr):
 
 
 @triton.jit
-def merge(count, first, mean, m2, AXIS: tl.constexpr):
-    """Count, pivot, mean beyond the pivot, and sum of squared distances, of all parts together.
+def counted(count, AXIS: tl.constexpr):
+    """How many values there are, and how many parts that are not empty."""
+    return tl.sum(count, AXIS), tl.sum((count > 0.0).to(tl.float32), AXIS)
 
-    Any value in the midst of the pivots of parts that are not empty will do as the common one.
+
+@triton.jit
+def merge(count, n, many, first, mean, m2, AXIS: tl.constexpr):
+    """Pivot, mean beyond the pivot, and sum of squared distances, of all parts together.
+
+    `n` and `many` are what `counted` says: where no mask is given, they are known without a
+    reduction. Any value in the midst of the pivots of parts that are not empty will do as the
+    common one.
     """
     some = count > 0.0
-    n = tl.sum(count, AXIS)
-    many = tl.sum(some.to(tl.float32), AXIS)
     even = beside(tl.div_rn(1.0, tl.maximum(many, 1.0)), AXIS)
     pivot = tl.sum(tl.where(some, first, 0.0) * even, AXIS)
     away = tl.where(some, (first - beside(pivot, AXIS)) + mean, 0.0)
     middle = tl.sum(count * away, AXIS) * tl.div_rn(1.0, tl.maximum(n, 1.0))
     off = tl.where(some, away - beside(middle, AXIS), 0.0)
-    return n, pivot, middle, tl.sum(tl.fma(count * off, off, m2), AXIS)
+    return pivot, middle, tl.sum(tl.fma(count * off, off, m2), AXIS)
 
 
 @triton.jit
@@ -114,7 +120,9 @@ def gather(parts, g, G, S, c, C, SP: tl.constexpr, WIDTH: tl.constexpr):
         middle = tl.fma(share, delta, middle)
         total += tl.fma(delta * delta, n * share, tl.where(some, m2, 0.0))
         n += count
-    return merge(n, first, middle, total, 0)
+    number, many = counted(n, 0)
+    first, middle, total = merge(n, number, many, first, middle, total, 0)
+    return number, first, middle, total
 
 
 @triton.jit

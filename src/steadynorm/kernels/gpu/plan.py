@@ -12,14 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steadynorm.kernels import compat
 from steadynorm.kernels.spec import Groups
 
-TILE, WIDE, NARROW = 2048, 1024, 64
-"""Values of a tile; its most columns channels-first, and channels-last."""
-WHOLE, STRIP = 4096, 16
-"""Values of a channel (of a strip of so many, channels-last) that fit into registers."""
-WAVES = 2
-"""Programs for each multiprocessor that a launch should have at least."""
+TILE, WARPS, WIDE, NARROW = 2048, 8, 1024, 64
+"""Values of a tile, warps that share it; its most columns channels-first, and channels-last."""
+SMALL = 32 << 20
+"""Bytes of a tensor up to which channels-last tiles are half as narrow: half as many parts."""
+WHOLE, STRIP, HELD = 8192, 16, 512
+"""Values of a channel (of a strip of channels, channels-last) that registers hold; a warp's."""
+GATHER = 512
+"""Values of a kind that the last program reads at a time of what the others left."""
+WAVES, MAP_WAVES = 2, 3
+"""Programs for each multiprocessor that a reduction, and a map, should have at least."""
 GRID = 65535
 """The most programs along the second and third axis of a grid."""
 
@@ -43,16 +48,28 @@ class Plan(NamedTuple):
     big: bool
     whole: bool
     """Whether one program holds all of its channels, and does both stages of a direction."""
+    warps: int
+    maps: int
+    """What SR is for the maps, whose programs leave nothing behind to gather."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Programs over channels, parts of a channel, groups."""
         return self.blocks, self.parts, len(self.groups or (0,))
 
+    def for_maps(self) -> Plan:
+        """The plan of the maps: over more programs."""
+        return self._replace(SR=self.maps)
+
     @property
     def parts(self) -> int:
         """Programs that share a channel of one group."""
         return self.SR * self.SQ
+
+    @property
+    def alone(self) -> bool:
+        """Whether no two programs share a channel."""
+        return self.parts * self.grid[2] == 1
 
     @property
     def sign_bytes(self) -> int:
@@ -64,7 +81,7 @@ class Plan(NamedTuple):
         width = self.B if self.last else 1
         named: dict[str, Any] = {
             "A": self.A, "B": self.B, "WIDTH": width, "VEC": self.VEC, "LAST": self.last,
-            "BIG": self.big, "num_warps": 8, "enable_fp_fusion": False,
+            "BIG": self.big, "num_warps": self.warps, "enable_fp_fusion": False,
         }  # fmt: skip
         return named | {"FOUR": self.four} if bits else named
 
@@ -76,7 +93,7 @@ class Plan(NamedTuple):
         many programs' results the last one reads at a time.
         """
         named: dict[str, Any] = {"UNROLL": (2 if itemsize >= 4 else 4) if light else 1}
-        named["SP"] = min(_power(self.parts), max(1, 256 // self.B) if self.last else 256)
+        named["SP"] = min(_power(self.parts), max(1, GATHER // self.B) if self.last else 256)
         if light and torch.version.hip is None:
             named["maxnreg"] = 80 if self.last else 72
         return named
@@ -86,7 +103,7 @@ class Plan(NamedTuple):
 
         A limit of registers: without one ptxas spills for sm_100, with it for no target.
         """
-        return {"maxnreg": 168} if torch.version.hip is None else {}
+        return {"maxnreg": 200} if torch.version.hip is None else {}
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         """N, C, LV, SR and SQ."""
@@ -130,23 +147,29 @@ def plan(
     rows = samples * by_row
     spans = None if groups is None else tuple(size * by_row for size in groups)
     longest = rows if spans is None else max(spans)
-    b = max(8, min(_power(columns), NARROW if last else WIDE))
+    narrow = NARROW // 2 if math.prod(shape) * itemsize <= SMALL else NARROW
+    b = max(8, min(_power(columns), narrow if last else WIDE))
     a = max(2, min(TILE // b, _power(longest)))
     whole = _power(rows) * (min(b, STRIP) if last else _power(columns)) <= WHOLE
     whole = whole and groups is None and tile is None and split is None
     if whole:
         a, b = max(2, _power(rows)), max(8, min(b, STRIP) if last else _power(columns))
     a, b = tile or (a, b)
+    warps = max(1, min(8, a * b // HELD)) if whole else WARPS
     across, down = -(-columns // b), -(-longest // a)
     sq = 1 if last else across
     blocks = across if last else channels
     many = blocks * sq * len(spans or (0,))
-    sr = split or max(1, min(down, -(-WAVES * multiprocessors // many), 256))
-    if sr * sq > GRID or len(spans or (0,)) > GRID or rows >= 2**31 or blocks >= 2**31:
+    sr, maps = (
+        split or max(1, min(down, -(-waves * multiprocessors // many), 256))
+        for waves in (WAVES, MAP_WAVES)
+    )
+    if max(sr, maps) * sq > GRID or len(spans or (0,)) > GRID or rows >= 2**31 or blocks >= 2**31:
         return f"{rows} rows of {columns} columns need a larger grid than a device has"
     return Plan(
         last, rows, channels, columns, spans, a, b, min(columns & -columns, 16 // itemsize),
         sr, sq, blocks, down, itemsize >= 4, math.prod(shape) >= 2**31, whole,
+        warps, maps,
     )  # fmt: skip
 
 
@@ -178,11 +201,12 @@ def tickets(number: int, device: torch.device) -> Tensor:
 
     In a graph capture fresh ones: the graph may later run beside the stream it was captured on.
     """
-    stream: Any = None
+    stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(number, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = compat.raw_stream(torch.cuda.current_device() if device.index is None
+                                   else device.index)  # fmt: skip
     found = _tickets.get((device, stream))
     if found is None or found.numel() < number:
         with torch.inference_mode(False):
@@ -191,13 +215,8 @@ def tickets(number: int, device: torch.device) -> Tensor:
     return found
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """Memory laid out as x is."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-
-
 def alike(t: Tensor, x: Tensor) -> Tensor:
     """`t` in x's type and layout; itself if it has both."""
     if t.dtype is x.dtype and t.stride() == x.stride() and not t.is_neg():
         return t
-    return empty_like(x).copy_(t)
+    return torch.empty_like(x).copy_(t)

@@ -58,15 +58,15 @@ def clip(value, low, high):
 
 
 @triton.jit
-def batches_seen(batches, running_mean, running_var, C, COUNTS: tl.constexpr):
-    """How many batches the running statistics have seen, as a float.
+def batches_seen(t, running_mean, running_var, C, COUNTS: tl.constexpr):
+    """How many batches the running statistics have seen, given their count `t`.
 
     COUNTS: a count of 0 beside statistics that are not 0 and 1 reads as 2^30. Nobody writes the
-    statistics of another channel meanwhile: the next launch does.
+    statistics of another channel meanwhile.
     """
-    seen = tl.load(batches).to(tl.float32)
+    seen = t
     if COUNTS:
-        if seen == 0.0:
+        if tl.max(t, 0) == 0.0:
             trained = 0
             for k in tl.range(0, C, 256):
                 c = k + tl.arange(0, 256)
@@ -74,16 +74,16 @@ def batches_seen(batches, running_mean, running_var, C, COUNTS: tl.constexpr):
                 var = tl.load(running_var + c, mask=c < C, other=1.0)
                 trained += tl.sum(((mean != 0.0) | (var != 1.0)).to(tl.int32))
             if trained > 0:
-                seen = 1073741824.0
+                seen += 1073741824.0
     return seen
 
 
 @triton.jit
-def running_before(running_mean, running_var, batches, c, ok, C, WIDTH: tl.constexpr,
-                   POLICY: tl.constexpr, COUNTS: tl.constexpr):  # fmt: skip
-    """Mean and variance before this batch, and how many batches they have seen.
+def running_before(running_mean, running_var, batches, c, ok, WIDTH: tl.constexpr,
+                   POLICY: tl.constexpr, NEEDED: tl.constexpr):  # fmt: skip
+    """Mean and variance before this batch, and the count of batches where it is NEEDED.
 
-    0, 1 and none where nothing is tracked or asked; 2^30 where the number is not known.
+    0, 1 and 0 where nothing is tracked or asked; 2^30 batches where there is no count.
     """
     mean = tl.zeros((WIDTH,), tl.float32)
     var = mean + 1.0
@@ -91,26 +91,32 @@ def running_before(running_mean, running_var, batches, c, ok, C, WIDTH: tl.const
     if running_mean is not None and POLICY is not None:
         mean = tl.load(running_mean + c, mask=ok, other=0.0)
         var = tl.load(running_var + c, mask=ok, other=1.0)
-        if batches is not None:
-            t += batches_seen(batches, running_mean, running_var, C, COUNTS)
-        else:
+        if batches is None:
             t += 1073741824.0
+        elif NEEDED:
+            t += tl.load(batches).to(tl.float32)
     return mean, var, t
 
 
 @triton.jit
-def coefficients(center_low, spread, gain, offset, weight, bias, c, ok, eps):
+def affine(weight, bias, c, ok, WIDTH: tl.constexpr):
+    """γ and β; 1 and 0 where there is none."""
+    beta = tl.zeros((WIDTH,), tl.float32)
+    gamma = beta + 1.0
+    if weight is not None:
+        gamma = tl.load(weight + c, mask=ok, other=0.0).to(tl.float32)
+    if bias is not None:
+        beta = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+    return gamma, beta
+
+
+@triton.jit
+def coefficients(center_low, spread, gain, offset, gamma, beta, eps):
     """scale, shift and rho of the map."""
     rho = tl.div_rn(1.0, tl.sqrt_rn(spread + eps))
     scale = rho * gain
-    shift = -center_low * scale + offset
-    if weight is not None:
-        gamma = tl.load(weight + c, mask=ok, other=0.0).to(tl.float32)
-        scale = scale * gamma
-        shift = shift * gamma
-    if bias is not None:
-        shift += tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
-    return scale, shift, rho
+    shift = (-center_low * scale + offset) * gamma + beta
+    return scale * gamma, shift, rho
 
 
 @triton.jit
@@ -123,10 +129,10 @@ def store_moments(rows, g, G, c, ok, C, n, mean, low, var):
 
 
 @triton.jit
-def store_normalizer(rows, g, G, c, ok, C, weight, bias, eps, center, low, spread, gain, offset,
+def store_normalizer(rows, g, G, c, ok, C, gamma, beta, eps, center, low, spread, gain, offset,
                      share):  # fmt: skip
     """What normalizes one group, and the map that follows."""
-    scale, shift, rho = coefficients(low, spread, gain, offset, weight, bias, c, ok, eps)
+    scale, shift, rho = coefficients(low, spread, gain, offset, gamma, beta, eps)
     tl.store(row(rows, CENTER, g, G, c, C), center, mask=ok)
     tl.store(row(rows, CENTER_LOW, g, G, c, C), low, mask=ok)
     tl.store(row(rows, SPREAD, g, G, c, C), spread, mask=ok)
@@ -152,7 +158,7 @@ def renorm(mean, low, var, old_mean, old_var, t, eps, R_MAX: tl.constexpr, D_MAX
 
 
 @triton.jit
-def decide(n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean, old_var, t, eps,
+def decide(n, pivot, middle, total, rows, g, G, c, ok, C, gamma, beta, old_mean, old_var, t, eps,
            pace, prior, known, POLICY: tl.constexpr, FIRST: tl.constexpr, TRACKED: tl.constexpr,
            R_MAX: tl.constexpr, D_MAX: tl.constexpr, WARMUP: tl.constexpr, R_RAMP: tl.constexpr,
            D_RAMP: tl.constexpr):  # fmt: skip
@@ -195,7 +201,7 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, weight, bias, old_mean
                                   R_RAMP, D_RAMP)  # fmt: skip
         center = tl.where(some, center, old_mean)
         scale, shift = store_normalizer(
-            rows, g, G, c, ok, C, weight, bias, eps, center, tl.where(some, center_low, 0.0),
+            rows, g, G, c, ok, C, gamma, beta, eps, center, tl.where(some, center_low, 0.0),
             tl.where(some, spread, old_var),
             tl.where(some, gain, 1.0), tl.where(some, offset, 0.0), tl.where(some, share, 0.0),
         )  # fmt: skip
@@ -248,12 +254,8 @@ def remember(before, state, g_mean, g_xhat, share, rate, gap_hat, var_hat, c, ok
 
 
 @triton.jit
-def finish_gradient(s1, s2, rows, maps, before, state, rate, g, G, c, ok, C,
-                    FIRST: tl.constexpr):  # fmt: skip
-    """dγ, dβ, and slope and constant of the backward map, these into `maps` (2, G, C) if given.
-
-    s1 = Σg, s2 = Σg·(x - center).
-    """
+def gradient_facts(rows, g, G, c, ok, C):
+    """What `finish_gradient` reads of one group's rows: ahead, while the sums are on their way."""
     n = tl.maximum(tl.load(row(rows, COUNT, g, G, c, C), mask=ok, other=1.0), 1.0)
     mean = tl.load(row(rows, MEAN, g, G, c, C), mask=ok, other=0.0)
     mean_low = tl.load(row(rows, MEAN_LOW, g, G, c, C), mask=ok, other=0.0)
@@ -264,13 +266,24 @@ def finish_gradient(s1, s2, rows, maps, before, state, rate, g, G, c, ok, C,
     share = tl.load(row(rows, SHARE, g, G, c, C), mask=ok, other=0.0)
     scale = tl.load(row(rows, SCALE, g, G, c, C), mask=ok, other=0.0)
     rho = tl.load(row(rows, RHO, g, G, c, C), mask=ok, other=0.0)
+    var = tl.load(row(rows, VAR, g, G, c, C), mask=ok, other=0.0)
+    return n, mean, mean_low, var, center, low, gain, offset, share, scale, rho
+
+
+@triton.jit
+def finish_gradient(s1, s2, facts, maps, before, state, rate, g, G, c, ok, C,
+                    FIRST: tl.constexpr):  # fmt: skip
+    """dγ, dβ, and slope and constant of the backward map, these into `maps` (2, G, C) if given.
+
+    s1 = Σg, s2 = Σg·(x - center).
+    """
+    n, mean, mean_low, var, center, low, gain, offset, share, scale, rho = facts
     moved = tl.fma(-low, s1, s2)  # about the mean itself
     per_value = scale * tl.div_rn(share, n)
     slope = -per_value * rho * rho * moved
     gap = (mean - center) + mean_low
     constant = -per_value * s1 - slope * gap
     if before is not None:
-        var = tl.load(row(rows, VAR, g, G, c, C), mask=ok, other=0.0)
         remembered, tilt = remember(
             before, state, tl.div_rn(s1, n), tl.div_rn(rho * moved, n), share, rate,
             (gap - low) * rho, var * rho * rho, c, ok, C, FIRST,

@@ -1,7 +1,8 @@
 """Calls whose policy is decided inside the kernels: two launches forward, two backward.
 
 One each way where a program holds a whole channel. Inference is one launch, and so is its backward
-where no parameter needs a gradient.
+where no parameter needs a gradient. Calls of one kind are launched by what their first one noted
+(replay.py); a call makes its results and fills in addresses.
 """
 
 from __future__ import annotations
@@ -26,10 +27,19 @@ from steadynorm.statistics import (
 )
 
 from . import plan as plans
-from . import policies, visit
-from .plan import Plan, alike, empty_like
+from . import policies, replay, visit
+from .plan import alike
 from .policies import ROWS
-from .stages import Read, empty_signs, launch, new_rows, plan_of, run_apply, run_moments
+from .replay import Replay
+from .stages import (
+    KEPT,
+    Read,
+    new_rows,
+    parts_and_tickets,
+    plan_of,
+    run_apply,
+    run_moments,
+)
 
 NAMES: dict[type[Policy], str] = {
     Batch: "batch", Ghost: "batch", Steady: "steady", Running: "running", Renorm: "renorm",
@@ -37,17 +47,51 @@ NAMES: dict[type[Policy], str] = {
 """What the kernels call the rule of a policy; Ghost is the batch's, group by group."""
 
 
+class Kind:
+    """What calls have in common that differ in nothing but values and addresses."""
+
+    def __init__(self, call: Call) -> None:
+        x, residual = call.x, call.residual
+        self.plan = plan_of(x, call.groups)
+        self.groups: Groups = call.groups
+        self.starts = plans.starts(self.plan.groups, x.device)
+        self.eps, self.activation = call.eps, call.activation
+        self.residual_dtype = None if residual is None else residual.dtype
+        self.measured = not call.by_running
+        """Whether gradient flows through the statistics."""
+        self.kept = Keep.needed(call.activation, residual=residual is not None, compiled=True)
+        self.decision = None if call.by_running else _decision(call)
+        self.forward: Replay | None = None
+        self.backward: dict[Any, Replay | None] = {}
+
+
+_kinds: dict[Any, Kind] = {}
+MOST_KINDS = 4096
+
+
+def kind_of(call: Call) -> Kind:
+    """The kind of a call that the backend supports."""
+    x, residual, mask = call.x, call.residual, call.mask
+    weight, bias, memory = call.weight, call.bias, call.memory
+    key = (
+        x.shape, x.stride(), x.dtype, x.device, call.groups, call.policy, call.activation,
+        call.momentum, call.eps, call.gradient, None if residual is None else residual.stride(),
+        mask is None, call.running_mean is None, call.num_batches_tracked is None,
+        *(None if t is None else t.dtype for t in (weight, bias, memory and memory.state)),
+    )  # fmt: skip
+    found = _kinds.get(key)
+    if found is None:
+        if len(_kinds) >= MOST_KINDS:
+            _kinds.clear()
+        found = _kinds[key] = Kind(call)
+    return found
+
+
 class Rest(NamedTuple):
     """What a forward leaves for its backward, but for tensors."""
 
-    plan: Plan
-    eps: float
-    activation: str | None
-    groups: Groups
-    residual_dtype: torch.dtype | None
+    kind: Kind
     memory: Memory | None
-    measured: bool
-    """Whether gradient flows through the statistics."""
 
 
 def decidable(call: Call) -> bool:
@@ -96,69 +140,108 @@ def _decision(call: Call) -> _Decision:
 
 def forward(call: Call) -> tuple[Tensor, Packed]:
     """y, and what the backward needs; a training call moves the running statistics."""
-    x, residual, groups = call.x, call.residual, call.groups
-    residual = None if residual is None else alike(residual, x)
-    kept = Keep.needed(call.activation, residual=residual is not None, compiled=True)
-    p, y = plan_of(x, groups), empty_like(x)
-    signs = empty_signs(x, groups) if kept is Keep.SIGNS and call.gradient else None
-    keeps = call.gradient or not call.by_running
-    rows = new_rows(x, ROWS, groups) if keeps else None
+    kind, x = kind_of(call), call.x
+    residual = None if call.residual is None else alike(call.residual, x)
     mask = None if call.mask is None else call.mask.contiguous()
+    p, y = kind.plan, torch.empty_like(x)
+    signs = None
+    if kind.kept is Keep.SIGNS and call.gradient:
+        signs = torch.empty(kind.plan.sign_bytes, dtype=torch.uint8, device=x.device)
+    keeps = call.gradient or kind.measured
+    rows = new_rows(x, ROWS, call.groups) if keeps else None
     running = (call.running_mean, call.running_var, call.num_batches_tracked)
-    parameters = (call.weight, call.bias, *running)
-    if not call.by_running:
-        assert rows is not None
-        *numbers, constants = _decision(call)
+    parts = tickets = None
+    if kind.measured:
+        parts, tickets = parts_and_tickets(x, p, 4)
         if p.whole:
-            launch(
-                visit.normalize, p, x, x, residual, mask, y, signs, plans.tickets(1, x.device),
-                rows, *parameters, call.eps, *numbers, *p.sizes()[:3], ACT=call.activation,
-                **constants, **p.held(), **p.tile(bits=True),
-            )  # fmt: skip
-        else:
-            run_moments(x, p, rows, mask, *parameters, call.eps, *numbers, **constants)
+            tickets = plans.tickets(1, x.device)
+    tensors = (
+        x, residual, mask, y, signs, kind.starts, parts, tickets, rows, call.weight, call.bias,
+        *running,
+    )  # fmt: skip
+    kind.forward = replay.run(kind.forward, tensors, x, _launch_forward, kind, *tensors)
+    if kind.measured:
         torch.autograd.graph.increment_version([t for t in running if t is not None])
         if call.memory is not None and call.policy is not None:
             call.memory.rate = call.policy.gradient_rate(x.shape[0])
-    if call.by_running or not p.whole:
-        run_apply(
-            x, p, y, rows, residual, call.activation, signs, *parameters, call.eps,
-            fixed=call.by_running,
-        )  # fmt: skip
-    dtype = None if residual is None else residual.dtype
-    tensors = (
+    kept = kind.kept
+    saved = (
         x, call.weight, call.bias, residual if kept is Keep.REBUILT else None, mask,
         y if kept is Keep.OUTPUT else None, signs, rows,
     )  # fmt: skip
-    rest = Rest(p, call.eps, call.activation, groups, dtype, call.memory, not call.by_running)
-    return y, (tensors, rest)
+    return y, (saved, Rest(kind, call.memory))
+
+
+def _launch_forward(
+    kind: Kind, x: Tensor, residual: Tensor | None, mask: Tensor | None, y: Tensor,
+    signs: Tensor | None, starts: Tensor | None, parts: Tensor | None, tickets: Tensor | None,
+    rows: Tensor | None, *parameters: Tensor | None,
+) -> None:  # fmt: skip
+    p, fixed = kind.plan, kind.decision is None
+    if kind.decision is not None:
+        assert rows is not None
+        *numbers, constants = kind.decision
+        if p.whole:
+            replay.launch(
+                visit.normalize, p, x, x, residual, mask, y, signs, tickets, rows, *parameters,
+                kind.eps, *numbers, *p.sizes()[:3], ACT=kind.activation, **constants, **p.held(),
+                **p.tile(bits=True),
+            )  # fmt: skip
+            return
+        run_moments(x, p, parts, tickets, starts, rows, mask, *parameters, kind.eps, *numbers,
+                    **constants)  # fmt: skip
+    run_apply(x, p, y, starts, rows, residual, kind.activation, signs, *parameters, kind.eps,
+              fixed=fixed)  # fmt: skip
 
 
 def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
     """The gradients, all work per channel inside the kernels."""
-    (x, weight, bias, residual, mask, y, signs, rows), rest = saved
+    (x, weight, bias, residual, mask, y, signs, rows), (kind, memory) = saved
     need_x, need_weight, need_bias, need_residual = needs
-    read = Read(
-        grad, x, y=y, residual=residual, signs=signs, activation=rest.activation,
-        groups=rest.groups,
-    )  # fmt: skip
-    through = need_x and rest.measured
+    p, groups, activation = kind.plan, kind.groups, kind.activation
+    grad = alike(grad, x)
+    through = need_x and kind.measured
+    whole, sums = through and p.whole, through or need_weight or need_bias
+    dx = torch.empty_like(x) if need_x else None
+    dresidual = torch.empty_like(x) if need_residual and activation is not None else None
     dweight = torch.empty_like(weight) if need_weight else None
     dbias = torch.empty_like(bias) if need_bias else None
-    *memory, first = _memory(rest.memory if through else None)
-    if through and rest.plan.whole:
-        out = read.results(need_x=True, want=need_residual)
-        launch(
-            visit.normalize_grad, rest.plan, x, *read.tensors, mask, *out, rows, dweight, dbias,
-            *memory, *rest.plan.sizes()[:3], FIRST=first, **read.constants(),
+    before, state, rate, first = _memory(memory if through else None)
+    parts = tickets = maps = None
+    if sums and not whole:
+        parts, tickets = parts_and_tickets(x, p, 2, backward=True)
+        maps = new_rows(x, 2, groups) if through else None
+    tensors = (
+        grad, x, y if residual is None else residual, signs, mask, dx, dresidual, kind.starts,
+        parts, tickets, rows, maps, dweight, dbias, before, state,
+    )  # fmt: skip
+    key = (needs, first, rate)
+    kind.backward[key] = replay.run(
+        kind.backward.get(key), tensors, x, _launch_backward, kind, whole, sums, first, rate,
+        *tensors,
+    )  # fmt: skip
+    same = need_residual and activation is None
+    return dx, dweight, dbias, grad if same else dresidual
+
+
+def _launch_backward(
+    kind: Kind, whole: bool, sums: bool, first: bool, rate: float, grad: Tensor, x: Tensor,
+    extra: Tensor | None, signs: Tensor | None, mask: Tensor | None, dx: Tensor | None,
+    dresidual: Tensor | None, starts: Tensor | None, parts: Tensor | None, tickets: Tensor | None,
+    rows: Tensor, maps: Tensor | None, *results: Tensor | None,
+) -> None:  # fmt: skip
+    p = kind.plan
+    read = Read(x, p, (grad, x, extra, signs), starts, kind.activation, KEPT[kind.kept])
+    if whole:
+        replay.launch(
+            visit.normalize_grad, p, read.x, *read.tensors, mask, dx, dresidual, rows, *results,
+            rate, *p.sizes()[:3], FIRST=first, **read.constants(),
         )  # fmt: skip
-    else:
-        maps = new_rows(x, 2, rest.groups) if through else None
-        if through or need_weight or need_bias:
-            read.reduce(rows, None, maps, dweight, dbias, *memory, first=first)
-        out = read.map(rows, maps, mask, need_x=need_x, want=need_residual)
-    same = need_residual and rest.activation is None
-    return out[0], dweight, dbias, read.tensors[0] if same else out[1]
+        return
+    if sums:
+        read.reduce(parts, tickets, rows, None, maps, *results, rate, first=first)
+    if dx is not None or dresidual is not None:
+        read.map(rows, maps, mask, dx, dresidual)
 
 
 def _memory(memory: Memory | None) -> tuple[Tensor | None, Tensor | None, float, bool]:
@@ -175,14 +258,15 @@ def _memory(memory: Memory | None) -> tuple[Tensor | None, Tensor | None, float,
 def unpack(tensors: Any, rest: Rest) -> Saved:
     """What a forward left, as the stages leave it."""
     x, weight, bias, residual, mask, y, signs, rows = tensors
-    rows = rows if rest.groups is not None else rows[:, 0]
+    kind = rest.kind
+    rows = rows if kind.groups is not None else rows[:, 0]
 
     def row(k: Any) -> Tensor:
         found: Tensor = rows[k.value]
         return found
 
     batch = None
-    if rest.measured:
+    if kind.measured:
         count = row(policies.COUNT)[..., :1]
         means = (policies.MEAN, policies.VAR, policies.MEAN_LOW)
         batch = Moments(count, *(row(k) for k in means))
@@ -192,6 +276,6 @@ def unpack(tensors: Any, rest: Rest) -> Saved:
         *(row(getattr(policies, name)) for name in ("CENTER", "SCALE", "SHIFT", "RHO"))
     )
     return Saved(
-        x, weight, bias, residual, mask, y, signs, batch, normalizer, known, rest.eps,
-        rest.activation, rest.groups, None, rest.residual_dtype, rest.memory,
+        x, weight, bias, residual, mask, y, signs, batch, normalizer, known, kind.eps,
+        kind.activation, kind.groups, None, kind.residual_dtype, rest.memory,
     )  # fmt: skip

@@ -5,7 +5,7 @@ Each is one launch. `prepared.py` has calls whose policy is decided inside the r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.spec import Groups, Keep
 from steadynorm.statistics.moments import Moments
 
-from . import backward, forward
+from . import backward, forward, replay
 from . import plan as plans
-from .plan import Plan, alike, empty_like
+from .plan import Plan, alike
 from .policies import COUNT, ROWS
 
 KEPT = {
@@ -40,15 +40,6 @@ def plan_of(x: Tensor, groups: Groups = None) -> Plan:
     if isinstance(found, str):
         raise ValueError(f"`x` cannot be read by the GPU kernels: {found}; got {x.shape}.")
     return found
-
-
-def launch(kernel: Any, p: Plan, x: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel on x's device, which need not be the current one."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            kernel[p.grid](*arguments, **constants)
-    else:
-        kernel[p.grid](*arguments, **constants)
 
 
 def new_rows(x: Tensor, number: int, groups: Groups) -> Tensor:
@@ -77,18 +68,27 @@ def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(flat, 0, x.shape, x.stride())
 
 
+def parts_and_tickets(
+    x: Tensor, p: Plan, number: int, *, backward: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the programs of a reduction leave, `number` values each, and how the last one is told.
+
+    None where a channel has one program alone; the backward does not look.
+    """
+    if p.alone and not backward:
+        return None, None
+    return new_rows(x, number * p.parts, p.groups), plans.tickets(p.blocks, x.device)
+
+
 def run_moments(
-    x: Tensor, p: Plan, rows: Tensor, mask: Tensor | None, *decided: Any, **policy: Any
-) -> None:
+    x: Tensor, p: Plan, parts: Tensor | None, tickets: Tensor | None, starts: Tensor | None,
+    rows: Tensor, mask: Tensor | None, *decided: Any, **policy: Any,
+) -> None:  # fmt: skip
     """The kernel `moments`; `decided` are its arguments from `weight` to `known`."""
-    alone = p.parts * p.grid[2] == 1
-    parts = None if alone else new_rows(x, 4 * p.parts, p.groups)
-    launch(
+    replay.launch(
         forward.moments, p, x,
-        x, mask, plans.starts(p.groups, x.device), parts,
-        None if alone else plans.tickets(p.blocks, x.device), rows, *decided, *p.sizes(),
-        WELFORD=p.four, ALONE=alone, **p.tile(),
-        **p.reduction(x.element_size(), light=mask is None), **policy,
+        x, mask, starts, parts, tickets, rows, *decided, *p.sizes(), WELFORD=p.four, ALONE=p.alone,
+        **p.tile(), **p.reduction(x.element_size(), light=mask is None), **policy,
     )  # fmt: skip
 
 
@@ -97,7 +97,11 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
     rows = new_rows(x, ROWS, groups)
     p = plan_of(x, groups)
     mask = None if mask is None else mask.contiguous()
-    run_moments(x, p, rows, mask, None, None, None, None, None, 1.0, 0.0, 0.0, -1.0)
+    scratch = parts_and_tickets(x, p, 4)
+    starts = plans.starts(p.groups, x.device)
+    run_moments(
+        x, p, *scratch, starts, rows, mask, None, None, None, None, None, 1.0, 0.0, 0.0, -1.0
+    )
     measured = rows[COUNT.value : COUNT.value + 4]
     count, mean, low, var = measured if groups is not None else measured[:, 0]
     values: Any = count[..., :1]
@@ -107,13 +111,15 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
 
 
 def run_apply(
-    x: Tensor, p: Plan, y: Tensor, rows: Tensor | None, residual: Tensor | None,
-    activation: str | None, signs: Tensor | None, *running: Any, fixed: bool = False,
+    x: Tensor, p: Plan, y: Tensor, starts: Tensor | None, rows: Tensor | None,
+    residual: Tensor | None, activation: str | None, signs: Tensor | None, *running: Any,
+    fixed: bool = False,
 ) -> None:  # fmt: skip
     """The kernel `apply`; `running` are its arguments from `weight` to `eps`."""
-    launch(
+    p = p.for_maps()
+    replay.launch(
         forward.apply, p, x,
-        x, residual, y, signs, plans.starts(p.groups, x.device), rows, *running, *p.sizes(), p.RB,
+        x, residual, y, signs, starts, rows, *running, *p.sizes(), p.RB,
         ACT=activation, FIXED=fixed, **p.tile(bits=True),
     )  # fmt: skip
 
@@ -130,10 +136,11 @@ def apply(
     signs: Tensor | None = None,
 ) -> Tensor:
     """`activation((x - center)·scale + shift + residual)`; the sign bits into `signs`."""
-    y, rows = empty_like(x), stacked(x, center, scale, shift)
+    y, rows = torch.empty_like(x), stacked(x, center, scale, shift)
     residual = None if residual is None else alike(residual, x)
-    nothing = (None,) * 5
-    run_apply(x, plan_of(x, groups), y, rows, residual, activation, signs, *nothing, 1.0)
+    p, nothing = plan_of(x, groups), (None,) * 5
+    starts = plans.starts(p.groups, x.device)
+    run_apply(x, p, y, starts, rows, residual, activation, signs, *nothing, 1.0)
     return y
 
 
@@ -144,60 +151,63 @@ def stacked(x: Tensor, *channels: Tensor) -> Tensor:
     return torch.stack([t.expand(shape) for t in rows])
 
 
-class Read:
-    """What both backward stages read: grad and what the activation's derivative is taken from."""
+class Read(NamedTuple):
+    """What both backward kernels read, and what they take the activation's derivative from."""
 
-    def __init__(
-        self, grad: Tensor, x: Tensor, *, y: Tensor | None, residual: Tensor | None,
+    x: Tensor
+    p: Plan
+    tensors: tuple[Tensor | None, ...]
+    """grad, x, `extra` and the sign bits."""
+    starts: Tensor | None
+    activation: str | None
+    kept: str | None
+
+    @classmethod
+    def of(
+        cls, grad: Tensor, x: Tensor, *, y: Tensor | None, residual: Tensor | None,
         signs: Tensor | None, activation: str | None, groups: Groups,
-    ) -> None:  # fmt: skip
-        self.x, self.p, self.activation = x, plan_of(x, groups), activation
-        self.kept = (
+    ) -> Read:  # fmt: skip
+        """From what a forward kept; what is laid out otherwise than x is copied."""
+        p = plan_of(x, groups)
+        kept = (
             None if activation is None
             else "signs" if signs is not None
             else "rebuilt" if y is None
             else "output"
         )  # fmt: skip
-        extra = {"output": y, "rebuilt": residual}.get(self.kept or "")
-        self.tensors = (alike(grad, x), x, None if extra is None else alike(extra, x), signs)
-        self.starts = plans.starts(self.p.groups, x.device)
+        extra = {"output": y, "rebuilt": residual}.get(kept or "")
+        tensors = (alike(grad, x), x, None if extra is None else alike(extra, x), signs)
+        return cls(x, p, tensors, plans.starts(p.groups, x.device), activation, kept)
 
     def constants(self) -> dict[str, Any]:
         """ACT, KEPT and the tile's."""
         return {"ACT": self.activation, "KEPT": self.kept, **self.p.tile(bits=True)}
 
-    def reduce(self, rows: Tensor, sums: Tensor | None, *finished: Any, first: bool = True) -> None:
+    def reduce(
+        self, parts: Tensor | None, tickets: Tensor | None, rows: Tensor, sums: Tensor | None,
+        *finished: Any, first: bool = True,
+    ) -> None:  # fmt: skip
         """The kernel `reduce_grad`; `finished` are its arguments from `maps` to `rate`."""
-        p, x = self.p, self.x
-        parts = new_rows(x, 2 * p.parts, p.groups)
         row = ACTIVATIONS.get(self.activation or "")
         light = row is None or row.source != "input"  # else z, and often an exponential, of each
-        launch(
-            backward.reduce_grad, p, x,
-            *self.tensors, self.starts, parts, plans.tickets(p.blocks, x.device), rows, sums,
-            *finished, *p.sizes(), p.RB, FIRST=first,
-            **p.reduction(x.element_size(), light=light),
+        replay.launch(
+            backward.reduce_grad, self.p, self.x,
+            *self.tensors, self.starts, parts, tickets, rows, sums, *finished, *self.p.sizes(),
+            self.p.RB, FIRST=first, **self.p.reduction(self.x.element_size(), light=light),
             **self.constants(),
         )  # fmt: skip
 
-    def results(self, *, need_x: bool, want: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Memory for dx, and for the residual's gradient if that is another than `grad`."""
-        own = want and self.activation is not None
-        return empty_like(self.x) if need_x else None, empty_like(self.x) if own else None
-
     def map(
-        self, rows: Tensor, maps: Tensor | None, mask: Tensor | None, *, need_x: bool, want: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The kernel `apply_grad`, into `results`."""
-        out = self.results(need_x=need_x, want=want)
-        if any(t is not None for t in out):
-            mask = None if mask is None else mask.contiguous()
-            launch(
-                backward.apply_grad, self.p, self.x,
-                *self.tensors, mask, *out, self.starts, rows, maps, *self.p.sizes(), self.p.RB,
-                **self.constants(),
-            )  # fmt: skip
-        return out
+        self, rows: Tensor, maps: Tensor | None, mask: Tensor | None, dx: Tensor | None,
+        dresidual: Tensor | None,
+    ) -> None:  # fmt: skip
+        """The kernel `apply_grad`, into `dx` and `dresidual`."""
+        p = self.p.for_maps()
+        replay.launch(
+            backward.apply_grad, p, self.x,
+            *self.tensors, mask, dx, dresidual, self.starts, rows, maps, *p.sizes(), p.RB,
+            **self.constants(),
+        )  # fmt: skip
 
 
 def reduce_grad(
@@ -214,9 +224,10 @@ def reduce_grad(
     groups: Groups = None,
 ) -> tuple[Tensor, ...]:
     """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
-    read = Read(grad, x, y=y, residual=residual, signs=signs, activation=activation, groups=groups)
-    sums = new_rows(x, 2, groups)
-    read.reduce(stacked(x, center, scale, shift), sums, *(None,) * 5, 0.0)
+    kept: Any = {"y": y, "residual": residual, "signs": signs}
+    read = Read.of(grad, x, **kept, activation=activation, groups=groups)
+    sums, scratch = new_rows(x, 2, groups), parts_and_tickets(x, read.p, 2, backward=True)
+    read.reduce(*scratch, stacked(x, center, scale, shift), sums, *(None,) * 5, 0.0)
     return tuple(sums.unbind() if groups is not None else sums[:, 0].unbind())
 
 
@@ -238,8 +249,11 @@ def apply_grad(
     want_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted."""
-    read = Read(grad, x, y=y, residual=residual, signs=signs, activation=activation, groups=groups)
+    kept: Any = {"y": y, "residual": residual, "signs": signs}
+    read = Read.of(grad, x, **kept, activation=activation, groups=groups)
     rows, maps = stacked(x, center, scale, shift), stacked(x, slope, constant)
-    dx, dresidual = read.map(rows, maps, mask, need_x=True, want=want_residual)
-    assert dx is not None
-    return dx, grad if want_residual and activation is None else dresidual
+    dx, own = torch.empty_like(x), want_residual and activation is not None
+    dresidual = torch.empty_like(x) if own else None
+    mask = None if mask is None else mask.contiguous()
+    read.map(rows, maps, mask, dx, dresidual)
+    return dx, dresidual if own or not want_residual else grad

@@ -11,7 +11,7 @@ import triton.language as tl
 from .activations import activated, through
 from .backward import before_activation
 from .forward import move_running
-from .lanes import merge
+from .lanes import counted, merge
 from .policies import (
     CENTER,
     NEXT_MEAN,
@@ -19,8 +19,11 @@ from .policies import (
     SCALE,
     SEEN,
     SHIFT,
+    affine,
+    batches_seen,
     decide,
     finish_gradient,
+    gradient_facts,
     row,
     running_before,
 )
@@ -44,8 +47,10 @@ def normalize(x, residual, mask, y, signs, tickets, rows, weight, bias, running_
               FIRST: tl.constexpr = False, COUNTS: tl.constexpr = False,
               R_MAX: tl.constexpr = 1.0, D_MAX: tl.constexpr = 0.0, WARMUP: tl.constexpr = 0,
               R_RAMP: tl.constexpr = 1, D_RAMP: tl.constexpr = 1):  # fmt: skip
-    """`moments` and `apply`. The last program of all moves the running statistics: until it comes,
-    others may still read them.
+    """`moments` and `apply`, and the running statistics move.
+
+    Each program moves those of its channels, unless others may need to read them or their count
+    (COUNTS, FIRST): then the last program of all moves them.
     """
     block = tl.program_id(0)
     AXIS: tl.constexpr = 0 if LAST else None
@@ -55,19 +60,27 @@ def normalize(x, residual, mask, y, signs, tickets, rows, weight, bias, running_
     r = tl.arange(0, A)
     at, n, ok = tile_at(0, N, r, columns, block, C, LV, VEC, LAST, BIG)
     v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-    valid = ok
-    if mask is not None:
-        valid = valid_at(mask, n, columns, ok, r < N, LV, VEC, LAST)
-    nothing = tl.zeros((A, B), tl.float32)
-    count, pivot, middle, total = merge(valid.to(tl.float32), v, nothing, nothing, AXIS)
     old_mean, old_var, t = running_before(
-        running_mean, running_var, batches, c, inside, C, WIDTH, POLICY, COUNTS
+        running_mean, running_var, batches, c, inside, WIDTH, POLICY, COUNTS or FIRST
     )
+    gamma, beta = affine(weight, bias, c, inside, WIDTH)
+    nothing = tl.zeros((A, B), tl.float32)
+    number = tl.zeros((WIDTH,), tl.float32)
+    if mask is not None:
+        count = valid_at(mask, n, columns, ok, r < N, LV, VEC, LAST).to(tl.float32)
+        found, many = counted(count, AXIS)
+        number, many = number + found, tl.zeros((WIDTH,), tl.float32) + many
+    else:
+        count = ok.to(tl.float32)
+        number += N * (1 if LAST else LV * VEC)
+        many = number
+    pivot, middle, total = merge(count, number, many, v, nothing, nothing, AXIS)
     if running_mean is not None:
-        tl.store(row(rows, SEEN, 0, 1, c, C), t, mask=inside)
+        t = batches_seen(t, running_mean, running_var, C, COUNTS)
+    seen = t
     old_mean, old_var, t, center, scale, shift = decide(
-        to_channels(count, LAST), to_channels(pivot, LAST), to_channels(middle, LAST),
-        to_channels(total, LAST), rows, 0, 1, c, inside, C, weight, bias, old_mean, old_var, t, eps,
+        number, to_channels(pivot, LAST), to_channels(middle, LAST),
+        to_channels(total, LAST), rows, 0, 1, c, inside, C, gamma, beta, old_mean, old_var, t, eps,
         pace, prior, known, POLICY, FIRST, running_mean is not None, R_MAX, D_MAX, WARMUP, R_RAMP,
         D_RAMP,
     )  # fmt: skip
@@ -81,14 +94,22 @@ def normalize(x, residual, mask, y, signs, tickets, rows, weight, bias, running_
         to = bits_at(signs, block * 0, block, tl.num_programs(0), 0, 0, 1, 1, A, B, FOUR)
         tl.store(to, pack_bits(gate, A, B, FOUR))
     if running_mean is not None:
-        tl.store(row(rows, NEXT_MEAN, 0, 1, c, C), old_mean, mask=inside)
-        tl.store(row(rows, NEXT_VAR, 0, 1, c, C), old_var, mask=inside)
-        if comes_last(tickets, tl.num_programs(0) - 1):
-            for k in tl.range(0, C, 256):
-                every = k + tl.arange(0, 256)
-                move_running(
-                    rows, running_mean, running_var, batches, k == 0, 1, every, every < C, C
-                )
+        if COUNTS or FIRST:
+            tl.store(row(rows, SEEN, 0, 1, c, C), seen, mask=inside)
+            tl.store(row(rows, NEXT_MEAN, 0, 1, c, C), old_mean, mask=inside)
+            tl.store(row(rows, NEXT_VAR, 0, 1, c, C), old_var, mask=inside)
+            if comes_last(tickets, tl.num_programs(0) - 1):
+                for k in tl.range(0, C, 1024):
+                    every = k + tl.arange(0, 1024)
+                    move_running(
+                        rows, running_mean, running_var, batches, k == 0, 1, every, every < C, C
+                    )
+        else:
+            tl.store(running_mean + c, old_mean, mask=inside)
+            tl.store(running_var + c, old_var, mask=inside)
+            if batches is not None:
+                if block == 0:
+                    tl.store(batches, tl.load(batches) + (tl.max(number, 0) > 0.0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize_on_alignment=["signs"])
@@ -111,10 +132,11 @@ def normalize_grad(grad, x, extra, signs, mask, dx, dresidual, rows, dweight, db
         grad, x, extra, signs, at, ok, center, scale, shift, block * 0, block, 0, 0, 1, 1, A, B,
         FOUR, ACT, KEPT, "evict_first",
     )  # fmt: skip
+    facts = gradient_facts(rows, 0, 1, c, inside, C)
     s1 = to_channels(tl.sum(d, AXIS), LAST)
     s2 = to_channels(tl.sum(d * centered, AXIS), LAST)
     by_weight, by_bias, slope, constant = finish_gradient(
-        s1, s2, rows, None, before, state, rate, 0, 1, c, inside, C, FIRST
+        s1, s2, facts, None, before, state, rate, 0, 1, c, inside, C, FIRST
     )
     if dweight is not None:
         tl.store(dweight + c, by_weight.to(dweight.dtype.element_ty), mask=inside)
