@@ -5,11 +5,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich import progress as bars
 from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 
 verbose = False
 """Whether `--verbose` was given."""
@@ -40,22 +42,30 @@ def show(result: Any, *, json: bool) -> None:
     typer.echo(result.to_json().rstrip("\n") if json else result)
 
 
+def print_json(record: object) -> None:
+    """Print a record as JSON, and nothing else."""
+    from steadynorm.files import json_text
+
+    typer.echo(json_text(record), nl=False)
+
+
 def say(text: str, *, stderr: bool = False) -> None:
     """Print `text` as it is, without markup, colours or wrapping."""
     Console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class GroupBars(bars.Progress):
-    """A progress bar for each group of jobs. `stderr`: where they are drawn. `auto_refresh`: by a
-    thread, or only when something is reported.
+    """A progress bar for each group of jobs, on the terminal that errors go to, if it is one.
+    `auto_refresh`: by a thread, or only when something is reported.
     """
 
-    def __init__(self, *, stderr: bool = False, auto_refresh: bool = True) -> None:
+    def __init__(self, *, auto_refresh: bool = True) -> None:
+        console = Console(stderr=True)
         super().__init__(
             bars.TextColumn("{task.description}"), bars.BarColumn(),
             bars.TextColumn("{task.percentage:>3.0f} %"), bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(), console=Console(stderr=stderr), transient=True,
-            auto_refresh=auto_refresh,
+            bars.TimeRemainingColumn(), console=console, transient=True,
+            auto_refresh=auto_refresh, disable=not console.is_terminal,
         )  # fmt: skip
         self.groups: dict[str, bars.TaskID] = {}
 

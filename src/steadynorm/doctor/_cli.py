@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from steadynorm._extras import lacking
-from steadynorm.command import errors_in_one_line
-from steadynorm.models._cli import DATA, MODEL, Json
+from steadynorm.command import Json, errors_in_one_line, print_json
+from steadynorm.models._cli import DATA, MODEL
 
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
@@ -71,7 +71,7 @@ def doctor(
     """
     with errors_in_one_line("doctor"):
         if list_rules or explain is not None:
-            typer.echo(_listed() if explain is None else _explained(explain))
+            _tell(explain, json)
             return
         output_format = "json" if json else output_format
         _check(target, output_format, fail_on, fix, out)
@@ -211,22 +211,25 @@ def _reaches(report: Report, fail_on: str) -> bool:
     return report.worst is not None and report.worst >= Severity.from_name(fail_on)
 
 
-def _listed() -> str:
-    from steadynorm.doctor.rules import all_rules
-
-    rows = [
-        (rule.code, rule.name, f"up to {rule.severity}", rule.needs, rule.summary)
-        for rule in all_rules()
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
-        for row in rows
-    )
-
-
-def _explained(code: str) -> str:
-    from steadynorm.doctor.rules import find_rule
+def _tell(explain: str | None, json: bool) -> None:
+    """A rule's page, or the list of rules."""
+    from steadynorm.doctor.rules import all_rules, find_rule
     from steadynorm.doctor.rules.pages import plain
 
-    return plain(find_rule(code))
+    if explain is not None:
+        rule = find_rule(explain)
+        if json:
+            print_json({"code": rule.code, "name": rule.name, "page": plain(rule)})
+        else:
+            typer.echo(plain(rule))
+        return
+    names = ("code", "name", "severity", "needs", "summary")
+    rules = [{name: str(getattr(rule, name)) for name in names} for rule in all_rules()]
+    if json:
+        print_json(rules)
+        return
+    rows = [[*row.values()] for row in ({**r, "severity": f"up to {r['severity']}"} for r in rules)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        typer.echo("  ".join([*cells, row[4]]))

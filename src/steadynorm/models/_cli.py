@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from steadynorm.command import errors_in_one_line, show
+from steadynorm.command import Json, errors_in_one_line, print_json, show
 
 # typer reads these at run time, where Python 3.10 needs Optional.
 MODEL = "package.module:factory, or a call with literals: \"timm.create_model('resnet18')\"."
@@ -32,7 +32,6 @@ Out = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Where to write the state dict: .safetensors or .pt."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def convert(
@@ -141,7 +140,6 @@ def convert_weights(
     json: Json = False,
 ) -> None:
     """Rename a checkpoint's batch normalization weights for another framework."""
-    from steadynorm.files import json_text
     from steadynorm.models import checkpoints, files
 
     with errors_in_one_line("convert-weights"):
@@ -154,8 +152,7 @@ def convert_weights(
         )
         files.write(values, target_file)
         if json:
-            record = {"arrays": len(values), "file": str(target_file), "remarks": remarks}
-            typer.echo(json_text(record), nl=False)
+            print_json({"arrays": len(values), "file": str(target_file), "remarks": remarks})
             return
         typer.echo(f"{len(values)} arrays written to {target_file}")
         for remark in remarks:

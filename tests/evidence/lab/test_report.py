@@ -79,6 +79,13 @@ def test_a_changed_experiment_shows_no_charts_of_old_results(folder, monkeypatch
     assert report.saved(folder / "results")[0].figures().charts == ()
 
 
+def test_report_as_json(folder):
+    result = cli.invoke(app, ["lab", "report", "--out", str(folder), "--json"])
+    assert result.exit_code == 0, result.output
+    written = {"report": str(folder / "report.html"), "table": str(folder / "report.md")}
+    assert json.loads(result.stdout) == written
+
+
 def test_without_results(tmp_path):
     with pytest.raises(FileNotFoundError, match="must hold results; found none"):
         report.saved(tmp_path)
@@ -152,12 +159,16 @@ def test_run_goes_on_from_what_is_stored_and_reports(tmp_path):
     given = pytest.MonkeyPatch()
     given.setattr(runner, "load", lambda folder: store.data)
     try:
-        result = cli.invoke(app, ["lab", "run", "small-batches", "--out", str(tmp_path)])
+        words = ["lab", "run", "small-batches", "--out", str(tmp_path)]
+        result, as_json = cli.invoke(app, words), cli.invoke(app, [*words, "--json"])
     finally:
         given.undo()
     assert result.exit_code == 0, result.output
     assert "Small batches: supported. From batch 8 to batch 2" in result.output
     assert path.read_bytes() == before
+    (told,) = json.loads(as_json.stdout)["experiments"]
+    assert told.pop("file") == str(path)
+    assert told == read(path)[0], "--json: the results' head, and nothing else on stdout"
     assert Path(tmp_path / "report.html").stat().st_size > 100_000
 
 

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 from markupsafe import escape
+from typer.testing import CliRunner
 
+from steadynorm.cli import app
 from steadynorm.evidence.tour.demo import Demo, DemoResult, TourOptions
 from steadynorm.evidence.tour.demos import DEMOS
 from steadynorm.evidence.tour.visit import run
@@ -177,3 +179,12 @@ def test_demonstrations_have_names_of_their_own_and_their_jobs_too():
             jobs = demo.jobs(TourOptions(None, (0, 1), short))
             assert {job.group for job in jobs} == {demo.name}
             assert len({job.key for job in jobs}) == len(jobs)
+
+
+def test_json_is_all_that_stdout_holds(monkeypatch, tmp_path):
+    monkeypatch.setattr("steadynorm.evidence.tour.demos.DEMOS", (SMALL,))
+    words = ["tour", "--short", "--seed", "5", "--out", str(tmp_path), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert list(json.loads(done.stdout)["stops"]) == ["small"]

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from steadynorm._extras import require
-from steadynorm.command import GroupBars, errors_in_one_line, say
+from steadynorm.command import GroupBars, Json, errors_in_one_line, print_json, say
 
 
 def _words(value: str, allowed: tuple[str, ...], option: str) -> list[str]:
@@ -47,6 +47,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for bench.csv, .json and .html.")] = Path(
         "bench"
     ),
+    json: Json = False,
 ) -> None:
     """Time the layer against its peers and against a plain copy of the tensor."""
     with errors_in_one_line("bench", "nothing was written."):
@@ -55,7 +56,7 @@ def bench(
     from steadynorm.evidence.bench.contenders import CONTENDERS, available
     from steadynorm.evidence.bench.measure import Measurement, machine, measure
     from steadynorm.evidence.bench.networks import NETWORKS, measure_networks
-    from steadynorm.evidence.bench.results import tables, write
+    from steadynorm.evidence.bench.results import tables, to_record, write
     from steadynorm.evidence.bench.workloads import CASES, DTYPES, LAYOUTS, SUITES, workloads
     from steadynorm.kernels import use
     from steadynorm.report.terminal import to_rich
@@ -93,16 +94,21 @@ def bench(
                 list(NETWORKS), rounds, lambda: bars.step("networks"), device
             )
     about = machine(device)
+    paths = write(out, found, about, networks)
+    if json:
+        print_json(to_record(found, about, networks))
+        return
     for table in [*tables(found), *([networks] if networks is not None else [])]:
         Console().print(to_rich(table))
     say(", ".join(f"{key} {value}" for key, value in about.items()))
-    for path in write(out, found, about, networks):
+    for path in paths:
         say(f"wrote {path}")
 
 
 def warmup(
     dtypes: Annotated[str, typer.Option(help="float32, float64, bfloat16.")] = "float32",
     activations: Annotated[str, typer.Option(help="none, relu, silu, ...")] = "none,relu",
+    json: Json = False,
 ) -> None:
     """Compile the CPU kernels ahead, so that the first training step does not."""
     import time
@@ -115,13 +121,14 @@ def warmup(
     kinds = _words(dtypes, ("float32", "float64", "bfloat16"), "--dtypes")
     names = _words(activations, ("none", *ACTIVATIONS), "--activations")
     start = time.perf_counter()
-    with Console().status("compiling"):
+    with Console(stderr=True).status("compiling"):
         done = kernels.warmup(
             [getattr(torch, kind) for kind in kinds],
             [None if name == "none" else name for name in names],
         )
     ready = sum(kernel.cached for kernel in done.values())
-    say(
-        f"{len(done)} kernels ready, {ready} of them from the disk cache, "
-        f"in {time.perf_counter() - start:.1f} s."
-    )
+    took = round(time.perf_counter() - start, 1)
+    if json:
+        print_json({"kernels": len(done), "from_cache": ready, "seconds": took})
+        return
+    say(f"{len(done)} kernels ready, {ready} of them from the disk cache, in {took} s.")

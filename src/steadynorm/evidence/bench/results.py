@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from steadynorm.evidence.bench.measure import Measurement
 from steadynorm.evidence.bench.workloads import Workload
-from steadynorm.files import replace_file
+from steadynorm.files import json_text, replace_file
 from steadynorm.report.page import Chart, Page, Section, Table
 
 MINE = ("ours", "given")  # the layer, and its kernels with outputs given
@@ -119,6 +118,19 @@ def charts(measurements: Sequence[Measurement]) -> list[Chart]:
     ]  # fmt: skip
 
 
+def to_record(
+    measurements: Sequence[Measurement], machine: Mapping[str, str], networks: Table | None
+) -> dict[str, Any]:
+    """Everything as plain dicts and lists."""
+    record: dict[str, Any] = {
+        "machine": dict(machine), "measurements": rows(measurements, machine)
+    }  # fmt: skip
+    if networks is not None:
+        columns = list(networks.columns)
+        record["networks"] = [dict(zip(columns, row, strict=True)) for row in networks.rows]
+    return record
+
+
 def write(
     folder: Path,
     measurements: Sequence[Measurement],
@@ -126,7 +138,8 @@ def write(
     networks: Table | None,
 ) -> list[Path]:
     """Write `bench.csv`, `bench.json` and `bench.html`; returns their paths."""
-    flat = rows(measurements, machine)
+    record = to_record(measurements, machine, networks)
+    flat = record["measurements"]
     written = []
     if flat:
         text = io.StringIO()
@@ -134,16 +147,13 @@ def write(
         writer.writeheader()
         writer.writerows(flat)
         written.append(replace_file(folder / "bench.csv", text.getvalue()))
-    record = {"machine": dict(machine), "measurements": flat}
     sections = [
         Section("Time in copies", ["Lower is better."], [], charts(measurements)),
         Section("Figures", [], tables(measurements)),
     ]
     if networks is not None:
-        columns = list(networks.columns)
-        record["networks"] = [dict(zip(columns, row, strict=True)) for row in networks.rows]
         sections.insert(0, Section("Whole networks", ["One training step."], [networks]))
-    written.append(replace_file(folder / "bench.json", json.dumps(record, indent=1)))
+    written.append(replace_file(folder / "bench.json", json_text(record)))
     page = Page(
         "Speed of batch normalization",
         sections,

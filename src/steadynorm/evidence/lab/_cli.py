@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from steadynorm._extras import require
-from steadynorm.command import GroupBars, errors_in_one_line, say
+from steadynorm.command import GroupBars, Json, errors_in_one_line, print_json, say
 
 lab = typer.Typer(
     help="Small experiments on real digits: what is claimed for batch normalization, tested.",
@@ -28,7 +28,7 @@ class ProfileOption(str, Enum):
 
 
 @lab.command("list")
-def list_experiments() -> None:
+def list_experiments(json: Json = False) -> None:
     """Name the experiments and the claims they test."""
     from rich.table import Table
     from rich.text import Text
@@ -37,10 +37,14 @@ def list_experiments() -> None:
         require("torch", "altair")
         from steadynorm.evidence.lab.experiments import every
 
-        table = Table("name", "claim", "source")
-        for experiment in every():
-            row = (experiment.name, experiment.claim, experiment.source)
-            table.add_row(*(Text(cell) for cell in row))
+        columns = ("name", "claim", "source")
+        rows = [[getattr(experiment, column) for column in columns] for experiment in every()]
+        if json:
+            print_json([dict(zip(columns, row, strict=True)) for row in rows])
+            return
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*map(Text, row))
         Console().print(table)
 
 
@@ -62,6 +66,7 @@ def run(
         typer.Option(min=1, help="Processes, by default one for each core."),
     ] = None,
     out: Out = Path("lab"),
+    json: Json = False,
 ) -> None:
     """Run experiments and write their results and the report.
 
@@ -80,12 +85,12 @@ def run(
         folder = None if data_dir is None else str(data_dir)
         kind: Literal["quick", "full"] = "full" if profile is ProfileOption.full else "quick"
         if not data_parallel.launched():
-            with GroupBars(stderr=True) as bars:
+            with GroupBars() as bars:
                 paths = runner.run(
                     chosen, profile=kind, seeds=seeds, data_dir=folder, out=out, workers=workers,
                     begin=bars.begin, progress=bars.reached,
                 )  # fmt: skip
-            _show(paths, out)
+            _show(paths, out, json)
             return
         timed = [experiment.name for experiment in chosen if experiment.timed]
         if everything and timed:
@@ -93,30 +98,40 @@ def run(
             chosen = [experiment for experiment in chosen if not experiment.timed]
         paths = runner.run_together(
             chosen, profile=kind, seeds=seeds, data_dir=folder, out=out,
-            progress=lambda experiment, run: say(f"{experiment.name} {run.setting} {run.seed}"),
+            progress=lambda experiment, run: say(
+                f"{experiment.name} {run.setting} {run.seed}", stderr=True
+            ),
         )  # fmt: skip
         if paths:
-            _show(paths, out)
+            _show(paths, out, json)
 
 
 @lab.command()
-def report(out: Out = Path("lab")) -> None:
+def report(out: Out = Path("lab"), json: Json = False) -> None:
     """Write report.html and report.md from the saved results."""
     with errors_in_one_line(*NAMED):
         require("torch", "altair", "vl_convert")
         from steadynorm.evidence.lab.report import write
 
-        for path in write(out):
-            say(str(path))
+        page, table = write(out)
+        if json:
+            print_json({"report": str(page), "table": str(table)})
+            return
+        say(f"{page}\n{table}")
 
 
-def _show(paths: list[Path], out: Path) -> None:
+def _show(paths: list[Path], out: Path, json: bool) -> None:
     from steadynorm.evidence.lab.report import write
     from steadynorm.evidence.lab.store import read
 
-    for path in paths:
-        head, _ = read(path)
+    heads = [read(path)[0] for path in paths]
+    page, table = write(out)
+    if json:
+        files = {"report": str(page), "table": str(table)}
+        results = [head | {"file": str(p)} for head, p in zip(heads, paths, strict=True)]
+        print_json({"experiments": results, **files})
+        return
+    for head in heads:
         verdict = head["verdict"]
         say(f"{head['title']}: {verdict['outcome']}. {verdict['sentence']}\n")
-    page, table = write(out)
     say(f"Report: {page}\nTable: {table}")

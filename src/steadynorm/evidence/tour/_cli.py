@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from steadynorm._extras import require
-from steadynorm.command import GroupBars, errors_in_one_line, say
+from steadynorm.command import GroupBars, Json, errors_in_one_line, print_json, say
 
 NEEDED = {"torch": ("torch",), "keras": ("torch", "keras"), "jax": ("torch", "jax", "flax")}
 
@@ -27,16 +27,19 @@ def tour(
     framework: Annotated[
         str, typer.Option(help="torch for the whole tour; keras or jax for one part in that.")
     ] = "torch",
+    json: Json = False,
 ) -> None:
     """Train small networks on real handwritten digits and see what normalizes them."""
     with errors_in_one_line("tour", "nothing was written."):
         if framework not in NEEDED:
             raise ValueError(f"--framework must be torch, keras or jax; got {framework}")
         require("altair", "vl_convert", *NEEDED[framework], *(() if data_dir else ("sklearn",)))
-        _visit(out, seed, short, data_dir, framework)
+        _visit(out, seed, short, data_dir, framework, json)
 
 
-def _visit(out: Path, seed: int, short: bool, data_dir: Path | None, framework: str) -> None:
+def _visit(
+    out: Path, seed: int, short: bool, data_dir: Path | None, framework: str, json: bool
+) -> None:
     from steadynorm.evidence.digits import load
     from steadynorm.evidence.tour.demo import TourOptions
     from steadynorm.evidence.tour.demos import DEMOS, frameworks
@@ -52,10 +55,13 @@ def _visit(out: Path, seed: int, short: bool, data_dir: Path | None, framework: 
             begin=lambda demo, steps: bars.begin(demo.name, steps, title=demo.title),
             progress=bars.reached,
         )  # fmt: skip
+    page, record = visited.write(out)
+    if json:
+        print_json(visited.record())
+        return
     say(f"Digits: {visited.data}\n")
     for _, shown in visited.results:
         for table in shown.tables:
             Console().print(to_rich(table))
         say(f"{shown.sentence}\n")
-    page, record = visited.write(out)
     say(f"Charts: {page}\nFigures: {record}")
