@@ -153,18 +153,30 @@ def _() -> None:
     same_answers(_quantized(ours()), 0.05)
 
 
-def _fused(network: nn.Module) -> nn.Module:
-    fused: nn.Module = torch.ao.quantization.fuse_modules(network, [["0", "1", "2"]])
-    return fused
+def _fused(network: nn.Module, training: bool = False) -> nn.Module:
+    from torch.ao.quantization import fuse_modules, fuse_modules_qat
+
+    found: nn.Module = (fuse_modules_qat if training else fuse_modules)(network, [["0", "1", "2"]])
+    return found
+
+
+@case("eager quantization", "fuse_modules")
+def _() -> None:
+    fused = _fused(ours())
+    assert not isinstance(fused[1], sn.BatchNorm2d)  # type: ignore[index]
+    same_answers(fused)
+
+
+def _fused_in_training() -> None:
+    same_answers(_fused(sn.convert(ours(), to="torch")[0].train(), training=True).eval())
 
 
 @refusal(
-    "eager quantization", "fuse_modules", raises="did not find fuser method",
-    cure='`sn.fold` in its place, or `sn.convert(model, to="torch")` before it',
-    cured=lambda: same_answers(_fused(sn.convert(ours(), to="torch")[0])),
+    "eager quantization", "fuse_modules_qat", raises=r"sn\.convert\(model, to=",
+    cure='`sn.convert(model, to="torch")` before it', cured=_fused_in_training,
 )  # fmt: skip
 def _() -> None:
-    _fused(ours())
+    _fused(ours().train(), training=True)
 
 
 # --- runtimes

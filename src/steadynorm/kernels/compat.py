@@ -7,6 +7,8 @@ form stand where they are used:
   tells a batch norm;
 - `_parameters`, `_buffers`, `_modules` and the hooks of a module: surgery replaces entries, and
   reading a name there costs a small call 0.4 µs less;
+- `_DEFAULT_OP_LIST_TO_FUSER_METHOD` of `torch.ao.quantization`: which types `fuse_modules` knows
+  (nn/eager_quantization.py);
 - `torch.ops._c10d_functional`: collectives that the compiler sees;
 - `torch._foreach_copy_`: several small copies in one launch;
 - `torch.utils._python_dispatch.TorchDispatchMode`: which operators a model runs (models/graph.py);

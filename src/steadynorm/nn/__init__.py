@@ -17,6 +17,7 @@ from steadynorm.nn.batchnorm import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from steadynorm.nn.eager_quantization import register
 from steadynorm.nn.recurrent import BatchNormLSTM, BatchNormLSTMCell
 
 __all__ = [
@@ -30,6 +31,14 @@ __all__ = [
     "LazyBatchNorm3d",
     "functional",
 ]
+
+register(
+    {
+        torch.nn.BatchNorm1d: BatchNorm1d,
+        torch.nn.BatchNorm2d: BatchNorm2d,
+        torch.nn.BatchNorm3d: BatchNorm3d,
+    }
+)
 
 
 def __getattr__(name: str) -> Any:
