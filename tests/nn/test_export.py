@@ -38,11 +38,11 @@ def data() -> torch.Tensor:
     return torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def exported_in_training(made: Any, x: torch.Tensor) -> Any:
+def exported_in_training(made: Any, x: torch.Tensor, *, strict: bool = False) -> Any:
     """A program; the export warns where no other tool can switch it to inference."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        program = torch.export.export(copy.deepcopy(made), (x,))
+        program = torch.export.export(copy.deepcopy(made), (x,), strict=strict)
     said = [str(each.message) for each in caught if "in training for ever" in str(each.message)]
     assert bool(said) == (not isinstance(made[1].statistics, sn.Batch | sn.Frozen))
     return program
@@ -81,9 +81,11 @@ def test_export_in_training(policy: sn.Batch) -> None:
         assert exported[name].dtype == buffer.dtype
 
 
-def test_strict_export_in_training() -> None:
-    made, x = network(sn.Steady()), data()
-    program = torch.export.export(copy.deepcopy(made), (x,), strict=True).module()
+@everywhere
+def test_strict_export_in_training(policy: sn.Batch) -> None:
+    """By Dynamo: the same values, and the same warning."""
+    made, x = network(policy), data()
+    program = exported_in_training(made, x, strict=True).module()
     torch.testing.assert_close(program(x), made(x), rtol=1e-5, atol=1e-5)
 
 

@@ -72,16 +72,8 @@ class Traced(Backend):
         if _is_exported():
             if aten.is_one_operator(call):
                 return aten.one_operator(call), ((), None)
-            # Not with strict=True: Dynamo does not trace a warning.
-            if compat.is_exporting() and not torch.compiler.is_dynamo_compiling():
-                warnings.warn(
-                    f"A layer is exported in training under statistics={call.policy!r}: its "
-                    f"program normalizes as in training for ever. Tools that switch exported "
-                    f"programs to inference, as quantization-aware training does, cannot switch "
-                    f'it: for these use statistics="batch" and a momentum, without a mask. For '
-                    f"inference call model.eval() before the export.",
-                    stacklevel=2,
-                )
+            if compat.is_exporting():
+                _warn_of_export(call.policy)
         by_operators = operators.serve(call)
         live = None
         if measured and by_device(call):
@@ -100,6 +92,18 @@ class Traced(Backend):
 
 
 TRACED = Traced()
+
+
+@compat.runs_while_compiled
+def _warn_of_export(policy: Any) -> None:
+    warnings.warn(
+        f"A layer is exported in training under statistics={policy!r}: its program normalizes as "
+        f"in training for ever. Tools that switch exported programs to inference, as "
+        f"quantization-aware training does, cannot switch it: for these use "
+        f'statistics="batch" and a momentum, without a mask. For inference call model.eval() '
+        f"before the export.",
+        stacklevel=2,
+    )
 
 
 def by_device(call: Call) -> bool:

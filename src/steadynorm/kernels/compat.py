@@ -98,6 +98,15 @@ def leave_unchecked(saved: Any) -> None:
         proxy.node.meta["saved_tensor_with_no_vc_check"] = True
 
 
+def runs_while_compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Have the compiler call a function with constants as it traces, rather than look inside.
+
+    As `torch.compiler.assume_constant_result` does, which would load the compiler at once.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its own look for transforms, which the caller has ruled out.
 
