@@ -89,9 +89,9 @@ def steps(
         x, torch.ones(channels), torch.zeros(channels), residual, policy=Batch(), momentum=0.1,
         activation="relu", running_mean=torch.zeros(channels), running_var=torch.ones(channels),
     )  # fmt: skip
-    _, (saved, _) = plan.train(call)
+    _, (saved, _) = plan.forward(call)
     return {
-        "forward": lambda: plan.train(call),
+        "forward": lambda: plan.forward(call),
         "backward": lambda: plan.backward(saved, grad, (True,) * 4),
         "inference": lambda: plan.infer(call),
     }

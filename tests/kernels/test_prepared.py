@@ -33,7 +33,7 @@ def only_compiled(monkeypatch):
 def ran(monkeypatch):
     """Which of a plan's methods have run."""
     names = []
-    for name in ("train", "backward", "infer"):
+    for name in ("forward", "backward", "infer"):
         method = getattr(prepared.Plan, name)
 
         def spy(*arguments, name=name, method=method):
@@ -105,7 +105,7 @@ def test_a_training_step_is_the_truths(name, layout, case, visits, ran):
     )  # fmt: skip
     y = layer(x, residual=residual if more else None)
     y.backward(grad)
-    assert ran == ["train", "backward"]
+    assert ran == ["forward", "backward"]
     assert y.stride() == x.stride()
     close(y, wanted.y, 2e-6, "y")
     close(layer.running_mean, wanted.running.mean, 1e-6, "running_mean")
@@ -160,7 +160,7 @@ def test_training_steps_of_steady_are_the_truths(window, name, layout, case, vis
             close(residual.grad, wanted.dresidual, 5e-6, "dresidual")
         if window is not None:
             close(layer.gradient_memory, memory, 2e-6, "memory")
-    assert ran == ["train", "backward"] * 3
+    assert ran == ["forward", "backward"] * 3
 
 
 @pytest.mark.parametrize("mean", [1e4, 1e6])
@@ -177,7 +177,7 @@ def test_the_blend_of_large_means_is_within_the_bar(mean, ran):
     wanted = truth.train(x.numpy(), layer.statistics, running)
     error = np.abs(layer(x).detach().double().numpy() - wanted.y).max()
     assert error <= 2e-6 * max(1.0, np.abs(wanted.y).max())
-    assert ran == ["train"]
+    assert ran == ["forward"]
 
 
 def test_a_pretrained_layer_without_a_count_leans_on_its_statistics(ran):
@@ -190,7 +190,7 @@ def test_a_pretrained_layer_without_a_count_leans_on_its_statistics(ran):
     setting = truth.Setting(layer.weight.detach().numpy(), layer.bias.detach().numpy())
     wanted = truth.train(x.numpy(), layer.statistics, running, setting)
     close(layer(x), wanted.y, 2e-6, "y")
-    assert ran == ["train"]
+    assert ran == ["forward"]
 
 
 @pytest.mark.parametrize("window", [None, 16], ids=["one-way", "two-way"])
@@ -207,7 +207,7 @@ def test_second_derivatives_of_steady_come_from_what_the_kernels_left(window, ra
         (ddx,) = torch.autograd.grad(dx.square().sum(), given)
         found.append((dx.detach(), ddx))
     torch.testing.assert_close(*found)
-    assert ran == ["train"]
+    assert ran == ["forward"]
 
 
 @pytest.mark.parametrize(("rows", "together"), [(32, 5), (64, 5), (128, 2), (256, 1)])
@@ -257,6 +257,74 @@ def test_inference_is_the_truths(shape, layout, dtype, visits, ran):
     close(y, wanted, 2e-2 if dtype == torch.bfloat16 else 2e-6, "y")
 
 
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("case", ["bn", "relu6+residual", "silu+residual", "tanh"])
+def test_gradients_in_inference_are_the_truths(name, layout, case, visits, ran):
+    """Also when the running statistics move before the backward: it reads copies."""
+    shape = SHAPES[name]
+    activation, _, more = case.partition("+")
+    activation = None if activation == "bn" else activation
+    x, residual, grad = (make(shape, layout, 1.0 if i == 0 else 0.0, i) for i in range(3))
+    x.requires_grad_()
+    residual.requires_grad_()
+    layer = layer_for(shape[1], activation).eval()
+    setting = truth.Setting(
+        layer.weight.detach().numpy(), layer.bias.detach().numpy(), activation=activation
+    )
+    running = truth.Running(layer.running_mean.numpy().copy(), layer.running_var.numpy().copy(), 0)
+    wanted = truth.infer(
+        x.detach().numpy(), running, setting, grad=grad.numpy(),
+        residual=residual.detach().numpy() if more else None,
+    )  # fmt: skip
+    versions = [buffer._version for buffer in layer.buffers()]
+    y = layer(x, residual=residual if more else None)
+    assert [buffer._version for buffer in layer.buffers()] == versions
+    close(layer.running_mean, running.mean, 0, "running_mean")
+    close(layer.running_var, running.var, 0, "running_var")
+    layer.reset_running_stats()
+    y.backward(grad)
+    assert ran == ["forward", "backward"]
+    assert y.stride() == x.stride()
+    close(y, wanted.y, 2e-6, "y")
+    close(x.grad, wanted.dx, 5e-6, "dx")
+    close(layer.weight.grad, wanted.dweight, 5e-6, "dweight")
+    close(layer.bias.grad, wanted.dbias, 5e-6, "dbias")
+    if more:
+        close(residual.grad, wanted.dresidual, 5e-6, "dresidual")
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["parameters learn", "parameters do not"])
+def test_in_inference_one_infinity_spoils_no_other_gradient(learns, ran):
+    """Sums over the batch are not finite then, and have no part in the input's gradient."""
+    x, grad = make((8, 6, 9, 7), "first", 1.0), make((8, 6, 9, 7), "first", 0.0, 1)
+    x[0, 0, 0, 0] = torch.inf
+    layer = layer_for(6, None, statistics="frozen").requires_grad_(learns)
+    weight, var = (
+        truth.beside(t.detach().double().numpy(), 4) for t in (layer.weight, layer.running_var)
+    )
+    wanted = grad.double().numpy() * weight / np.sqrt(var + 1e-5)
+    layer(x.requires_grad_()).backward(grad)
+    assert ran == ["forward", "backward"]
+    finite = torch.isfinite(x.detach())
+    close(x.grad[finite], wanted[finite.numpy()], 5e-6, "dx")
+    assert (layer.weight.grad is not None) == learns
+
+
+def test_second_derivatives_in_inference(ran):
+    x = make((3, 2, 3, 2), "first", 1.0, dtype=torch.float64).requires_grad_()
+    layer = layer_for(2, "silu", torch.float64)
+    mean, var = layer.running_mean, layer.running_var
+
+    def call(x, weight, bias):
+        return sn.functional.batch_norm(x, mean, var, weight, bias, activation="silu")
+
+    inputs = (x, layer.weight, layer.bias)
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+    assert "forward" in ran
+
+
 def test_without_parameters_and_running_statistics():
     x = make((8, 6, 9, 7), "last", 2.0).requires_grad_()
     grad = make((8, 6, 9, 7), "last", 0.0, 1)
@@ -276,7 +344,7 @@ def test_an_input_without_gradient_still_gives_the_parameters_theirs(ran):
     )
     wanted = truth.train(x.numpy(), sn.Batch(), setting=setting, grad=grad.numpy())
     layer(x).backward(grad)
-    assert ran == ["train"]
+    assert ran == ["forward"]
     close(layer.weight.grad, wanted.dweight, 5e-6, "dweight")
     close(layer.bias.grad, wanted.dbias, 5e-6, "dbias")
 
@@ -294,7 +362,7 @@ def test_second_derivatives(activation, ran):
     inputs = (x, layer.weight, layer.bias)
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
-    assert "train" in ran
+    assert "forward" in ran
 
 
 def test_what_the_kernels_cannot_write_goes_to_the_stages(ran):

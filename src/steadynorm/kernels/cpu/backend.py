@@ -70,12 +70,12 @@ class CpuKernels(ClosedForm):
         return why
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
-        """By the plan where there is one that the backward can go on with, else by stages."""
-        if call.plan is None or (call.by_running and call.gradient):
+        """By the plan where there is one, else by stages."""
+        if call.plan is None:
             return super().forward(call)
-        if call.by_running:
+        if call.by_running and not call.gradient:
             return call.plan.infer(call), ((), None)
-        result: tuple[Tensor, Packed] = call.plan.train(call)
+        result: tuple[Tensor, Packed] = call.plan.forward(call)
         return result
 
     def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:

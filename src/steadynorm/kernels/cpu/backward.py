@@ -80,7 +80,7 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
     """Write the sums, and what flows back through the statistics: `slope·(x - center) + constant`.
 
     The latter only if its factors are given, and less what the memory of the gradient takes off if
-    there is one; the weight's gradient only if it has a place.
+    there is one; the weight's gradient only if it has an address.
     """
     noinline()
     sum_grad = pointer_like(args[at.sum_grad], slope)
@@ -94,8 +94,12 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
         k = chunk.first + c
         sum_grad[k] = like(sums_1[c], sum_grad[k])
         sum_grad_x[k] = like(sums_2[c], sum_grad_x[k])
+        exact = sums_2[c]
+        if args[at.center_low] != 0:
+            exact -= low[k] * sums_1[c]
+        if args[at.grad_weight] != 0:
+            grad_weight[k] = like(rho[k] * exact, grad_weight[k])
         if args[at.slope_factor] != 0:
-            exact = sums_2[c] - low[k] * sums_1[c]
             tilt = -slope_factor[k] * exact
             level = -constant_factor[k] * sums_1[c] - tilt * mean_gap[k]
             if args[at.memory] != 0:
@@ -105,8 +109,6 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
                 level += down * low[k] - scale[k] * kept
             slope[k] = like(tilt, slope[k])
             constant[k] = like(level, constant[k])
-            if args[at.grad_weight] != 0:
-                grad_weight[k] = like(rho[k] * exact, grad_weight[k])
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -18,6 +18,7 @@ from .loops import (
     PIVOTED,
     RECORD,
     REDUCE,
+    RUNNING,
     add_partials,
     called,
     chunk_at,
@@ -114,8 +115,19 @@ def move_running(args: Any, chunk: Any, mean: Any, var: Any) -> None:
 
 
 @called  # type: ignore[untyped-decorator]
+def take_running(args: Any, chunk: Any, mean: Any, var: Any) -> None:
+    """The running statistics as what normalizes, copied: they may move before the backward."""
+    noinline()
+    low = pointer_like(args[at.center_low], var)
+    running_mean = pointer_like(args[at.running_mean], var)
+    running_var = pointer_like(args[at.running_var], var)
+    for c in range(chunk.first, chunk.first + chunk.here):
+        mean[c], low[c], var[c] = running_mean[c], like(0.0, var[c]), running_var[c]
+
+
+@called  # type: ignore[untyped-decorator]
 def record_step(args: Any, chunk: Any, var: Any, scale: Any) -> None:
-    """What a training step leaves for the backward, `statistics.gradient_factors`; counts it."""
+    """What a forward leaves for its backward, `statistics.gradient_factors`; counts the batch."""
     noinline()
     rho = pointer_like(args[at.rho], var)
     slope = pointer_like(args[at.slope_factor], var)
@@ -246,7 +258,9 @@ def forward(SCALAR: Any, REAL: Any, ACT: int, ADD: bool, MASKED: bool) -> Any:
                         elif far and not moved:
                             moved = True
                             continue
-                if mode & BLEND:
+                if mode & RUNNING:
+                    take_running(args, chunk, mean, var)
+                elif mode & BLEND:
                     blend(args, chunk, mean, var)
                 elif mode & RECORD:
                     move_running(args, chunk, mean, var)

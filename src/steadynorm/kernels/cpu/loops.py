@@ -47,6 +47,7 @@ SAMPLE = 16  # values that a pivot is drawn from
 
 # Bits of a pass.
 REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, DECIDE, RECORD, BLEND = 1, 2, 4, 8, 16, 32, 64, 128
+RUNNING = 256  # the running statistics normalize, and stay
 
 Chunk = namedtuple(
     "Chunk",

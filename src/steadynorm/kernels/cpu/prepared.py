@@ -6,13 +6,12 @@ take 100 µs when the caches hold their code, and three times that after a kerne
 through 30 MB: as much as normalizing 10 MB. All that follows from shape, layout and type is
 prepared once, and a call fills in addresses.
 
-Whatever is rare (second derivatives, an input that needs no gradient, gradients in inference) is
-done by the stages.
+Second derivatives, and the backward of an input that needs no gradient, are done by the stages.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +40,10 @@ _fill_backward, _BACKWARD = writer("rate", "eps", "momentum", "share", *FORWARD,
 
 
 class Rest(NamedTuple):
-    """What a prepared forward leaves for its backward, but for tensors."""
+    """What a prepared forward leaves for its backward, but for tensors.
+
+    `share` is how much of the statistics is the batch's: 0 in inference.
+    """
 
     plan: Plan
     eps: float
@@ -52,8 +54,8 @@ class Rest(NamedTuple):
 class Plan:
     """Calls of `Batch`, of `Steady` and in inference for one shape, layout, type and activation.
 
-    A training step leaves one tensor for its backward, in int16: the rows that arguments.py names,
-    in the type that statistics have, then the sign bits where they serve.
+    A forward leaves one tensor for its backward, in int16: the rows that arguments.py names, in the
+    type that statistics have, then the sign bits where they serve.
     """
 
     def __init__(
@@ -70,17 +72,17 @@ class Plan:
         self.step = shape.channels * self.real.itemsize
         self.rows_bytes = len(ROWS) * self.step
         self.signs = slab.words if self.kept is Keep.SIGNS else 0
-        options = gradient_options(self.kept, residual=residual)
-        self._backward = tuple(
-            partial(backward_kernel, dtype, activation, want=want, **options)
-            for want in (False, True)
-        )
+        self.size_of_rows = self.rows_bytes // 2 + self.signs
+        self.options = gradient_options(self.kept, residual=residual)
+        self._backward: list[Any] = [None, None]
         self._forward = forward_kernel(dtype, activation, add=residual)
         mapping = slabs.Slab(shape, dtype.itemsize, only_maps=True)
         training = loops.DECIDE | loops.RECORD
         self._training = _template(slab, *slab.plan.forward(training))
         self._blending = _template(slab, *slab.plan.forward(training | loops.BLEND))
+        self._running = _template(slab, loops.RUNNING | loops.DECIDE | loops.RECORD, loops.MAP)
         self._gradients = _template(slab, *slab.plan.backward())
+        self._gradient_of_x = _template(slab, loops.MAP)
         self._inference = _template(mapping, loops.DECIDE, loops.MAP)
 
     def fits(self, call: Call) -> bool:
@@ -99,14 +101,18 @@ class Plan:
             return False
         return batches is None or (batches.dtype is torch.int64 and readable(batches))
 
-    def train(self, call: Call) -> tuple[Tensor, Packed]:
-        """Normalize as the policy says and move the running statistics."""
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
+        """Normalize as the policy says and move the running statistics; or by these, unmoved."""
         template, share, weight = self._training, 1.0, call.momentum
         if call.blends:
             template, (share, weight) = self._blending, call.weights(self.count)
-        x, residual = call.x, slabs.residual_alike(call.residual, call.x)
+        elif call.by_running:
+            template, share, weight = self._running, 0.0, 0.0
+        x, residual = call.x, call.residual
+        if residual is not None:
+            residual = slabs.alike(residual, x, "residual")
         y = torch.empty_like(x)
-        rows = torch.empty(self.rows_bytes // 2 + self.signs, dtype=torch.int16)
+        rows = torch.empty(self.size_of_rows, dtype=torch.int16)
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
         a = Arguments.from_buffer_copy(template)
         first = rows.data_ptr()
@@ -118,7 +124,7 @@ class Plan:
             _address(call.bias), _address(mean), _address(var), _address(batches),
             *range(first, end, self.step),
         )  # fmt: skip
-        if mean is not None and var is not None:
+        if mean is not None and var is not None and not call.by_running:
             written = (mean, var) if batches is None else (mean, var, batches)
             torch.autograd.graph.increment_version(written)
         self._forward(a, self.threads)
@@ -129,7 +135,7 @@ class Plan:
         return y, (tensors, Rest(self, call.eps, share, call.memory))
 
     def infer(self, call: Call) -> Tensor:
-        """Normalize by the running statistics; nothing moves."""
+        """Normalize by the running statistics, where no backward can follow."""
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
         y = torch.empty_like(x)
         rows = torch.empty((2, self.channels), dtype=self.real)
@@ -143,16 +149,19 @@ class Plan:
         return y
 
     def backward(self, tensors: Any, rest: Rest, grad: Tensor, needs: Any) -> Gradients:
-        """The gradients of a training step, all per-channel work inside the kernel."""
+        """The gradients, that of x included; all per-channel work inside the kernel."""
         x, rows, y, residual, *_ = tensors
         grad = slabs.alike(grad, x, "grad")
         want = needs[3] and self.activation is not None
         dx = torch.empty_like(x)
         dresidual = torch.empty_like(x) if want else None
-        dweight = torch.empty(self.channels, dtype=self.real)
-        dbias = torch.empty(self.channels, dtype=self.real)
+        template, dweight, dbias = self._gradient_of_x, None, None
+        if rest.share or needs[1] or needs[2]:
+            template = self._gradients
+            dweight = torch.empty(self.channels, dtype=self.real)
+            dbias = torch.empty(self.channels, dtype=self.real)
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
-        a = Arguments.from_buffer_copy(self._gradients)
+        a = Arguments.from_buffer_copy(template)
         first = rows.data_ptr()
         end = first + self.rows_bytes
         memory, rate, before, after = rest.memory, 0.0, None, None
@@ -163,9 +172,13 @@ class Plan:
             a, _BACKWARD, rate, 0.0, 0.0, rest.share, x.data_ptr(), _address(residual),
             _address(y), end, _address(partial_sums), 0, 0, 0, 0, 0,
             *range(first, end, self.step), grad.data_ptr(), dx.data_ptr(), _address(dresidual),
-            dbias.data_ptr(), dweight.data_ptr(), _address(before), _address(after),
+            _address(dbias), _address(dweight), _address(before), _address(after),
         )  # fmt: skip
-        self._backward[want]()(a, self.threads)
+        if not rest.share:  # the factors are 0: they serve as slope and constant, unmultiplied
+            a.slope, a.constant = a.slope_factor, a.constant_factor
+            a.slope_factor = a.constant_factor = 0
+        kernel = self._backward[want] or self._load(want=want)
+        kernel(a, self.threads)
         return (
             dx,
             dweight if needs[1] else None,
@@ -173,15 +186,23 @@ class Plan:
             dresidual if want else (grad if needs[3] else None),
         )
 
+    def _load(self, *, want: bool) -> Any:
+        """The kernel of the backward, at its first call: inference never compiles it."""
+        kernel = backward_kernel(self.dtype, self.activation, want=want, **self.options)
+        self._backward[want] = kernel
+        return kernel
+
     def unpack(self, tensors: Any, rest: Rest) -> Saved:
-        """What a training step left, as the stages leave it."""
+        """What a forward left, as the stages leave it."""
         x, rows, y, residual, weight, bias = tensors
         words = self.rows_bytes // 2
         named = dict(zip(ROWS, rows[:words].view(self.real).view(len(ROWS), -1), strict=True))
         center, gap = named["center"], named["mean_gap"]
         normalizer = Normalizer(center, named["center_low"], named["var"], 1, 0, rest.share)
-        mean, low = two_sum(center, gap)
-        batch = Moments(self.count, mean, named["batch_var"], low)
+        batch = None
+        if rest.share:
+            mean, low = two_sum(center, gap)
+            batch = Moments(self.count, mean, named["batch_var"], low)
         known = coefficients_of(normalizer, x, weight, bias, rest.eps)
         signs = rows[words:] if self.signs else None
         return Saved(
