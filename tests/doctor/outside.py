@@ -30,18 +30,19 @@ class Logits(nn.Module):
         return logits
 
 
-def build(kind: str, depths: tuple[int, ...] = (1, 1)) -> nn.Module:
-    """ "ResNet" or "RegNet" of transformers, untrained, the same every time."""
+def classifier(kind: str, **settings: Any) -> nn.Module:
+    """A classifier of digits by transformers, of random weights."""
     import transformers
 
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "num_channels": 1, "embedding_size": 8, "hidden_sizes": [16, 32], "depths": list(depths),
-        "num_labels": 10,
-    }  # fmt: skip
-    settings |= {"layer_type": "basic"} if kind == "ResNet" else {"groups_width": 8}
-    config = getattr(transformers, f"{kind}Config")(**settings)
+    config = getattr(transformers, f"{kind}Config")(num_channels=1, num_labels=10, **settings)
     return Logits(getattr(transformers, f"{kind}ForImageClassification")(config))
+
+
+def build(kind: str, depths: tuple[int, ...] = (1, 1), layer_type: str = "basic") -> nn.Module:
+    """ "ResNet" or "RegNet" of transformers, untrained, the same every time."""
+    torch.manual_seed(0)
+    own: Any = {"layer_type": layer_type} if kind == "ResNet" else {"groups_width": 8}
+    return classifier(kind, embedding_size=8, hidden_sizes=[16, 32], depths=list(depths), **own)
 
 
 def large(pairs: list[Pair]) -> list[Pair]:
@@ -63,10 +64,10 @@ def data(count: int = 8, size: int = 32, seed: int = 1) -> list[Pair]:
     return large(batches(size, count=count, seed=seed))
 
 
-def by_class(mixed: float) -> list[Pair]:
+def by_class(mixed: float, seed: int = 0) -> list[Pair]:
     """Batches of one digit each, in which a share of the samples is any."""
     images, labels = digits()[:2]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for number in range(32):
         own = (labels == number % 10).nonzero()[:, 0]

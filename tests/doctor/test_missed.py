@@ -107,6 +107,24 @@ def test_a_norm_along_the_positions_of_a_transformer() -> None:
     assert of(report, "SN311") == []
 
 
+def test_a_norm_along_the_positions_behind_the_token_of_a_class() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=16, num_labels=10,
+    )  # fmt: skip
+    model = Logits(transformers.ViTForImageClassification(config))
+    block: Any = model.inner.vit.layers[0]
+    block.layernorm_before = nn.BatchNorm1d(17)
+    report = sn.diagnose(model, data(), loss=F.cross_entropy)
+    assert first(report).layer.endswith("layernorm_before")
+    assert (first(report).code, first(report).evidence["axis"]) == ("SN311", 2)
+    block.layernorm_before = MovedAround(nn.BatchNorm1d(8))
+    assert of(sn.diagnose(model, data(), loss=F.cross_entropy), "SN311") == []
+
+
 @pytest.mark.parametrize("mode", ["common_channel", "mix_channel"])
 def test_a_network_that_mixes_one_axis_after_the_other_is_left_alone(mode: str) -> None:
     import transformers

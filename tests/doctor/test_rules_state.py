@@ -220,6 +220,15 @@ def test_what_float16_holds_when_folded() -> None:
     assert not bool(torch.isfinite(folded[0].bias.detach().half()).all())
 
 
+def test_a_large_mean_that_a_bias_made_folds_to_nothing() -> None:
+    model = small()
+    model[0].register_parameter("bias", nn.Parameter(torch.full((4,), 1e6)))
+    model[1].running_mean.add_(1e6)
+    assert found(model, "SN106") == []
+    model[0].bias.data.zero_()
+    assert found(model, "SN106") != []
+
+
 def test_a_large_scale_over_small_weights_fits() -> None:
     model = small()
     with torch.no_grad():

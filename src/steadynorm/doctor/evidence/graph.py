@@ -86,7 +86,9 @@ def _facts(
     calls = graph.calls(norm)
     sources = [source for call in calls if (source := call.origin()) is not None]
     hosts = {node.module for node in sources}
-    host = hosts.pop() if len(hosts) == 1 else None
+    host: Any = hosts.pop() if len(hosts) == 1 else None
+    host = host if host is not None and is_host(host) else None
+    bias = None if host is None else host.bias
     axes = {_channel_axis(call.inputs[0]) for call in calls if call.inputs}
     users = (user for call in calls for user, _ in call.ends(None))
     return {
@@ -94,7 +96,8 @@ def _facts(
         "inputs": len({id(call.inputs[0]) for call in calls if call.inputs}),
         "before": tuple(dict.fromkeys(_neighbour(node, modules) for node in sources)),
         "after": tuple(dict.fromkeys(_neighbour(node, modules) for node in users)),
-        "host_peak": _peak(host) if host is not None and is_host(host) else None,
+        "host_peak": None if host is None else _peak(host),
+        "host_bias": None if bias is None else bias.detach().double().cpu().numpy(),
         "channel_axis": axes.pop() if len(axes) == 1 else None,
         "recomputed": any(inside for inside, _ in ran) if ran else None,
         "samples": min((n for _, n in ran if n is not None), default=None),
@@ -118,10 +121,14 @@ def _channel_axis(node: Node, depth: int = 50) -> int | None:
     if node.axes is not None and node.inputs:
         before = _channel_axis(node.inputs[0], depth - 1)
         return None if before is None else node.axes.get(before)
-    if not (node.module or _operator(node) in BY_ELEMENT):
+    if _operator(node) == "cat":  # parameters, such as a class's token, lie as the others do
+        alike = [source for source in node.inputs if source.shape and len(source.shape) == last + 1]
+        axes = {_channel_axis(source, depth - 1) for source in alike} - {None}
+    elif node.module or _operator(node) in BY_ELEMENT:
+        alike = [source for source in node.inputs if source.shape == node.shape]
+        axes = {_channel_axis(source, depth - 1) for source in alike}
+    else:
         return None
-    alike = (source for source in node.inputs if source.shape == node.shape)
-    axes = {_channel_axis(source, depth - 1) for source in alike}
     return axes.pop() if len(axes) == 1 else None
 
 

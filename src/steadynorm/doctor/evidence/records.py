@@ -77,8 +77,9 @@ class NormUsage:
     From the graph of calls, None where it is not known: `calls` in one forward, on how many
     different `inputs`; `before` and `after`, the layers that produce its input and take its output,
     directly or through operators that only rearrange; `redundant_bias`, the name of the bias that
-    it cancels; `host_peak`, the largest weight of each output channel of the one layer before it;
-    `channel_axis`, where the channels of the layer that made its input lie in it.
+    it cancels; `host_peak`, the largest weight of each output channel of the one layer before it,
+    and `host_bias`, its bias; `channel_axis`, where the channels of the layer that made its input
+    lie in it.
 
     From running the model, None without batches: `recomputed`, inside activation checkpointing;
     `samples` in its batch, the smallest if called several times.
@@ -99,6 +100,7 @@ class NormUsage:
     after: tuple[Neighbour, ...] | None = None
     redundant_bias: str | None = None
     host_peak: np.ndarray | None = None
+    host_bias: np.ndarray | None = None
     channel_axis: int | None = None
     recomputed: bool | None = None
     samples: int | None = None

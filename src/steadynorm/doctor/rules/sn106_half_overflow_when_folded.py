@@ -1,12 +1,12 @@
 """Folded for inference, this layer's scale or shift is past float16's largest number.
 
-To fold a batch norm is to multiply the weights before it by γ/√(var + eps) and to add β -
-mean·γ/√(var + eps). A small variance or a large mean makes one of them larger than float16 can
-hold, and the folded network answers infinity or NaN, while the one it was made from works. bfloat16
-and float32 hold it.
+To fold a batch norm is to multiply the weights before it by γ/√(var + eps) and to add β +
+(b - mean)·γ/√(var + eps), where b is their bias. A small variance or a large mean makes one of them
+larger than float16 can hold, and the folded network answers infinity or NaN, while the one it was
+made from works. bfloat16 and float32 hold it.
 
 When: Beyond 65504: the largest folded weight, where the layer before is known and its weights too,
-else the scale itself; and the shift.
+else the scale itself; and the shift, with that layer's bias in it.
 
 Cure: Ship this layer in float32 or bfloat16, or mend the channel: see its variance and mean in the
 evidence.
@@ -36,10 +36,11 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     known = np.isfinite([mean, var, gain, offset]).all(0) & (var + state.known_eps > 0)
     mean, var, gain, offset = (np.where(known, a, 0.0) for a in (mean, var, gain, offset))
     scale = gain / np.sqrt(var + state.known_eps)
-    shift = offset - mean * scale
-    peak = None if usage is None else usage.host_peak
+    peak, bias = (None, None) if usage is None else (usage.host_peak, usage.host_bias)
     if peak is not None and peak.shape != scale.shape:
-        peak = None
+        peak, bias = None, None
+    inner = 0.0 if bias is None else np.where(np.isfinite(bias), bias, 0.0)
+    shift = offset + (inner - mean) * scale
     held = 1.0 if peak is None else np.where(np.isfinite(peak), peak, 0.0)
     folded = np.abs(scale) * held
     over = (folded > LARGEST) | (np.abs(shift) > LARGEST)
