@@ -64,22 +64,25 @@ class NormCall:
             flat = torch.count_nonzero(z < low) + torch.count_nonzero(z > high)
             self._saturated = flat / z.numel()
         if output.requires_grad:
-            self._gradient = torch.zeros(())  # until one comes
+            self._gradient = torch.zeros(output.shape[1])  # until one comes
             output.register_hook(self._backward)
         elif not torch.is_grad_enabled() and not inside_checkpointing():
-            self._gradient = torch.zeros(())  # a block under no_grad: none will come
+            self._gradient = torch.zeros(output.shape[1])  # a block under no_grad: none will come
 
     def _backward(self, gradient: Tensor) -> None:
         wide = torch.float32 if gradient.dtype.itemsize < 4 else None  # half would overflow
-        self._gradient = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
+        axes = [axis for axis in range(gradient.ndim) if axis != 1]
+        self._gradient = torch.linalg.vector_norm(gradient.detach(), dim=axes, dtype=wide)
 
     def by_channel(self) -> ChannelReading:
         """The call by channel."""
         mean, var, running_mean, running_var, of_means = self._parts.cpu().to(torch.float64).numpy()
-        dead = np.zeros(len(mean), bool) if self._dead is None else self._dead.cpu().numpy()
+        none = np.zeros(len(mean), bool)
+        dead = none if self._dead is None else self._dead.cpu().numpy()
+        no_gradient = none if self._gradient is None else self._gradient.cpu().numpy() == 0
         return ChannelReading(
             self.step, int(self._values), mean, var, running_mean, running_var, self.eps, dead,
-            self.samples, of_means,
+            self.samples, of_means, no_gradient,
         )  # fmt: skip
 
     def saturated(self) -> float:
@@ -90,7 +93,7 @@ class NormCall:
         """Norm of the gradient for the output; see `Reading`."""
         if self._gradient is None:
             return nan
-        size = float(self._gradient)
+        size = float(torch.linalg.vector_norm(self._gradient))
         return float("inf") if isnan(size) else size
 
 

@@ -45,9 +45,10 @@ class Trend:
     `lag`: mean of (batch mean − running mean) in running standard deviations; the scatter of single
     batches cancels in it, and `error` is what is left of it (the mean's standard error). `ratio`:
     the batches' unbiased variance over the running one, as a ratio of standard deviations.
-    `dead`: in all of the readings. `values`: of a channel in all of them. `samples`: in a batch.
-    `alike`: how many times as far the batches' means scatter from one reading to the next, as a
-    variance, as those of batches with the same samples mixed would; NaN where not known.
+    `dead`, `no_gradient`: in all of the readings. `values`: of a channel in all of them.
+    `samples`: in a batch. `alike`: how many times as far the batches' means scatter from one
+    reading to the next, as a variance, as those of batches with the same samples mixed would; NaN
+    where not known.
     `independent`: independent values that a batch counts for: the variance of values over that of
     (batch mean − running mean), harmonic mean over channels. The running mean takes out the slow
     movement of the weights.
@@ -62,6 +63,7 @@ class Trend:
     samples: int = 0
     independent: float = float("nan")
     alike: float = float("nan")
+    no_gradient: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,7 @@ class ChannelReading(NamedTuple):
     dead: np.ndarray
     samples: int = 0
     of_means: np.ndarray | None = None
+    no_gradient: np.ndarray | None = None
 
     @property
     def finite(self) -> bool:
@@ -145,6 +148,7 @@ def trend(readings: Iterable[ChannelReading], steps: int) -> Trend | None:
         np.all([reading.dead for reading in late], axis=0),
         int(np.median([reading.samples for reading in late])),
         *_independent(late),
+        None if late[0].no_gradient is None else np.all([r.no_gradient for r in late], axis=0),
     )
 
 

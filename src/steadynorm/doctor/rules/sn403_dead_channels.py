@@ -5,8 +5,8 @@ network is narrower than it was made. A learning rate that is too high, or weigh
 weight to 0 under a negative bias, leaves them so.
 
 When: Not one value above 0 in any reading of the run's second half, over at least 8 readings and
-500 values of the channel. A warning where that is more than half of a layer's channels; information
-from a tenth.
+500 values of the channel, before a ReLU; where the graph of calls is not known, not any gradient
+either. A warning from half of a layer's channels on; information from a tenth.
 
 Cure: Lower the learning rate, or take weight and bias out of weight decay.
 
@@ -30,15 +30,19 @@ rule = Rule(__name__, __doc__, WARNING, safe=False)
 def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     trend = None if evidence.run is None else evidence.run.trends.get(layer.name)
     after = None if layer.usage is None else layer.usage.after
-    rectified = any(part.kind in {"ReLU", "ReLU6", "relu", "relu6"} for part in after or ())
-    if trend is None or not rectified or trend.readings < 8 or trend.values < ENOUGH:
+    if trend is None or trend.readings < 8 or trend.values < ENOUGH:
         return
-    dead, channels = int(np.sum(trend.dead)), trend.dead.size
+    silent = trend.dead
+    if not after and trend.no_gradient is not None:
+        silent = silent & trend.no_gradient
+    elif not any(part.kind in {"ReLU", "ReLU6", "relu", "relu6"} for part in after or ()):
+        return
+    dead, channels = int(np.sum(silent)), silent.size
     if dead < 0.1 * channels:
         return
     yield rule.finding(
         layer,
         f"{dead} of {channels} channels were never above 0 in {trend.values:,} values",
         {"dead": dead, "channels": channels, "values": trend.values},
-        severity=WARNING if dead > channels / 2 else INFO,
+        severity=WARNING if 2 * dead >= channels else INFO,
     )
