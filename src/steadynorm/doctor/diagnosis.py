@@ -204,7 +204,7 @@ def diagnose(
         select: codes, beginnings of codes ("SN1") or names of rules: only those judge.
         ignore: likewise: those do not.
         name: what the report calls a model; its class by default.
-        progress: show how many forwards are done, on a terminal; needs rich.
+        progress: show how many forwards are done of how many, on a terminal; needs rich.
 
     Raises:
         TypeError: arguments of the wrong kind.
@@ -228,16 +228,17 @@ def diagnose(
 
     from steadynorm.doctor.evidence.checkpoint import probe_state
     from steadynorm.doctor.evidence.model import probe_model
+    from steadynorm.doctor.evidence.passes import Forwards
 
     state = getattr(target, "state_dict", None)
     if not isinstance(target, nn.Module) and isinstance(state, Mapping):  # torch.export's
         target = state
     if isinstance(target, nn.Module):
-        with counted(progress and batches is not None) as advance:
+        with bar(progress and batches is not None) as show:
             evidence = probe_model(
                 target, batches, loss=loss, forward=forward, against=against,
                 max_batches=max_batches, optimizer=optimizer, exporting=exporting, target=name,
-                advance=advance,
+                forwards=Forwards(show),
             )  # fmt: skip
     elif isinstance(target, str | PathLike | Mapping):
         _refuse(
@@ -261,16 +262,17 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 
 @contextmanager
-def counted(shown: bool) -> Iterator[Callable[[], object]]:
-    """A count of forwards on the terminal while the block runs; yields what advances it."""
+def bar(shown: bool) -> Iterator[Callable[[int, int], object]]:
+    """A bar of forwards on the terminal while the block runs; yields what shows how many are done
+    of how many.
+    """
     if not shown or not sys.stderr.isatty() or find_spec("rich") is None:
-        yield lambda: None
+        yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
     # A console of its own, on stderr: the caller may have a bar on the usual one.
-    columns = (TextColumn("diagnose: {task.completed} forwards"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("diagnose", total=None)
-        yield lambda: bars.advance(task)
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("diagnose: forwards", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -7,19 +7,27 @@ normalizing as in training; and in inference with the statistics that calibratio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from steadynorm.doctor.evidence.chance import by_chance
+from steadynorm.doctor.evidence.chance import by_chance, first_batches
 from steadynorm.doctor.evidence.divergence import divergence
 from steadynorm.doctor.evidence.gradients import gradients, saturations
 from steadynorm.doctor.evidence.inputs import InputStatistics, trains
 from steadynorm.doctor.evidence.moments import mean_and_var
-from steadynorm.doctor.evidence.passes import Exact, Passes, PassResult, feeding, read, samples_of
+from steadynorm.doctor.evidence.passes import (
+    Exact,
+    Forwards,
+    Passes,
+    PassResult,
+    feeding,
+    read,
+    samples_of,
+)
 from steadynorm.doctor.evidence.records import LossByMode, ModelData, NormData
 from steadynorm.doctor.evidence.resampling import resample
 from steadynorm.models.graph import tensors
@@ -42,15 +50,21 @@ def measure(
     forward: Any = None,
     against: Iterable[Any] | None = None,
     max_batches: int | None = None,
-    advance: Callable[[], object] = lambda: None,
+    forwards: Forwards,
 ) -> tuple[dict[str, NormData], ModelData]:
     """What the batches show of each layer, by name as in `Evidence`, and of the model.
 
     The caller restores the model. Arguments as for `diagnose`; by default 32 batches are read, or
     more until they hold 256 samples.
     """
-    feeds = [feeding(b, model, forward, max_batches) for b in (batches, against) if b is not None]
+    feeds = [
+        feeding(b, model, forward, max_batches, forwards)
+        for b in (batches, against)
+        if b is not None
+    ]
     held = read(feeds[0], "batches")
+    # In inference, in training and calibrated; saturation, what is random, and the gradient.
+    forwards.expect(3 * len(held) + len(first_batches(held)) + 3)
     layers = [
         layer._replace(name="" if layer.module is model else layer.name)
         for layer in batch_norms(model, "diagnose")
@@ -59,7 +73,7 @@ def measure(
     resampled: Mapping[str, Mapping[str, Any]] = {}
     cures: dict[str, np.ndarray] = {}
     with eagerly():
-        passes = Passes(model, original, feeds[0], held, layers, loss, advance)
+        passes = Passes(model, original, feeds[0], held, layers, loss, forwards)
         two = len(feeds) > 1
         inference = passes.run(by_sample=two, groups=GROUPS * two)
         training = passes.run(training=True)
@@ -73,6 +87,7 @@ def measure(
         swapped = None if other is None else passes.losses_at(other)
         if two:
             second = read(feeds[1], "against")
+            forwards.expect(5 * len(second))  # as it is, and two cures, applied and tried
             reference = passes.run(by_sample=True, groups=GROUPS, batches=second)
             resampled = resample(inference.inputs, reference.inputs)
             if reference.losses:

@@ -30,12 +30,7 @@ def by_chance(passes: Passes) -> tuple[dict[str, Chance], dict[str, bool]]:
     """By layer, what chance does to it, where anything is drawn at random; and whether its calls
     take part in a gradient while the model trains.
     """
-    count, batches = 0, []
-    for batch in passes.batches:
-        batches.append(batch)
-        count += samples_of(batch)
-        if count >= SAMPLES:
-            break
+    batches = first_batches(passes.batches)
     passes.original.restore_random()
     before = _random_state()
     noise = _noise(passes, batches[0])
@@ -43,6 +38,7 @@ def by_chance(passes: Passes) -> tuple[dict[str, Chance], dict[str, bool]]:
     in_training = _statistics(passes, batches, gradients)
     if not noise and _random_state() == before:
         return {}, gradients
+    passes.forwards.expect(len(batches))
     in_inference = _statistics(passes, batches, None)
     found = {
         name: Chance(_std_ratio(seen, in_inference[name]), noise.get(name, 0.0))
@@ -50,6 +46,12 @@ def by_chance(passes: Passes) -> tuple[dict[str, Chance], dict[str, bool]]:
         if name in in_inference
     }
     return found, gradients
+
+
+def first_batches(batches: list[Any]) -> list[Any]:
+    """So many that they hold `SAMPLES` samples."""
+    held = np.cumsum([samples_of(batch) for batch in batches])
+    return batches[: int(np.searchsorted(held, SAMPLES)) + 1]
 
 
 def _statistics(
@@ -73,7 +75,6 @@ def _statistics(
             with torch.set_grad_enabled(training):
                 call(batch)
             passes.original.restore_buffers()
-            passes.advance()
     return {name: seen for name, seen in observer.found.items() if seen.whole is not None}
 
 
@@ -91,6 +92,7 @@ def _noise(passes: Passes, batch: Any) -> dict[str, float]:
     if _random_state() == before:
         return {}
     seed(1)
+    passes.forwards.expect(1)
     second = _inputs(passes, batch)
     return {
         name: float(np.mean((a - second[name]) ** 2) / max(np.var(a) + np.var(second[name]), 1e-12))
@@ -109,7 +111,6 @@ def _inputs(passes: Passes, batch: Any) -> dict[str, np.ndarray]:
     with observing(passes.layers, keep):
         passes.forward(batch)
     passes.original.restore_buffers()
-    passes.advance()
     return found
 
 

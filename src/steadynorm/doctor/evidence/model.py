@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from steadynorm.doctor.evidence.batches import measure
 from steadynorm.doctor.evidence.checkpoint import PARTS, entry_of, norms_in, with_weights
 from steadynorm.doctor.evidence.graph import graph_facts
-from steadynorm.doctor.evidence.passes import feeding
+from steadynorm.doctor.evidence.passes import Forwards, feeding
 from steadynorm.doctor.evidence.records import (
     Evidence,
     ModelFacts,
@@ -43,7 +43,7 @@ def probe_model(
     optimizer: Any = None,
     exporting: bool = False,
     target: str = "",
-    advance: Callable[[], object] = lambda: None,
+    forwards: Forwards | None = None,
 ) -> Evidence:
     """Evidence of a model: its layers' state and usage, and with batches what they show.
 
@@ -66,15 +66,17 @@ def probe_model(
     data: tuple[Any, Any] = ({}, None)
     with untouched(inner) as original, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of gradients that this run does not want, and the like
+        forwards = forwards or Forwards()
         if batches is not None:
-            example, batches = _first(inner, batches, forward, max_batches)
+            example, batches = _first(inner, batches, forward, max_batches, forwards)
             original.restore_random()
         modules = [module for module, _ in norms.values()]
+        forwards.expect(2 * bool(norms and batches is not None))  # the graph of either mode
         usage, remarks = graph_facts(inner, modules, example) if norms else ({}, ())
         if batches is not None:
             data = measure(
                 inner, original, batches, loss=loss, forward=forward, against=against,
-                max_batches=max_batches, advance=advance,
+                max_batches=max_batches, forwards=forwards,
             )  # fmt: skip
     empty = [name for name, (module, _) in norms.items() if not _filled(module)]
     if empty:
@@ -124,9 +126,10 @@ def _first(
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any] | None,
     max_batches: int | None,
+    forwards: Forwards,
 ) -> tuple[Callable[[nn.Module], Any], Iterable[Any]]:
     """How to call a model on the first batch, and all batches, the first included."""
-    feed = feeding(batches, model, forward, max_batches)
+    feed = feeding(batches, model, forward, max_batches, forwards)
     stream = iter(batches)
     try:
         first = next(stream)

@@ -45,17 +45,14 @@ class PassResult(NamedTuple):
 
 
 class Passes:
-    """The same batches again and again, each pass from the same buffers and random states.
-
-    `advance` is called after each forward.
-    """
+    """The same batches again and again, each pass from the same buffers and random states."""
 
     def __init__(
         self, model: nn.Module, original: Original, feed: Batches, batches: list[Any],
-        layers: Sequence[NormLayer], loss: Any, advance: Callable[[], object],
+        layers: Sequence[NormLayer], loss: Any, forwards: Forwards,
     ) -> None:  # fmt: skip
         self.model, self.original, self.feed, self.batches = model, original, feed, batches
-        self.layers, self.loss, self.advance = layers, loss, advance
+        self.layers, self.loss, self.forwards = layers, loss, forwards
 
     def run(
         self, *, training: bool = False, by_sample: bool = False, groups: int = 0,
@@ -83,7 +80,6 @@ class Passes:
                 if loss is not None:
                     result.losses.append(float(loss.detach()))
                 state.restore_buffers()
-                self.advance()
         return result
 
     def forward(self, batch: Any) -> Any:
@@ -118,6 +114,7 @@ class Passes:
         affordable = len(movable) * len(self.batches) <= CALLS
         if few and affordable and not training.observer.first_nonfinite:
             self.original.restore_buffers()
+            self.forwards.expect((len(movable) + 1) * len(self.batches))
             result = self.after(calibrate, self.batches, passes="layerwise", by_sample=True)
             for layer in movable:
                 exact[layer.name] = (layer.statistics.mean.numpy(), layer.statistics.var.numpy())
@@ -141,6 +138,7 @@ class Passes:
             for module in modules:
                 restored.callback(setattr, module, "eps", module.eps)
                 module.eps = eps
+            self.forwards.expect(len(self.batches))
             return np.array(self.run().losses)
 
     def cures(self, batches: list[Any]) -> dict[str, np.ndarray]:
@@ -166,14 +164,36 @@ class Passes:
         return torch.stack([m.float() for m in mixed]).sum() if mixed else None
 
 
+class Forwards:
+    """How many forwards are done, of how many that are known to come; `show` is told of each."""
+
+    def __init__(self, show: Callable[[int, int], object] = lambda done, total: None) -> None:
+        self.done, self.total, self._show = 0, 0, show
+
+    def expect(self, more: int) -> None:
+        """So many more are to come."""
+        self.total += more
+        self._show(self.done, self.total)
+
+    def advance(self) -> None:
+        """One is done."""
+        self.done += 1
+        self._show(self.done, self.total)
+
+
 def feeding(
-    batches: Any, model: nn.Module, forward: Any = None, max_batches: int | None = None
-) -> Batches:
+    batches: Any, model: nn.Module, forward: Any = None, max_batches: int | None = None,
+    forwards: Forwards | None = None,
+) -> Batches:  # fmt: skip
     """Batches and how to call the model on them; it gets copies, which it may write into."""
     feed = checked(batches, forward, max_batches, None, again=False, model=model, owner="diagnose")
 
     def on_copy(model: nn.Module, batch: Any) -> Any:
-        return feed.forward(model, cloned(batch))
+        try:
+            return feed.forward(model, cloned(batch))
+        finally:  # a measurement may end it early
+            if forwards is not None:
+                forwards.advance()
 
     return Batches(feed.source, on_copy, feed.limit, feed.device, feed.owner)
 
