@@ -40,10 +40,11 @@ def _check(evidence: Evidence) -> Findings:
     if not found:
         return
     layer, trend = found[0]
+    held = f" of {trend.samples} samples" if trend.samples else ""  # Keras's steps do not tell
     yield rule.finding(
         layer,
-        f"a batch of {trend.samples} samples counts for {trend.independent:.2g} independent "
-        f"values: its mean is off by {trend.independent**-0.5:.2g} standard deviations"
+        f"a batch{held} counts for {trend.independent:.2g} independent values: its mean "
+        f"is off by {trend.independent**-0.5:.2g} standard deviations"
         f"{first_of(len(found))}",
         {
             "samples": trend.samples,
