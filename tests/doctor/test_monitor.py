@@ -297,7 +297,7 @@ def test_a_mask_and_an_activation_inside_count():
 
 
 def test_a_long_run_is_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(monitoring, "KEPT", 8)
+    monkeypatch.setattr(monitoring, "STEPS_IN_MEMORY", 8)
     told = []
     with sn.monitor(network(), every=2, to=told.append) as watch:
         train(watch.model, batches(1) * 100)

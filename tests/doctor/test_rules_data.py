@@ -145,7 +145,7 @@ def test_sn301_names_the_first_layer_by_calls() -> None:
     first = layer("late in the model", order=0, running_mean=2 * ONES)
     (found,) = said("SN301", late, first, gap=0.6)
     assert (found.layer, found.evidence["first_layer"]) == ("", "late in the model")
-    assert found.evidence["layers_apart"] == 2
+    assert found.evidence["layers_affected"] == 2
     assert "first in 'late in the model': means 2 standard deviations off" in found.message
 
 
@@ -223,7 +223,7 @@ def test_sn304_of_the_last_batch() -> None:
     ],
 )  # fmt: skip
 def test_sn305(share: float, shift: float, masked: bool, expected: Severity | None) -> None:
-    padding = Padding(share, ZEROS, ONES, shift * ONES, ONES, known=False)
+    padding = Padding(share, ZEROS, ONES, shift * ONES, ONES, by_mask=False)
     assert severity("SN305", layer(padding=padding, masked=masked)) is expected
 
 

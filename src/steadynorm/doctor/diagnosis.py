@@ -118,16 +118,16 @@ def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, .
     """The order of a report, with `because` filled in."""
     found = list(findings)
     explains = {rule.code: rule.explains for rule in all_rules()}
-    place = {layer.name: number for number, layer in enumerate(evidence.layers)}
+    position = {layer.name: number for number, layer in enumerate(evidence.layers)}
 
     def follow(cause: Finding) -> Iterator[Finding]:
         """What a finding explains: in its layer or a later one, or where either is the model's.
 
         Information says that nothing is wrong there, so it explains nothing that is.
         """
-        start = place.get(cause.layer, -1)
+        start = position.get(cause.layer, -1)
         for other in found:
-            behind = place.get(other.layer, -1) >= start or not other.layer
+            behind = position.get(other.layer, -1) >= start or not other.layer
             able = cause.severity > Severity.INFO or other.severity == Severity.INFO
             if behind and able and other.code in explains[cause.code]:
                 yield other
@@ -145,7 +145,9 @@ def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, .
         above = {f.code for f in found if code in explains[f.code]}
         return max((1 + depth(cause) for cause in above), default=0)
 
-    first = sorted(found, key=lambda f: (-weight(f), depth(f.code), place.get(f.layer, -1), f.code))
+    first = sorted(
+        found, key=lambda f: (-weight(f), depth(f.code), position.get(f.layer, -1), f.code)
+    )
     return tuple(replace(f, because=tuple(sorted(causes[id(f)]))) for f in first)
 
 

@@ -30,8 +30,8 @@ class Severity(IntEnum):
         try:
             return cls[name.upper()]
         except KeyError:
-            known = ", ".join(str(severity) for severity in cls)
-            raise ValueError(f"severity must be one of {known}; got {name!r}.") from None
+            names = ", ".join(str(severity) for severity in cls)
+            raise ValueError(f"severity must be one of {names}; got {name!r}.") from None
 
 
 @dataclass(frozen=True)

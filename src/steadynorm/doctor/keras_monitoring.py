@@ -90,11 +90,14 @@ class KerasMonitor:
     ) -> None:  # fmt: skip
         moved = bool((mean != new_mean).any() or (var != new_var).any())
         self._moved[name] = self._moved.get(name, 0) + moved
-        kept = float(layer.momentum) ** int(getattr(self.model, "steps_per_execution", None) or 1)
-        if not moved or kept >= 1:
+        momentum = float(layer.momentum) ** int(
+            getattr(self.model, "steps_per_execution", None) or 1
+        )
+        if not moved or momentum >= 1:
             return
         batch_mean, batch_var = (
-            (new - kept * old) / (1 - kept) for old, new in ((mean, new_mean), (var, new_var))
+            (new - momentum * old) / (1 - momentum)
+            for old, new in ((mean, new_mean), (var, new_var))
         )
         found = ChannelReading(
             self.steps, MANY, batch_mean, np.maximum(batch_var, 0), mean, var,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
 
 ENOUGH = 8  # readings to judge a trend by
-KEPT = 500  # steps in memory; beyond that every second one is dropped, again and again
+STEPS_IN_MEMORY = 500  # beyond that every second one is dropped, again and again
 
 
 def monitor(
@@ -283,6 +283,6 @@ class Monitor:
                 write(reading)
             if reading.step % self._stride == 0:
                 self._readings.append(reading)
-        if len({reading.step for reading in self._readings}) > KEPT:
+        if len({reading.step for reading in self._readings}) > STEPS_IN_MEMORY:
             self._stride *= 2
             self._readings = [r for r in self._readings if r.step % self._stride == 0]

@@ -122,7 +122,7 @@ def test_results_say_what_where_how_bad_and_what_to_do(run):
     assert odd["properties"]["evidence"]["largest"] == "inf"
 
 
-def test_fingerprints_hold_over_runs_and_tell_layers_apart(run):
+def test_fingerprints_hold_over_runs_and_tell_layers_affected(run):
     prints = [r["partialFingerprints"]["codeAndLayer/v1"] for r in run["results"]]
     assert len(set(prints)) == len(prints)
     found = made.report()

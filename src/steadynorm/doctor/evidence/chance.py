@@ -64,8 +64,8 @@ def _statistics(
 
     def note(layer: NormLayer, *_: Any) -> None:
         if gradients is not None and not inside_checkpointing():
-            known = gradients.get(layer.name, False)
-            gradients[layer.name] = known or torch.is_grad_enabled()
+            earlier = gradients.get(layer.name, False)
+            gradients[layer.name] = earlier or torch.is_grad_enabled()
 
     call = passes.in_training_mode if training else passes.forward
     with observed(passes.layers, training=True) as observer, observing(passes.layers, note):

@@ -170,8 +170,8 @@ def _recorded(calls: dict[nn.Module, list[Call]]) -> Iterator[None]:
     """Hooks that note each call of the batch norms, while the block runs."""
 
     def note(into: list[Call], _: nn.Module, args: Any) -> None:
-        known = args and isinstance(args[0], Tensor) and args[0].ndim
-        into.append((inside_checkpointing(), args[0].shape[0] if known else None))
+        has_samples = args and isinstance(args[0], Tensor) and args[0].ndim
+        into.append((inside_checkpointing(), args[0].shape[0] if has_samples else None))
 
     with ExitStack() as hooks:
         for norm, into in calls.items():

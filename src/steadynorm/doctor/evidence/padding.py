@@ -74,7 +74,7 @@ class PaddingStatistics:
         self.padded = 0
         self.counted: Moments | None = None
         self.valid: Moments | None = None
-        self.known = False
+        self.by_mask = False
 
     def add(self, x: Tensor, part: Moments, hint: PaddingHint) -> None:
         """Take in one input (N, C, *), its moments, and what its batch says of padding."""
@@ -83,7 +83,7 @@ class PaddingStatistics:
         self.calls += 1
         shape = (x.shape[0], *x.shape[2:])
         valid = next((mask for mask in hint.masks if mask.shape == shape), None)
-        self.known |= valid is not None
+        self.by_mask |= valid is not None
         if valid is None:
             valid = by_values(x) if hint.seen else torch.ones(shape, dtype=torch.bool)
         self.positions += valid.numel()
@@ -100,7 +100,7 @@ class PaddingStatistics:
         if not self.padded or self.valid is None or self.counted is None:
             return None
         of_valid, of_all = mean_and_var(self.valid), mean_and_var(self.counted)
-        return Padding(self.padded / self.positions, *of_valid, *of_all, self.known)
+        return Padding(self.padded / self.positions, *of_valid, *of_all, self.by_mask)
 
 
 def by_values(x: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def _padded(lines: Tensor) -> Tensor | None:
     runs, other = sorted((at_end, at_beginning), key=lambda run: -int(run.sum()))
     if runs.max() == runs.min() or (other > 0).float().mean() > FEW:
         return None
-    place = torch.arange(lines.shape[2], device=lines.device)
-    padded = place[None] >= lines.shape[2] - runs[:, None]
+    position = torch.arange(lines.shape[2], device=lines.device)
+    padded = position[None] >= lines.shape[2] - runs[:, None]
     return padded if runs is at_end else padded.flip(1)
 
 

@@ -111,7 +111,7 @@ class Padding:
     """Padded positions in a layer's input, in the first calls.
 
     `share`: of all positions. `mean`, `var`: of the values at valid positions; `counted_mean`,
-    `counted_var`: of all values. `known`: a mask in the batch says so; otherwise the positions
+    `counted_var`: of all values. `by_mask`: a mask in the batch says so; otherwise the positions
     were found by their equal values.
     """
 
@@ -120,7 +120,7 @@ class Padding:
     var: np.ndarray
     counted_mean: np.ndarray
     counted_var: np.ndarray
-    known: bool
+    by_mask: bool
 
 
 @dataclass(frozen=True)

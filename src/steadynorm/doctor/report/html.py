@@ -87,7 +87,7 @@ def _card(group: groups.Group) -> Card:
         groups.NOUNS[finding.severity][0].capitalize(),
         code=finding.code,
         places=places or ["the whole model"],
-        place_name=("NormEvidence" if len(layers) == 1 else "Layers") if layers else "",
+        place_name=("Layer" if len(layers) == 1 else "Layers") if layers else "",
         remark=f"Follows from {' and '.join(group.because)}: cure that first."
         if group.because
         else "",

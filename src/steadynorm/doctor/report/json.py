@@ -61,7 +61,7 @@ def _layer(layer: NormEvidence) -> dict[str, Any]:
         "name": layer.name,
         "kind": layer.kind,
         "state": _plain(layer.state),
-        "place": _plain(layer.usage),
+        "usage": _plain(layer.usage),
         "data": _plain(layer.data),
     }
 

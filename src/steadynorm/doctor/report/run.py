@@ -31,8 +31,8 @@ def run_sections(run: TrainingRun, *, draw: bool) -> list[Section]:
     """Charts over the steps, one for each figure that ever showed anything, and the last readings
     as a table.
     """
-    kept = sorted({reading.step for reading in run.readings})
-    shown = set(kept[:: max(1, math.ceil(len(kept) / COLUMNS))])
+    steps = sorted({reading.step for reading in run.readings})
+    shown = set(steps[:: max(1, math.ceil(len(steps) / COLUMNS))])
     readings = [reading for reading in run.readings if reading.step in shown]
     figures = FIGURES if draw else ()
     charts = [chart for figure in figures if (chart := _chart(run, readings, *figure))]

@@ -29,7 +29,7 @@ def to_sarif(report: Reported) -> str:
 
 def _log(report: Reported) -> dict[str, Any]:
     codes = sorted({*report.codes, *(finding.code for finding in report.findings)})
-    place = _place(report.evidence.target)
+    location = _physical_location(report.evidence.target)
     driver = {
         "name": "steadynorm doctor",
         "version": __version__,
@@ -37,7 +37,7 @@ def _log(report: Reported) -> dict[str, Any]:
         "rules": [_rule(find_rule(code)) for code in codes],
     }
     results = [
-        _result(finding, codes.index(finding.code), place, record)
+        _result(finding, codes.index(finding.code), location, record)
         for finding, record in zip(report.findings, to_record(report)["findings"], strict=True)
     ]
     run = {
@@ -71,7 +71,7 @@ def _rule(rule: Rule) -> dict[str, Any]:
 
 
 def _result(
-    finding: Finding, index: int, place: dict[str, Any], record: dict[str, Any]
+    finding: Finding, index: int, location: dict[str, Any], record: dict[str, Any]
 ) -> dict[str, Any]:
     cure = "\n".join(part for part in (finding.cure, finding.line) if part)
     where = printable(finding.layer) or "the model"
@@ -87,7 +87,7 @@ def _result(
         "kind": "fail",
         "level": LEVELS[finding.severity],
         "message": {"text": _literal(message)},
-        "locations": [{**place, "logicalLocations": [logical]}],
+        "locations": [{**location, "logicalLocations": [logical]}],
         # Messages hold figures, which change from run to run; code and layer stay.
         "partialFingerprints": {"codeAndLayer/v1": f"{finding.code}:{finding.layer}"},
         "properties": {
@@ -102,7 +102,7 @@ def _literal(text: str) -> str:
     return re.sub(r"\{(\d+)\}", r"{{\1}}", text)
 
 
-def _place(target: str) -> dict[str, Any]:
+def _physical_location(target: str) -> dict[str, Any]:
     """Where review tools hang a result: the checkpoint, or the line that builds the model. Nothing
     where neither is known.
     """

@@ -107,9 +107,9 @@ def _group(group: groups.Group) -> Iterator[Line]:
     follows = f"  follows from {', '.join(group.because)}" if group.because else ""
     yield Line((severity, (f" {finding.code} ", ""), (group.title, "bold"), (follows, "dim")))
     if group.layers:
-        rest = len(group.layers) - NAMED
+        others = len(group.layers) - NAMED
         named = (", ".join(map(printable, group.layers[:NAMED])), "cyan")
-        yield Line((named, (f" and {rest} more" if rest > 0 else "", "")), indented=True)
+        yield Line((named, (f" and {others} more" if others > 0 else "", "")), indented=True)
     yield Line(((printable(finding.message), ""),), indented=True)
     figures = " · ".join(f"{name} {value}" for name, value in groups.facts(finding))
     if figures:

@@ -21,7 +21,6 @@ __all__ = [
     "Numbers",
     "Rule",
     "Severity",
-    "first_of",
 ]
 
 INFO, WARNING, ERROR = Severity.INFO, Severity.WARNING, Severity.ERROR
@@ -92,24 +91,23 @@ class Rule:
         cure: str | None = None,
         line: str | None = None,
         safe: bool | EllipsisType | None = ...,
+        layers: int | None = None,
     ) -> Finding:
         """A finding of this rule; None as `layer` means the model as a whole.
 
-        What is not given is the rule's own.
+        What is not given is the rule's own. `layers`: how many the finding stands for, of which
+        `layer` is the first.
         """
+        if layers is not None and layers > 1:
+            message += f"; {layers} layers are affected, this is the first"
         return Finding(
             self.code,
             self.name,
             self.severity if severity is None else severity,
             "" if layer is None else layer.name,
             message,
-            dict(evidence),
+            {**evidence, **({} if layers is None else {"layers_affected": layers})},
             self.cure if cure is None else cure,
             self.line if line is None else line,
             self.safe if isinstance(safe, EllipsisType) else safe,
         )
-
-
-def first_of(layers: int) -> str:
-    """The end of a message of a finding that stands for several layers."""
-    return f"; {layers} layers are affected, this is the first" if layers > 1 else ""

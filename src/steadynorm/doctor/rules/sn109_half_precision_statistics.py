@@ -34,14 +34,14 @@ rule = Rule(__name__, __doc__, WARNING, safe=True, explains=("SN301", "SN302"))
 @rule.each_layer
 def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     state, usage = layer.state, layer.usage
-    kept = [state.dtypes.get(name, "") for name in ("running_mean", "running_var")]
+    dtypes = [state.dtypes.get(name, "") for name in ("running_mean", "running_var")]
     mean, var = state.running_mean, state.running_var
-    half = next((dtype for dtype in kept if dtype in HALF), None)
+    half = next((dtype for dtype in dtypes if dtype in HALF), None)
     if half is None or mean is None or var is None or not mean.size:
         return
     spread = np.sqrt(np.maximum(var, 0) + state.known_eps)
     with np.errstate(invalid="ignore"):  # infinity over infinity is left out below
-        shifts = ROUNDING.get(kept[0], 0.0) * np.abs(mean) / spread
+        shifts = ROUNDING.get(dtypes[0], 0.0) * np.abs(mean) / spread
     finite = shifts[np.isfinite(shifts)]
     shift = float(finite.max()) if finite.size else 0.0
     trains = usage is not None and usage.training and usage.moves

@@ -36,17 +36,17 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     if layer.usage is None:
         return
     calls, inputs = layer.usage.calls or 0, layer.usage.inputs or 0
-    apart = None if layer.data is None else layer.data.calls_divergence
-    if min(calls, inputs) < 2 or (apart is not None and apart < FAR):
+    divergence = None if layer.data is None else layer.data.calls_divergence
+    if min(calls, inputs) < 2 or (divergence is not None and divergence < FAR):
         return
     message = (
         f"called {calls} times in a forward, on {inputs} different inputs, with one pair of "
         f"running statistics"
     )
     numbers: Numbers = {"calls": calls, "inputs": inputs}
-    if apart is None:
+    if divergence is None:
         message += "; give batches to see whether the inputs differ"
         yield rule.finding(layer, message, numbers, severity=INFO)
     else:
-        message += f", which lie up to a divergence of {apart:.2g} from a call's own"
-        yield rule.finding(layer, message, {**numbers, "divergence": apart})
+        message += f", which lie up to a divergence of {divergence:.2g} from a call's own"
+        yield rule.finding(layer, message, {**numbers, "divergence": divergence})

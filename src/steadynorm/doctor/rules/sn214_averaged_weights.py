@@ -39,6 +39,6 @@ def _check(evidence: Evidence) -> Findings:
     first = first_divergent(evidence)
     if first is not None:
         layer, how, count = first
-        numbers |= {"divergence": how.mean_kl, "layers_apart": count, "first_layer": layer.name}
+        numbers |= {"divergence": how.mean_kl, "layers_affected": count, "first_layer": layer.name}
         message += f": in {layer.name!r} {how}"
         yield rule.finding(None, message, numbers)

@@ -61,7 +61,7 @@ def _check(evidence: Evidence) -> Findings:
         )
         numbers |= {
             "first_layer": layer.name,
-            "layers_apart": count,
+            "layers_affected": count,
             "shift": how.typical_shift,
             "std_ratio": how.typical_ratio,
             "divergence": how.mean_kl,

@@ -37,7 +37,6 @@ from steadynorm.doctor.rules.rule import (
     Numbers,
     Rule,
     Severity,
-    first_of,
 )  # fmt: skip
 from steadynorm.doctor.rules.sn101_statistics_never_updated import untrained
 
@@ -62,9 +61,8 @@ def _check(evidence: Evidence) -> Findings:
         "shift": how.typical_shift,
         "std_ratio": how.typical_ratio,
         "divergence": how.mean_kl,
-        "layers_apart": count,
     }
-    message = str(how) + first_of(count)
+    message = str(how)
     if data.mended is not None:
         numbers["output_change"] = data.mended
         message += f"; calibration moves the outputs by {data.mended:.2g} standard deviations"
@@ -75,7 +73,7 @@ def _check(evidence: Evidence) -> Findings:
     if severity > INFO and untrained(evidence):
         severity = INFO
     asked = None if gain is not None else ASK
-    yield rule.finding(layer, message, numbers, severity=severity, cure=asked)
+    yield rule.finding(layer, message, numbers, severity=severity, cure=asked, layers=count)
 
 
 def _severity(how: Divergence, gain: LossChange | None) -> Severity:

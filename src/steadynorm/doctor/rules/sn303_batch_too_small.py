@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 
 from steadynorm.doctor.evidence.divergence import ENOUGH, independent_values, measured
-from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule
 
 TOO_FEW = 4
 DEPTH = 15
@@ -57,7 +57,7 @@ def _check(evidence: Evidence) -> Findings:
     message = (
         f"a batch holds {held}{where}, worth {fewest:.2g} independent ones: its mean is off by "
         f"{1 / math.sqrt(fewest):.2g} standard deviations, its variance by "
-        f"{100 * math.sqrt(2 / fewest):.0f} %{first_of(len(found))}"
+        f"{100 * math.sqrt(2 / fewest):.0f} %"
     )
     cure, line = f"Train with batches of at least {smallest}, or pool them over replicas. ", None
     if len(evidence.layers) <= DEPTH:
@@ -77,10 +77,10 @@ def _check(evidence: Evidence) -> Findings:
             "independent_values": fewest,
             "values_per_sample": worth,
             "smallest_batch": smallest,
-            "layers_concerned": len(found),
             "worst_layer": worst.name,
         },
         severity=ERROR if fewest < TOO_FEW else WARNING,
         cure=cure,
         line=line,
+        layers=len(found),
     )

@@ -17,7 +17,7 @@ Source: pytorch/pytorch issues 4534 and 77014.
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import measured
-from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule
 
 rule = Rule(__name__, __doc__, ERROR, safe=False)
 
@@ -30,10 +30,10 @@ def _check(evidence: Evidence) -> Findings:
         (layer, shape), count = refused[0], len(refused)
         yield rule.finding(
             layer,
-            f"an input of shape {shape} has one value per channel: training refuses it"
-            f"{first_of(count)}",
-            {"shape": str(shape), "layers_concerned": count},
+            f"an input of shape {shape} has one value per channel: training refuses it",
+            {"shape": str(shape)},
             line='model, changes = sn.convert(model, statistics="steady")',
+            layers=count,
         )
         return
     if evidence.data is None or evidence.data.last_batch != 1:

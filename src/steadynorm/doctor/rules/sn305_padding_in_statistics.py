@@ -21,7 +21,7 @@ Source: pytorch/pytorch issues 70529 and 30414; keras-team/keras issue 19848.
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import EPS, FAR, divergence, measured
-from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 
@@ -40,16 +40,16 @@ def _check(evidence: Evidence) -> Findings:
     if not found:
         return
     layer, padding, how = found[0]
-    known = "says the batch's mask" if padding.known else "by their equal values"
+    evident = "says the batch's mask" if padding.by_mask else "by their equal values"
     yield rule.finding(
         layer,
-        f"{100 * padding.share:.0f} % of the positions are padded, {known}; with them counted, "
-        f"{how}{first_of(len(found))}",
+        f"{100 * padding.share:.0f} % of the positions are padded, {evident}; with them counted, "
+        f"{how}",
         {
             "padded_share": padding.share,
             "shift": how.typical_shift,
             "std_ratio": how.typical_ratio,
             "divergence": how.mean_kl,
-            "layers_concerned": len(found),
         },
+        layers=len(found),
     )

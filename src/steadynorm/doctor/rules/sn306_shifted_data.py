@@ -50,7 +50,7 @@ def _check(evidence: Evidence) -> Findings:
         "shift": how.typical_shift,
         "std_ratio": how.typical_ratio,
         "divergence": how.mean_kl,
-        "layers_apart": len(found),
+        "layers_affected": len(found),
         "running_from_batches": own,
         "running_from_against": other,
     }

@@ -17,7 +17,7 @@ Source: Ioffe & Szegedy 2015, sections 1 and 4.1; Glorot & Bengio 2010.
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import measured
-from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule
 
 rule = Rule(__name__, __doc__, ERROR, safe=False, explains=("SN301", "SN308"))
 
@@ -33,12 +33,12 @@ def _check(evidence: Evidence) -> Findings:
     yield rule.finding(
         layer,
         f"{100 * first.share:.0f} % of the values of the {first.function} that follows lie where "
-        f"it is flat, in {100 * first.idle:.0f} % of the channels nearly all{first_of(len(found))}",
+        f"it is flat, in {100 * first.idle:.0f} % of the channels nearly all",
         {
             "function": first.function,
             "flat_share": first.share,
             "idle_channels": first.idle,
-            "layers_concerned": len(found),
         },
+        layers=len(found),
         severity=ERROR if worst > 0.9 else WARNING,
     )

@@ -35,15 +35,15 @@ def _check(evidence: Evidence) -> Findings:
             continue
         here, others = data.axis_shares[0], data.axis_shares[1:]
         largest = max(others)
-        known = axis is not None and axis > 0
-        if not known and not (len(others) == 1 and largest > max(10 * here, 0.2)):
+        by_graph = axis is not None and axis > 0
+        if not by_graph and not (len(others) == 1 and largest > max(10 * here, 0.2)):
             continue
-        axis = axis if known and axis else 2 + others.index(largest)
+        axis = axis if by_graph and axis else 2 + others.index(largest)
         there = data.axis_shares[axis - 1]
         yield rule.finding(
             layer,
             f"normalizes along axis 1, whose means hold {here:.1%} of the variance, while the "
-            f"channels {'lie' if known else 'seem to lie'} on axis {axis}, whose means hold "
+            f"channels {'lie' if by_graph else 'seem to lie'} on axis {axis}, whose means hold "
             f"{there:.1%}",
             {
                 "axis": axis,
@@ -51,5 +51,5 @@ def _check(evidence: Evidence) -> Findings:
                 "share_of_that_axis": there,
                 "features": layer.state.num_features,
             },
-            severity=WARNING if known else INFO,
+            severity=WARNING if by_graph else INFO,
         )

@@ -34,7 +34,6 @@ from steadynorm.doctor.rules.rule import (
     Findings,
     NormEvidence,
     Rule,
-    first_of,
 )  # fmt: skip
 
 CLEAR, SMALL = 1.15, 1.05
@@ -47,8 +46,12 @@ def _check(evidence: Evidence) -> Findings:
     found = []
     for layer, data in measured(evidence):
         before = () if layer.usage is None else layer.usage.before or ()
-        known = any(neighbour.probability for neighbour in before)
-        ratio = 1.0 if data.chance is None or known or not data.trains else data.chance.std_ratio
+        has_dropout_module = any(neighbour.probability for neighbour in before)
+        ratio = (
+            1.0
+            if data.chance is None or has_dropout_module or not data.trains
+            else data.chance.std_ratio
+        )
         if abs(math.log(ratio)) > math.log(SMALL):
             found.append((layer, ratio))
     if not found:
@@ -58,8 +61,9 @@ def _check(evidence: Evidence) -> Findings:
     yield rule.finding(
         layer,
         f"what is drawn at random before it makes its input {ratio:.3g} times as wide in training "
-        f"as in inference{first_of(len(clear or found))}",
-        {"std_ratio": ratio, "layers_concerned": len(clear or found)},
+        f"as in inference",
+        {"std_ratio": ratio},
+        layers=len(clear or found),
         severity=WARNING if clear else INFO,
     )
 

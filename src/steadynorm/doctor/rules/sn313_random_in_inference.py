@@ -17,7 +17,7 @@ Source: torch.nn.functional.dropout, whose `training` is True by default.
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import measured
-from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 
 NOTICED = 0.01
 
@@ -36,7 +36,7 @@ def _check(evidence: Evidence) -> Findings:
     layer, noise = found[0]
     yield rule.finding(
         layer,
-        f"{noise:.1%} of its input's variance in inference is drawn at random"
-        f"{first_of(len(found))}",
-        {"noise": noise, "layers_concerned": len(found)},
+        f"{noise:.1%} of its input's variance in inference is drawn at random",
+        {"noise": noise},
+        layers=len(found),
     )

@@ -21,7 +21,7 @@ Source: Wu & He 2018, figure 1; Wu & Johnson 2021, sections 4 and 6.
 
 from __future__ import annotations
 
-from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 
 TOO_FEW = 4
 
@@ -44,12 +44,11 @@ def _check(evidence: Evidence) -> Findings:
     yield rule.finding(
         layer,
         f"a batch{held} counts for {trend.independent:.2g} independent values: its mean "
-        f"is off by {trend.independent**-0.5:.2g} standard deviations"
-        f"{first_of(len(found))}",
+        f"is off by {trend.independent**-0.5:.2g} standard deviations",
         {
             "samples": trend.samples,
             "independent_values": trend.independent,
             "readings": trend.readings,
-            "layers_concerned": len(found),
         },
+        layers=len(found),
     )

@@ -20,7 +20,7 @@ Source: Wu & Johnson 2021, sections 4 and 6; Xie et al. 2020, for mixtures of tw
 
 from __future__ import annotations
 
-from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule, first_of
+from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 from steadynorm.doctor.rules.sn309_batches_not_mixed import scatter_limit
 
 LIMIT = 2.5
@@ -46,12 +46,11 @@ def _check(evidence: Evidence) -> Findings:
     yield rule.finding(
         layer,
         f"the means of batches of {trend.samples} samples scatter {trend.alike**0.5:.2g} times as "
-        f"far as those of mixed ones would: a batch counts for {count:.2g}"
-        f"{first_of(len(found))}",
+        f"far as those of mixed ones would: a batch counts for {count:.2g}",
         {
             "samples": trend.samples,
             "count_for": count,
             "readings": trend.readings,
-            "layers_concerned": len(found),
         },
+        layers=len(found),
     )
