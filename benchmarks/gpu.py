@@ -71,7 +71,8 @@ def bench(folder: Path, *, quick: bool) -> list[Step]:
     for kernels in ("operator", "gpu"):
         wanted = {
             "--device": "cuda", "--dtypes": "float32,bfloat16,float16",
-            "--cases": "bn,bn+relu,bn+add+relu", "--contenders": "ours,eager,compile,graph",
+            "--cases": "bn,bn+relu,bn+add+relu",
+            "--contenders": "ours,eager,compile,graph,eager_graph",
             "--suites": "resnet50" if quick else "resnet50,networks",
             "--rounds": "5" if quick else "15", "--out": str(folder / kernels),
             "--kernels": kernels,

@@ -8,8 +8,8 @@ median over rounds, with its quartiles, and that of both sides' lowest times. On
 small inputs are too small for more, and its processor time, in which neighbours on the machine
 have less of a say.
 
-`--against SRC` compares `Batch` with `Batch` of another checkout instead, whose `src` it names. Each
-runs in a process of its own; the two take turns.
+`--against SRC` compares `Batch` with `Batch` of another checkout instead, whose `src` it names.
+Each runs in a process of its own; the two take turns.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("altair", reason="charts need the extra lab")
 
-from steadynorm.evidence.bench import clock
+from steadynorm.evidence.bench import clock, results
 from steadynorm.evidence.bench.contenders import available
 from steadynorm.evidence.bench.measure import Measurement, measure
 from steadynorm.evidence.bench.results import charts, rows, tables, write
@@ -135,11 +135,13 @@ def test_charts_show_the_whole_step():
     ]  # fmt: skip
 
 
-def test_files_hold_every_measurement_and_the_machine(tmp_path):
+def test_files_hold_every_measurement_and_the_machine(tmp_path, monkeypatch):
     machine = {"processor": "one", "commit": "abc"}
     networks = Table("N", ("network", "faster"), [("net", "2.00x")])
     paths = write(tmp_path, FOUND, machine, networks)
     assert [path.name for path in paths] == ["bench.csv", "bench.json", "bench.html"]
+    monkeypatch.setattr(results, "PICTURES", ("a package that nobody has",))
+    assert write(tmp_path, FOUND, machine, networks) == paths[:2]
     record = json.loads(paths[1].read_text())
     assert record["machine"] == machine
     assert record["measurements"] == rows(FOUND, machine)

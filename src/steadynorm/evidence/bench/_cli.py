@@ -35,7 +35,7 @@ def bench(
         str,
         typer.Option(
             help="ours, given (our CPU kernels, outputs given), eager, compile, jax, "
-            "graph (ours as CUDA graphs)."
+            "graph and eager_graph (as CUDA graphs)."
         ),
     ] = "ours,given,eager",
     device: Annotated[str, typer.Option(help="cpu, or an accelerator: cuda, xpu.")] = "cpu",
@@ -51,7 +51,7 @@ def bench(
 ) -> None:
     """Time the layer against its peers and against a plain copy of the tensor."""
     with errors_in_one_line("bench", "nothing was written."):
-        require("torch", "altair", "vl_convert", *(["numba"] if device == "cpu" else []))
+        require("torch", *(["numba"] if device == "cpu" else []))
     from steadynorm.evidence.bench.clock import check_device
     from steadynorm.evidence.bench.contenders import CONTENDERS, available
     from steadynorm.evidence.bench.measure import Measurement, machine, measure

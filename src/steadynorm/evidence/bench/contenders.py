@@ -188,8 +188,20 @@ def jax(load: Workload, inputs: Inputs) -> Laps:
 def graphed(load: Workload, inputs: Inputs) -> Laps:
     """The layer of this package, replayed as CUDA graphs of its forward and its backward."""
     activation = None if load.case == "bn" else "relu"
-    add = load.case == "bn+add+relu"
     layer = _layer(load, inputs, sn, activation=activation)
+    return _graphed(lambda x, residual: layer(x, residual=residual), layer, inputs, load)
+
+
+def eager_graphed(load: Workload, inputs: Inputs) -> Laps:
+    """`torch.nn`'s layer, `+` and `relu`, replayed in the same way."""
+    layer = _layer(load, inputs, torch.nn)
+    return _graphed(_unfused(layer, load.case), layer, inputs, load)
+
+
+def _graphed(
+    call: Callable[[Tensor, Tensor | None], Tensor], layer: Any, inputs: Inputs, load: Workload
+) -> Laps:
+    add = load.case == "bn+add+relu"
 
     class WithResidual(torch.nn.Module):
         def __init__(self) -> None:
@@ -197,8 +209,7 @@ def graphed(load: Workload, inputs: Inputs) -> Laps:
             self.layer = layer
 
         def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-            y: Tensor = self.layer(x, residual=residual if add else None)
-            return y
+            return call(x, residual if add else None)
 
     samples = tuple(t.clone().requires_grad_(load.training) for t in inputs[:2])
     module = WithResidual().train(load.training)
@@ -213,8 +224,9 @@ CONTENDERS: dict[str, Callable[[Workload, Inputs], Laps]] = {
     "compile": compiled,
     "jax": jax,
     "graph": graphed,
+    "eager_graph": eager_graphed,
 }
-WHERE = {"given": "cpu", "jax": "cpu", "graph": "cuda"}
+WHERE = {"given": "cpu", "jax": "cpu", "graph": "cuda", "eager_graph": "cuda"}
 """Contenders that run on one kind of device alone."""
 
 

@@ -7,6 +7,7 @@ import io
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from steadynorm.evidence.bench.workloads import Workload
 from steadynorm.files import json_text, replace_file
 from steadynorm.report.page import Chart, Page, Section, Table
 
+PICTURES = ("altair", "vl_convert")
+"""What draws the page's pictures."""
 MINE = ("ours", "given")  # the layer, and its kernels with outputs given
 
 
@@ -137,7 +140,10 @@ def write(
     machine: Mapping[str, str],
     networks: Table | None,
 ) -> list[Path]:
-    """Write `bench.csv`, `bench.json` and `bench.html`; returns their paths."""
+    """Write `bench.csv`, `bench.json`, and `bench.html` where its pictures can be drawn.
+
+    Returns the paths.
+    """
     record = to_record(measurements, machine, networks)
     flat = record["measurements"]
     written = []
@@ -147,13 +153,15 @@ def write(
         writer.writeheader()
         writer.writerows(flat)
         written.append(replace_file(folder / "bench.csv", text.getvalue()))
+    written.append(replace_file(folder / "bench.json", json_text(record)))
+    if not all(find_spec(package) for package in PICTURES):
+        return written
     sections = [
         Section("Time in copies", ["Lower is better."], [], charts(measurements)),
         Section("Figures", [], tables(measurements)),
     ]
     if networks is not None:
         sections.insert(0, Section("Whole networks", ["One training step."], [networks]))
-    written.append(replace_file(folder / "bench.json", json_text(record)))
     page = Page(
         "Speed of batch normalization",
         sections,
