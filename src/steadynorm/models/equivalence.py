@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,9 +44,21 @@ def copied(model: nn.Module, owner: str) -> Any:
         ) from error
 
 
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """cuDNN's convolutions in float32 itself, by the same algorithm each time.
+
+    By default a GPU rounds their inputs to TF32's 11 bits: two algorithms, between which
+    `cudnn.benchmark` chooses by time, then differ by more than `TOLERANCE`.
+    """
+    enabled = torch.backends.cudnn.enabled
+    with torch.backends.cudnn.flags(enabled, deterministic=True, allow_tf32=False):
+        yield
+
+
 def answers(model: nn.Module, example_inputs: Any, *, training: bool) -> list[Tensor]:
     """Every tensor the model returns, from a fixed seed; the model is left as it was."""
-    with untouched(model), torch.no_grad():
+    with untouched(model), reproducible(), torch.no_grad():
         set_training(model, training)
         seed(0)
         return [tensor.clone() for tensor in tensors(call(model, example_inputs))]
@@ -56,7 +69,7 @@ def training_step(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
     All from a fixed seed; the model is left as it was.
     """
-    with untouched(model), torch.enable_grad():
+    with untouched(model), reproducible(), torch.enable_grad():
         set_training(model, True)
         seed(0)
         outputs = list(tensors(call(model, example_inputs)))

@@ -365,3 +365,27 @@ def test_a_look_alike_with_a_dropout_is_left() -> None:
         changes.left[0].why
         == "BatchNormAct2d also applies its `drop`, Dropout(p=0.5, inplace=False)"
     )
+
+
+def test_models_are_compared_in_float32_itself_and_the_settings_come_back():
+    """On a GPU two algorithms of one convolution differ by TF32's 11 bits otherwise."""
+    flags = torch.backends.cudnn
+    seen = []
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            seen.append((flags.allow_tf32, flags.benchmark, flags.deterministic))
+            return super().forward(x)
+
+    before = flags.allow_tf32, flags.benchmark, flags.deterministic
+    flags.benchmark = True
+    try:
+        sn.convert(
+            Net(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), example_inputs=torch.randn(2, 1, 5, 5)
+        )
+        assert flags.benchmark
+    finally:
+        flags.benchmark = False
+    assert seen
+    assert set(seen) == {(False, False, True)}
+    assert (flags.allow_tf32, flags.benchmark, flags.deterministic) == before
