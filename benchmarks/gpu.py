@@ -4,7 +4,8 @@
 
 1. tests/kernels/test_device.py, by PyTorch's operator and by the Triton kernels;
 2. a part of it under compute-sanitizer (memcheck, then racecheck), if that is found;
-3. `steadynorm bench --device cuda` against eager PyTorch, torch.compile and a copy: both layouts,
+3. benchmarks/gpu_kernels.py: the device time of each kernel;
+4. `steadynorm bench --device cuda` against eager PyTorch, torch.compile and a copy: both layouts,
    float32, bfloat16 and float16, whole networks; by PyTorch's operator, then by the Triton kernels.
 
 Writes OUT/<card>/page.md, with the card's name, what passed, and the tables, beside the files of
@@ -66,8 +67,9 @@ def tests() -> list[Step]:
 
 
 def bench(folder: Path, *, quick: bool) -> list[Step]:
-    """The bench by PyTorch's operator and by the Triton kernels, each in its own folder."""
-    steps = []
+    """Each kernel's time; the bench by PyTorch's operator and by ours, each in its own folder."""
+    alone = [sys.executable, "benchmarks/gpu_kernels.py", "--json", str(folder / "kernels.json")]
+    steps = [run("device time of each kernel", alone, keep=1_000_000)]
     for kernels in ("operator", "gpu"):
         wanted = {
             "--device": "cuda", "--dtypes": "float32,bfloat16,float16",

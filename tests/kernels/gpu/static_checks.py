@@ -65,7 +65,7 @@ def test_a_launch_is_specialized_as_triton_does():
     assert "signs" not in apply.aligned
     assert "x" in apply.aligned
     assert apply.options == {"num_warps": 8, "enable_fp_fusion": False}
-    assert launches[0].options == {**apply.options, "maxnreg": 80}
+    assert launches[0].options == {**apply.options, "maxnreg": 96}
 
 
 def test_what_was_pinned():

@@ -1,7 +1,7 @@
 """The GPU kernels as a backend: policies decided in the kernel where they can be, else by stages.
 
-The kernels have been run in Triton's interpreter and compiled for devices, and never been measured
-on one: so they serve only after `steadynorm.kernels.use("gpu")`.
+They serve only after `steadynorm.kernels.use("gpu")`: they have run on one card, and where tensors
+are small the host takes longer to launch them than PyTorch for its own operators (docs/gpu.md).
 """
 
 from __future__ import annotations

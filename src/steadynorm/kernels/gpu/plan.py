@@ -95,7 +95,7 @@ class Plan(NamedTuple):
         named: dict[str, Any] = {"UNROLL": (2 if itemsize >= 4 else 4) if light else 1}
         named["SP"] = min(_power(self.parts), max(1, GATHER // self.B) if self.last else 256)
         if light and torch.version.hip is None:
-            named["maxnreg"] = 80 if self.last else 72
+            named["maxnreg"] = 96 if self.last else 72
         return named
 
     def held(self) -> dict[str, Any]:
