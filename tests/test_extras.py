@@ -1,6 +1,7 @@
 """Each extra brings one framework, and what is missing says which extra brings it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_an_extra_brings_what_errors_say_it_brings(extra: str) -> None:
     for package in EXTRAS[extra]:
         distribution = BROUGHT_ALONG.get(package, DISTRIBUTIONS.get(package, package))
         assert distribution in brought
+
+
+def test_the_oldest_versions_claimed_are_those_that_are_tested() -> None:
+    text = {
+        name: (ROOT / name).read_text(encoding="utf-8")
+        for name in ("pyproject.toml", "Makefile", "tests/pythons.sh")
+    }
+    claimed = set(re.findall(r'"torch>=([\d.]+)"', text["pyproject.toml"]))
+    assert claimed == set(re.findall(r"'torch==([\d.]+)\.\*'", text["Makefile"]))
+    (python,) = re.findall(r'requires-python = ">=([\d.]+)"', text["pyproject.toml"])
+    tested = re.findall(r"for version in ([\d. ]+);", text["tests/pythons.sh"])[0].split()
+    assert tested[0] == python
 
 
 @pytest.mark.parametrize(

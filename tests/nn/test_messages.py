@@ -252,7 +252,7 @@ def test_the_function_speaks_under_its_own_name() -> None:
             lambda: sn.functional.batch_norm(x, None, None, training=True, statistics="steady"),
             "batch_norm: statistics=Steady(prior=16, horizon=640, window=16) needs running "
             "statistics; got none (track_running_stats=False). Track them, or use sn.Batch() or "
-            "sn.Ghost().",
+            "sn.Ghost(); to freeze a layer, sn.freeze(layer).",
         ),
         (
             lambda: sn.functional.batch_norm(torch.ones(3), one, one),

@@ -119,7 +119,7 @@ def _() -> None:
 
 @refusal(
     "track_running_stats = False", "under a policy that needs the statistics",
-    raises="needs running statistics", cure="`sn.freeze(part)` in its place",
+    raises=r"needs running statistics.*sn\.freeze", cure="`sn.freeze(part)` in its place",
     cured=lambda: same_answers(sn.freeze(ours())[0].train()),
 )  # fmt: skip
 def _() -> None:
@@ -251,7 +251,7 @@ def _() -> None:
 
 @refusal(
     "Lightning", "BaseFinetuning.freeze(train_bn=False)", "pytorch_lightning",
-    raises="needs running statistics", cure="`sn.freeze(part)` in its place",
+    raises=r"needs running statistics.*sn\.freeze", cure="`sn.freeze(part)` in its place",
     cured=lambda: same_answers(_lightning()[1](sn.freeze(ours())[0]).eval()),
 )  # fmt: skip
 def _() -> None:

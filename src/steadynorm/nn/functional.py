@@ -123,7 +123,8 @@ def batch_norm(
     if running_mean is None and policy.needs_running and training:
         raise ValueError(
             f"{owner}: statistics={policy!r} needs running statistics; got none "
-            f"(track_running_stats=False). Track them, or use sn.Batch() or sn.Ghost()."
+            f"(track_running_stats=False). Track them, or use sn.Batch() or sn.Ghost(); "
+            f"to freeze a layer, sn.freeze(layer)."
         )
     if not learning:
         if running_mean is not None:
