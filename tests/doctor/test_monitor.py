@@ -106,6 +106,29 @@ def test_a_trend_is_what_is_left_when_scatter_cancels():
     assert trend([], steps=40) is None
 
 
+def test_means_that_move_steadily_are_no_scatter_and_few_samples_are_few():
+    """`alike` of mixed batches is 1 whatever the drift; `independent` is no more than the samples
+    are worth, where a norm before holds the batches' means together.
+    """
+    chance = np.random.default_rng(0)
+
+    def looks(drift, scatter):
+        means = drift * np.arange(200)[:, None] + chance.normal(0, scatter, (200, 400))
+        ones, zeros = np.ones(400), np.zeros(400)
+        return [
+            ChannelReading(
+                step, 16, mean, ones, zeros, ones, EPS, zeros == 1, 16, np.full(400, 15 / 16)
+            )
+            for step, mean in enumerate(means)
+        ]
+
+    for drift in (0.0, 0.5):
+        assert trend(looks(drift, 0.25), steps=200).alike == pytest.approx(1, rel=0.05)
+    assert trend(looks(0.0, 0.75), steps=200).alike == pytest.approx(9, rel=0.05)
+    assert trend(looks(0.0, 0.25), steps=200).independent == pytest.approx(16, rel=0.1)
+    assert trend(looks(0.0, 0.01), steps=200).independent == pytest.approx(16, rel=0.1)
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, sn.BatchNorm1d])
 def test_the_run_is_the_run_without_it(norm):
     plain, watched = network(norm), network(norm)

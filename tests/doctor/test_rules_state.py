@@ -15,7 +15,7 @@ from tests.doctor.fixtures.small import small
 from torch import Tensor, nn
 
 import steadynorm as sn
-from steadynorm.doctor import Finding, diagnose
+from steadynorm.doctor import Finding, Severity, diagnose
 
 
 def found(target: Any, code: str, **given: Any) -> list[Finding]:
@@ -154,6 +154,19 @@ def test_variance_is_judged_by_the_frameworks_eps() -> None:
     keras["a/moving_variance"] = np.full(4, 5e-4)
     assert [f.evidence["eps"] for f in found(keras, "SN104")] == [1e-3]
     assert found(norm(running_var=[5e-4] * 4), "SN104") == []
+
+
+def test_eps_that_counts_beside_shrunk_weights() -> None:
+    """Variances of 2.5 eps: a seventh is lost. Without small weights before it that is nothing."""
+    model = small()
+    with torch.no_grad():
+        model[1].running_var.fill_(2.5e-5)
+    assert found(model, "SN104") == []
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    (finding,) = found(model, "SN104")
+    assert finding.severity is Severity.WARNING
+    assert "running_var lies below 3 eps = 3e-05 in 4 of 4 channels; '0' before" in finding.message
 
 
 # --- SN105 dead scale

@@ -50,8 +50,8 @@ class Trend:
     reading to the next, as a variance, as those of batches with the same samples mixed would; NaN
     where not known.
     `independent`: independent values that a batch counts for: the variance of values over that of
-    (batch mean − running mean), harmonic mean over channels. The running mean takes out the slow
-    movement of the weights.
+    (batch mean − running mean), or over that of means of as many mixed samples, whichever is less;
+    harmonic mean over channels. The running mean takes out the slow movement of the weights.
     """
 
     readings: int
@@ -154,7 +154,7 @@ def trend(readings: Iterable[ChannelReading], steps: int) -> Trend | None:
 
 def _independent(late: list[ChannelReading]) -> tuple[float, float]:
     """`independent` and `alike` of a trend."""
-    if len(late) < 2:
+    if len(late) < 3:
         return float("nan"), float("nan")
     away = [r.mean - r.running_mean for r in late]
     of_means = np.var(away, axis=0, ddof=1)
@@ -166,10 +166,13 @@ def _independent(late: list[ChannelReading]) -> tuple[float, float]:
     share = max(float(np.mean(of_means[some] / var[some])), 1e-12)
     mixed = [r.of_means / max(r.samples - 1, 1) for r in late if r.of_means is not None]
     expected = float(np.mean(np.mean(mixed, axis=0)[some] / var[some])) if mixed else float("nan")
-    # Statistics that lag drift away; what is between neighbouring readings is scatter.
-    steps = np.mean(np.diff(away, axis=0) ** 2, axis=0) / 2
+    # Weights that learn fast move the means steadily, which second differences leave out; of
+    # readings that scatter by s² they are 6·s².
+    steps = np.mean(np.diff(away, n=2, axis=0) ** 2, axis=0) / 6
     scatter = float(np.mean(steps[some] / var[some]))
-    return 1 / share, scatter / expected if expected > 0 else float("nan")
+    alike = scatter / expected if expected > 0 else float("nan")
+    # A norm before this one holds the batches' means together, however few samples they are of.
+    return 1 / max(share, expected if expected > 0 else 0.0), alike
 
 
 def _std(var: np.ndarray, eps: float) -> np.ndarray:

@@ -9,8 +9,9 @@ that were filled with 0.
 When: An error where every channel is exactly 0: even a network that has died varies by rounding. A
 warning where at least half of the channels lie below a tenth of eps: they leave with less than a
 third of the standard deviation they should have. Where the layer before has no weight above 0.01 it
-is named, and half of the channels below eps itself are enough: weight decay without bound shrinks
-what a batch norm follows, until eps decides. Information where any channel lies below eps, as a few
+is named, and half of the channels below three times eps are enough, which takes a seventh off their
+standard deviation: weight decay without bound shrinks what a batch norm follows, until eps decides.
+Information where any channel lies below eps, as a few
 do in most trained networks.
 
 Cure: Measure the statistics on data that varies; if they are right, look for dead units and
@@ -38,9 +39,10 @@ from steadynorm.doctor.rules.rule import (
 )  # fmt: skip
 
 FAR_BELOW = 10
+NEAR = 3  # 1 - √(3/4) = 0.13
 SHRUNK = 0.01
 
-rule = Rule(__name__, __doc__, ERROR, safe=True, explains=("SN106", "SN302"))
+rule = Rule(__name__, __doc__, ERROR, safe=True, explains=("SN106", "SN301", "SN302"))
 
 
 @rule.each_layer
@@ -49,7 +51,11 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     var, eps = state.running_var, state.known_eps
     if var is None or not var.size:
         return
-    below = (var >= 0) & (var < eps)
+    usage = layer.usage
+    peak = None if usage is None or usage.host_peak is None else float(usage.host_peak.max())
+    shrunk = peak is not None and peak < SHRUNK
+    limit = NEAR * eps if shrunk else eps
+    below = (var >= 0) & (var < limit)
     count = int(below.sum())
     if not count:
         return
@@ -57,7 +63,7 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     far = int((below & (var < eps / FAR_BELOW)).sum())
     numbers: Numbers = {
         "eps": eps,
-        "below_eps": count,
+        "below_eps": int((below & (var < eps)).sum()),
         "far_below_eps": far,
         "zero": zero,
         "channels": var.size,
@@ -70,12 +76,10 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         )
         yield rule.finding(layer, message, numbers)
         return
-    message = f"running_var lies below eps = {eps:g} in {count} of {var.size} channels"
+    named = f"{NEAR} eps = {limit:g}" if shrunk else f"eps = {eps:g}"
+    message = f"running_var lies below {named} in {count} of {var.size} channels"
     if far:
-        message += f", below a tenth of it in {far}"
-    usage = layer.usage
-    peak = None if usage is None or usage.host_peak is None else float(usage.host_peak.max())
-    shrunk = peak is not None and peak < SHRUNK
+        message += f", below a tenth of {'eps' if shrunk else 'it'} in {far}"
     if shrunk and peak is not None and usage is not None and usage.before:
         numbers["largest_weight"] = peak
         message += f"; {usage.before[0].name!r} before it has no weight above {peak:.2g}"

@@ -10,8 +10,8 @@ come out 5 % larger or smaller under the framework's own default. A warning wher
 the framework's own default, since a network carried over has both. Else information. The other way
 round, weights of Keras under torch's 1e-5, nothing in a checkpoint shows; with batches and a loss,
 where a tenth of any layer's channels would come out 5 % smaller, inference is run with 1e-3 too: a
-warning if the loss falls by a twentieth, by three standard errors, and by four fifths of what it is
-above that of training.
+warning if the loss falls by a twentieth, by three standard errors, and by three fifths of what it
+is above that of training.
 
 Cure: Find out which eps the weights were trained with, and set that one.
 
@@ -59,7 +59,7 @@ def _tried(evidence: Evidence) -> Findings:
     gain = loss_change(data.loss.inference, data.loss_at_other_eps)
     if gain is None or not gain.clear(3) or gain.relative < 0.05:
         return
-    if gain.before - gain.after < 0.8 * (gain.before - float(data.loss.training.mean())):
+    if gain.before - gain.after < 0.6 * (gain.before - float(data.loss.training.mean())):
         return  # another eps hides what is wrong, it does not mend it
     yield rule.finding(
         None,

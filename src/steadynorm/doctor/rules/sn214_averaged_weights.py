@@ -5,9 +5,10 @@ of the averaged ones, and no average of buffers is what the new weights give. to
 takes the buffers of the last model that it averaged, unless `use_buffers=True`.
 
 When: A module of torch's AveragedModel without `use_buffers`, after at least one average. With
-batches a warning where the running statistics differ from theirs (the divergence of SN302), and
-nothing where they agree. Without batches information: whether `update_bn` or a calibration came
-after the last average cannot be seen in the state, nor in a checkpoint.
+batches a warning where the running statistics differ from theirs (the divergence of SN302), or
+where calibration clearly lowers the loss, by a twentieth or more; nothing where neither is so.
+Without batches information: whether `update_bn` or a calibration came after the last average cannot
+be seen in the state, nor in a checkpoint.
 
 Cure: Measure the statistics of the averaged weights.
 
@@ -20,6 +21,7 @@ torch.optim.swa_utils.
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import first_divergent
+from steadynorm.doctor.evidence.losses import loss_change
 from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, Numbers, Rule
 
 rule = Rule(__name__, __doc__, WARNING, safe=True, explains=("SN101", "SN301", "SN302"))
@@ -36,9 +38,13 @@ def _check(evidence: Evidence) -> Findings:
         message += "; give batches to see whether the statistics were measured since"
         yield rule.finding(None, message, numbers, severity=INFO)
         return
-    first = first_divergent(evidence)
+    first, losses = first_divergent(evidence), evidence.data.loss
+    gain = None if losses is None else loss_change(losses.inference, losses.calibrated)
     if first is not None:
         layer, how, count = first
         numbers |= {"divergence": how.mean_kl, "layers_affected": count, "first_layer": layer.name}
-        message += f": in {layer.name!r} {how}"
+        yield rule.finding(None, f"{message}: in {layer.name!r} {how}", numbers)
+    elif gain is not None and gain.clear(2) and gain.relative > 0.05:
+        numbers |= {"loss": gain.before, "loss_after_calibration": gain.after}
+        message += f"; calibration lowers the loss from {gain.before:.3g} to {gain.after:.3g}"
         yield rule.finding(None, message, numbers)

@@ -7,9 +7,11 @@ class, frames of one video, crops of one picture.
 
 When: From at least 8 readings in the run's second half: the variance of a channel's values over the
 variance of (batch mean − running mean), harmonic mean over channels, is the number of independent
-values that a batch counts for. A warning below 4, where the mean is off by half a standard
-deviation and digit classifiers lose 10 to 20 points. Policies that use running statistics too are
-left out. `diagnose` with batches tells small batches (SN303) from alike ones (SN309).
+values that a batch counts for; or fewer, as the samples' own means within a batch tell, since
+another norm before holds the batches' means together. A warning below 4, where the mean is off by
+half a standard deviation and digit classifiers lose 10 to 20 points. Policies that use running
+statistics too are left out. `diagnose` with batches tells small batches (SN303) from alike ones
+(SN309).
 
 Cure: Train with larger batches, or mix the samples better; accumulating gradients over small
 batches does not help.

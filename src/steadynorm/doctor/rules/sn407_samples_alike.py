@@ -6,9 +6,10 @@ of its kind, and the running ones are a mixture that inference meets nowhere; th
 to read the kind from its neighbours. The batch is large and knows little.
 
 When: From at least 8 readings in the run's second half. Within a batch the samples' own means
-scatter; if batches were mixed, their means would scatter by that over the number of samples. A
-warning where they scatter, as a variance, so many times as far as SN309 asks for as many batches,
-and at least 2.5 times, in the mean over channels.
+scatter; if batches were mixed, their means would scatter by that over the number of samples. How
+far they do is told by second differences of the readings, in which a steady movement of the weights
+cancels. A warning where they scatter, as a variance, so many times as far as SN309 asks for as many
+batches, and at least 2.5 times, in the mean over channels.
 
 Cure: Mix the samples that are normalized together; give a discriminator both kinds in one batch, or
 a policy for each kind, or a norm without batches.
