@@ -33,6 +33,7 @@ from . import loops, slabs
 from .arguments import BACKWARD, FORWARD, ROWS, Arguments, writer
 from .kernels import backward_kernel, forward_kernel, gradient_options
 from .readable import PLAIN, readable
+from .results import LARGE, large_like
 from .stages import unsupported
 
 _fill_forward, _FORWARD = writer("eps", "momentum", "share", *FORWARD)
@@ -67,6 +68,8 @@ class Plan:
         self.dtype, self.channels, self.count = dtype, shape.channels, slab.count
         self.activation = activation
         self.kept = Keep.needed(activation, residual=residual, compiled=True)
+        large = self.count * self.channels * dtype.itemsize >= LARGE
+        self.empty_like = large_like if large else torch.empty_like
         self.threads = slab.plan.threads
         self.partial = 0 if slab.plan.visit else slab.sums
         self.step = shape.channels * self.real.itemsize
@@ -111,7 +114,7 @@ class Plan:
         x, residual = call.x, call.residual
         if residual is not None:
             residual = slabs.alike(residual, x, "residual")
-        y = torch.empty_like(x)
+        y = self.empty_like(x)
         rows = torch.empty(self.size_of_rows, dtype=torch.int16)
         partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
         a = Arguments.from_buffer_copy(template)
@@ -137,7 +140,7 @@ class Plan:
     def infer(self, call: Call) -> Tensor:
         """Normalize by the running statistics, where no backward can follow."""
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
-        y = torch.empty_like(x)
+        y = self.empty_like(x)
         rows = torch.empty((2, self.channels), dtype=self.real)
         a = Arguments.from_buffer_copy(self._inference)
         a.x, a.y, a.eps = x.data_ptr(), y.data_ptr(), call.eps
@@ -153,8 +156,8 @@ class Plan:
         x, rows, y, residual, *_ = tensors
         grad = slabs.alike(grad, x, "grad")
         want = needs[3] and self.activation is not None
-        dx = torch.empty_like(x)
-        dresidual = torch.empty_like(x) if want else None
+        dx = self.empty_like(x)
+        dresidual = self.empty_like(x) if want else None
         template, dweight, dbias = self._gradient_of_x, None, None
         if rest.share or needs[1] or needs[2]:
             template = self._gradients

@@ -20,6 +20,7 @@ from steadynorm.statistics.moments import Moments
 from . import loops
 from .kernels import SCALARS, backward_kernel, forward_kernel, gradient_options
 from .readable import name_of
+from .results import like
 from .signs import empty_signs, outputs_for
 from .slabs import MOMENTS, alike, given, per_channel, residual_alike, shape_of, slabs
 
@@ -96,7 +97,7 @@ def apply(
 
     Into `signs`, if given (see `empty_signs`), where the activation lets the gradient through.
     """
-    y = torch.empty_like(x) if out is None else given(out, x)
+    y = like(x) if out is None else given(out, x)
     center, scale, shift = (per_channel(t, x, groups) for t in (center, scale, shift))
     residual = residual_alike(residual, x)
     kernel = forward_kernel(x.dtype, activation, add=residual is not None)
@@ -124,7 +125,7 @@ def normalize(
 
     y = activation((x - mean)/√(var + eps)·weight + bias + residual), in `out` if given.
     """
-    y = torch.empty_like(x) if out is None else given(out, x)
+    y = like(x) if out is None else given(out, x)
     weight = None if weight is None else per_channel(weight, x)
     bias = None if bias is None else per_channel(bias, x)
     residual = residual_alike(residual, x)
@@ -200,7 +201,7 @@ class _Backward:
         """Where dx and the residual's gradient go."""
         x = self.x
         if out is None:
-            return torch.empty_like(x), torch.empty_like(x) if want else None
+            return like(x), like(x) if want else None
         dx, dresidual = out
         if want and dresidual is None:
             raise ValueError("`out` must hold memory for the residual's gradient, too; got None.")
