@@ -1,17 +1,22 @@
 """The lab's `batch-of-one` on MNIST's test digits, and the picture of docs/steady.md.
 
     python benchmarks/batch_of_one.py run --data-dir FOLDER --out FOLDER     MNIST's IDX files
+    python benchmarks/batch_of_one.py seeds --groups 6 --out FOLDER          more seeds, two pairs
     python benchmarks/batch_of_one.py picture                                of docs/lab/results
 
-Two epochs of 8,000 digits, one for the residual network, and fewer cells than in the lab. What has
-finished before is not repeated.
+`run`: two epochs of 8,000 digits, one for the residual network, and fewer cells than in the lab.
+`seeds`: the residual network at 64 under `Steady` and `Batch`, and fully connected layers one at a
+time under `Steady` against `Batch` at 64, each with six seeds for a group, on scikit-learn's digits
+or MNIST's. The first group is that of the lab's `batch-of-one`, or of `run`. What has finished
+before is not repeated.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import fmean
+from typing import Annotated, Any, Optional
 
 import typer
 from lab_page import drawn
@@ -21,6 +26,7 @@ from steadynorm.evidence.lab import runner
 from steadynorm.evidence.lab.experiments import batch_of_one, get
 from steadynorm.evidence.lab.runs import Runs
 from steadynorm.evidence.lab.store import read
+from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +47,16 @@ SETTINGS = [
     for kind, batch in CELLS
     if (network, kind, batch) != (batch_of_one.RESIDUAL, "two-way", 2)
 ]
+
+PAIRS = {
+    batch_of_one.RESIDUAL: (("two-way", 64), ("batch", 64)),
+    batch_of_one.FLAT: (("two-way", 1), ("batch", 64)),
+}
+BOUNDS = {
+    batch_of_one.RESIDUAL: {"error": 0.3, "error_calibrated": 0.3},
+    batch_of_one.FLAT: {"error": 0.7, "error_calibrated": 0.4},
+}
+"""Points of error that the first of a pair may have more."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -65,6 +81,51 @@ def run(
                 some.values(name, kind=k, batch=b) for k, b in (("two-way", 1), ("batch", 64))
             )
             print(f"{network}, {words}: {estimates.difference(one, all_).text(2)} points more")
+
+
+@app.command()
+def seeds(
+    out: Annotated[Path, typer.Option(help="Folder for finished runs and results.")],
+    groups: Annotated[int, typer.Option(min=1, help="Of six seeds each.")] = 6,
+    data_dir: Annotated[
+        Optional[Path],  # noqa: UP045  typer reads it at run time
+        typer.Option(help="MNIST's IDX files, instead of scikit-learn's digits."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> None:
+    """Run two pairs with more seeds, and print their differences."""
+    whole = get("batch-of-one")
+    known = whole.settings["full"] if data_dir is None else SETTINGS
+    settings = [
+        {**next(s for s in known if s["network"] == network), "kind": kind, "batch": size}
+        for network, both in PAIRS.items()
+        for kind, size in both
+    ]
+    more = replace(whole, settings={"full": settings}, verdict=paired)
+    folder = None if data_dir is None else str(data_dir)
+    (path,) = runner.run(
+        [more], profile="full", seeds=groups, data_dir=folder, out=out, workers=workers
+    )
+    head, _ = read(path)
+    print(f"{head['data']}; {', '.join(head['made_with'])}\n{head['verdict']['sentence']}")
+
+
+def paired(runs: Runs) -> Verdict:
+    """The difference of each pair, over all seeds and without the first group's."""
+    runs = batch_of_one.each(runs)
+    findings, said = [], []
+    for network, both in PAIRS.items():
+        for name, bound in BOUNDS[network].items():
+            ours, theirs = (
+                runs.values(name, network=network, kind=kind, batch=size) for kind, size in both
+            )
+            for first in (0, NETWORKS)[: 1 + (len(ours) > NETWORKS)]:
+                more = estimates.difference(ours[first:], theirs[first:])
+                words = f"{network}, {both[0]} minus {both[1]}, {name}, from seed {first} on"
+                findings.append(expect(words, more, below=bound))
+                means = f"{fmean(ours[first:]):.2f} against {fmean(theirs[first:]):.2f}"
+                said.append(f"{words} ({more.seeds}): {more.text(2)} points, {means}")
+    return judge("\n".join(said), findings)
 
 
 @app.command()
