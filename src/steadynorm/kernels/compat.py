@@ -24,6 +24,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
 
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
+
 # Export from compilation: public since 2.7.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -55,7 +57,7 @@ _saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hook
 def is_traced() -> bool:
     """Whether PyTorch has to see through the call: compilation, transforms, forward mode."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or is_jit_tracing()
         or is_transforming()
         or getattr(forward_ad, "_current_level", -1) >= 0

@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 def choose(call: Call) -> Backend:
     """The first backend that supports the call; the last supports all."""
     for backend in BACKENDS:
-        if backend.supports(call) is None:
+        if backend.on and backend.supports(call) is None:
             break
     return backend
 

@@ -202,6 +202,8 @@ class Backend:
 
     name: str
     differentiable = True
+    on = True
+    """Whether it is asked at all."""
 
     def supports(self, call: Call) -> str | None:
         """None for yes, else why not."""

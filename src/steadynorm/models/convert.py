@@ -217,9 +217,7 @@ def _to_torch(name: str, module: nn.Module) -> Change | None:
 
 # --- one layer
 
-OURS_ALONE = (
-    "statistics", "activation", "synchronize", "nonfinite", "numerics", "_num_features", "_eps",
-)  # fmt: skip
+OURS_ALONE = ("statistics", "activation", "synchronize", "nonfinite", "numerics", "_settings")
 """Attributes that torch's layers do not have."""
 
 

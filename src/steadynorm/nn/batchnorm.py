@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import is_lazy
 
 from steadynorm.kernels.activations import ActivationName
+from steadynorm.kernels.checks import activation_name
 from steadynorm.nn import checks
-from steadynorm.nn.functional import batch_norm
+from steadynorm.nn.functional import Settings, normalize
 from steadynorm.nn.synchronize import Synchronize
 from steadynorm.statistics import Policy, PolicyName
 
@@ -35,8 +36,7 @@ def _for_rebuilding(name: str) -> Any:
         return layer.__dict__[name]
 
     def write(layer: SteadyNorm, value: Any) -> None:
-        # Twice: torch 2.9's compiler takes `__dict__[name]` for the property.
-        layer.__dict__[name] = layer.__dict__[f"_{name}"] = value
+        layer.__dict__[name] = value
 
     return property(read, write)
 
@@ -48,7 +48,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     num_features = _for_rebuilding("num_features")
     eps = _for_rebuilding("eps")
-    _eps: float
+    _settings: Settings
 
     def __dir__(self) -> list[str]:
         """What can be read: torch.jit.trace and inspect.getmembers read all of it."""
@@ -106,6 +106,17 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         super().__setattr__(name, value)
         if name == "statistics":
             self._begin_gradient_memory()
+        if name in checks.SETTINGS or name == "momentum":
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """What a call needs of the settings, once all are there."""
+        own = vars(self)
+        if own.keys() >= checks.SETTINGS.keys() and "momentum" in own:
+            self._settings = Settings.checked(
+                self.statistics, self.momentum, own["eps"], self.synchronize, self.nonfinite,
+                self.numerics, type(self).__name__,
+            )  # fmt: skip
 
     def _begin_gradient_memory(self) -> None:
         """A buffer that is not saved, where the policy wants one: it fills within a window."""
@@ -148,33 +159,25 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         training = self.training
         tracked = self.track_running_stats or not training
         parameters, buffers = self._parameters, self._buffers
-        try:  # Module.__getattr__ costs 0.4 µs a name, a tenth of a small call for all five
+        try:  # Module.__getattr__ costs 0.4 µs a name
             weight, bias = parameters["weight"], parameters["bias"]
             mean, var = buffers["running_mean"], buffers["running_var"]
             batches = buffers["num_batches_tracked"]
         except KeyError:  # where torch.nn.utils.parametrize has put a property in its place
             weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
             batches = self.num_batches_tracked
-        return batch_norm(
-            input,
-            mean if tracked else None,
-            var if tracked else None,
-            weight,
-            bias,
-            training,
-            self.momentum,
-            self._eps,
-            num_batches_tracked=batches if tracked else None,
-            statistics=self.statistics,
-            activation=self.activation if activation is None else activation,
-            residual=residual,
-            mask=mask,
-            synchronize=self.synchronize,
-            nonfinite=self.nonfinite,
-            gradient_memory=buffers.get("gradient_memory") if training else None,
-            numerics=self.numerics,
-            owner=type(self).__name__,
-        )
+        owner = type(self).__name__
+        if activation is None:
+            activation = self.activation
+        else:
+            activation_name(activation, owner)
+        if not tracked:
+            mean = var = batches = None
+        memory = buffers.get("gradient_memory") if training else None
+        return normalize(
+            input, mean, var, weight, bias, training, batches, activation, residual, mask, memory,
+            self._settings, owner,
+        )  # fmt: skip
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(

@@ -5,13 +5,13 @@ All other names are those of `torch.nn.functional`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steadynorm.kernels import dispatch
-from steadynorm.kernels.activations import ACTIVATIONS, ActivationName
+from steadynorm.kernels.activations import ActivationName
 from steadynorm.kernels.checks import activation_name, nonfinite_name, numerics_name
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import Call, statistics_dtype
@@ -103,9 +103,55 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the policies name theirs.
     """
-    policy = statistics if statistics.__class__ is Batch else policy_from(statistics)
-    if activation is not None and activation not in ACTIVATIONS:
-        activation_name(activation, owner)
+    settings = Settings.checked(statistics, momentum, eps, synchronize, nonfinite, numerics, owner)
+    return normalize(
+        input, running_mean, running_var, weight, bias, training, num_batches_tracked,
+        activation_name(activation, owner), residual, mask, gradient_memory, settings, owner,
+    )  # fmt: skip
+
+
+class Settings(NamedTuple):
+    """A layer's constants, checked; prepared whenever one of them changes, not in every call."""
+
+    policy: Policy
+    momentum: float | None
+    eps: float
+    synchronize: Synchronize
+    skip_nonfinite: bool
+    exact: bool
+    remembers: bool
+    """Whether the policy keeps a memory of the gradient."""
+
+    @classmethod
+    def checked(
+        cls, statistics: Policy | PolicyName, momentum: float | None, eps: float,
+        synchronize: Synchronize, nonfinite: str, numerics: str, owner: str,
+    ) -> Settings:  # fmt: skip
+        """From the arguments of `batch_norm`."""
+        policy = policy_from(statistics)
+        return cls(
+            policy, momentum, eps, synchronize, nonfinite_name(nonfinite, owner) == "skip",
+            numerics_name(numerics, owner) == "exact", policy.gradient_rate(1) is not None,
+        )  # fmt: skip
+
+
+def normalize(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    num_batches_tracked: Tensor | None,
+    activation: ActivationName | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    gradient_memory: Tensor | None,
+    settings: Settings,
+    owner: str,
+) -> Tensor:
+    """`batch_norm` with its constants prepared."""
+    policy, momentum, eps, synchronize, skip_nonfinite, exact, remembers = settings
     if input.ndim < 2 and input.numel() == 0:
         return input.clone()  # as torch does, though it has no channel axis
     checks.tensors(input, running_mean, running_var, weight, bias, owner)
@@ -113,47 +159,43 @@ def batch_norm(
         checks.residual_shape(residual, input, owner)
     if mask is not None:
         mask = checks.expanded_mask(mask, input, owner)
-    if nonfinite != "propagate":
-        nonfinite_name(nonfinite, owner)
-    if numerics != "device":
-        numerics_name(numerics, owner)
-    learning = training and policy.__class__ is not Frozen
     if eps <= 0:
         checks.epsilon(eps, owner, positive=training or running_mean is None)
-    if running_mean is None and policy.needs_running and training:
+    if running_mean is None and training and policy.needs_running:
         raise ValueError(
             f"{owner}: statistics={policy!r} needs running statistics; got none "
             f"(track_running_stats=False). Track them, or use sn.Batch() or sn.Ghost(); "
             f"to freeze a layer, sn.freeze(layer)."
         )
-    if not learning:
+    if not training or policy.__class__ is Frozen:
         if running_mean is not None:
             return dispatch.normalize(
                 Call(input, weight, bias, residual, mask, running_mean, running_var, None, None,
-                     activation, None, eps, exact=numerics == "exact")
+                     activation, None, eps, exact=exact)
             )  # fmt: skip
-        policy, synchronize = BATCH, False  # nothing tracked: the batch serves, as in torch
-    memory = None
-    if policy.gradient_rate(1) is not None:
+        # Nothing is tracked: the batch serves, as in torch.
+        policy, synchronize, remembers = BATCH, False, False
+    memory = replicas = groups = None
+    if remembers:
         memory = _memory(gradient_memory, input, policy, owner)
-    replicas = groups = None
     if synchronize is not False:
         group = process_group(synchronize, owner)
         if group is not None:
             replicas = Replicas(group, owner)
             tracked = running_mean is not None
-            terms = Terms(policy, input.shape[1], statistics_dtype(input), tracked, nonfinite)
+            dtype = statistics_dtype(input)
+            terms = Terms(policy, input.shape[1], dtype, tracked, skip_nonfinite)
             replicas.agree(running_mean if weight is None else weight, terms, input.device)
     if policy.__class__ is Ghost:
         alone = policy.lengths(input.shape[0]) if input.numel() else None
         groups = alone if replicas is None else replicas.divide(policy, input)
-    few = groups is not None or input.numel() <= input.size(1)
+    few = groups is not None or input.numel() <= input.shape[1]
     if few and mask is None and replicas is None:
         checks.values_per_channel(input, groups, policy, owner)
     step = TrainingStep(
         input, weight, bias, residual, mask, running_mean, running_var,
         None if running_mean is None else num_batches_tracked, policy, activation, momentum, eps,
-        groups, replicas, nonfinite == "skip", memory, numerics == "exact", owner=owner,
+        groups, replicas, skip_nonfinite, memory, exact, owner,
     )  # fmt: skip
     if policy.needs_running:  # asked here: inside the autograd function gradient is always off
         step.may_repeat = recomputation.may_be_recomputed()

@@ -27,7 +27,7 @@ _first_runs: Any = WeakIdKeyDictionary()
 
 def is_recomputation() -> bool:
     """Whether this forward runs in a backward pass; the compiler recomputes by its own means."""
-    return not torch.compiler.is_compiling() and compat.graph_task() != -1
+    return not compat.is_compiling() and compat.graph_task() != -1
 
 
 def may_be_recomputed() -> bool:

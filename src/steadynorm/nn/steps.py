@@ -14,7 +14,7 @@ from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import Call
 from steadynorm.nn import recomputation
 from steadynorm.nn.batchnorm import BatchNorm1d
-from steadynorm.nn.functional import batch_norm
+from steadynorm.nn.functional import normalize
 from steadynorm.statistics import (
     Context,
     Frozen,
@@ -47,26 +47,12 @@ class TimeStep(BatchNorm1d):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Normalize (N, C) by this step's statistics."""
-        return batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            weight,
-            bias,
-            self.training,
-            self.momentum,
-            self._eps,
-            num_batches_tracked=self.num_batches_tracked,
-            statistics=self.statistics,
-            activation=activation,
-            residual=residual,
-            mask=mask,
-            synchronize=self.synchronize,
-            nonfinite=self.nonfinite,
-            gradient_memory=self._buffers.get("gradient_memory") if self.training else None,
-            numerics=self.numerics,
-            owner=type(self).__name__,
-        )
+        memory = self._buffers.get("gradient_memory") if self.training else None
+        return normalize(
+            input, self.running_mean, self.running_var, weight, bias, self.training,
+            self.num_batches_tracked, activation, residual, mask, memory, self._settings,
+            type(self).__name__,
+        )  # fmt: skip
 
 
 class StepNorm(_NormBase):

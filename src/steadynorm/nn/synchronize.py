@@ -57,7 +57,7 @@ class Terms(NamedTuple):
     channels: int
     dtype: torch.dtype  # of the statistics
     tracked: bool  # whether running statistics move
-    nonfinite: str
+    skip_nonfinite: bool
 
     def described(self) -> tuple[str, ...]:
         """The terms in words, each short enough for a message of fixed length."""
@@ -66,7 +66,7 @@ class Terms(NamedTuple):
             f"{self.channels} channels",
             f"statistics in {self.dtype}".replace("torch.", ""),
             f"{'with' if self.tracked else 'without'} running statistics",
-            f"nonfinite={self.nonfinite!r}",
+            f"nonfinite={'skip' if self.skip_nonfinite else 'propagate'!r}",
         )
         return tuple(word[: DESCRIPTION // len(words) // 4] for word in words)
 

@@ -26,8 +26,8 @@ from steadynorm.statistics import (
 class TrainingStep(Call):
     """One training forward: reads the layer's running statistics, and writes them in place."""
 
-    owner: str = "batch_norm"
     replicas: Any = None
+    owner: str = "batch_norm"
 
     may_repeat: bool = field(default=False, init=False)
     """Whether this may be the first run of a checkpointed region."""

@@ -43,10 +43,10 @@ class CpuKernels(ClosedForm):
             return self.refusal
         x, residual = call.x, call.residual
         if (call.basic or call.blends) and readable(x) and (residual is None or readable(residual)):
-            residual_dtype = None if residual is None else residual.dtype
-            threads = torch.get_num_threads()
-            layout = (x.shape, x.stride(), x.dtype, residual_dtype)
-            plan = self.prepared(*layout, call.activation, threads)
+            plan = self.prepared(
+                x.shape, x.stride(), x.dtype, None if residual is None else residual.dtype,
+                call.activation, torch.get_num_threads(),
+            )  # fmt: skip
             if plan.__class__ is str:
                 return plan
             if plan.fits(call):

@@ -98,11 +98,11 @@ class Plan:
             ):  # fmt: skip
                 return False
         batches, memory = call.num_batches_tracked, call.memory
-        if memory is not None and not (
-            memory.state.dtype is real and memory.state.is_contiguous() and readable(memory.state)
-        ):
+        if batches is not None and not (batches.dtype is torch.int64 and readable(batches)):
             return False
-        return batches is None or (batches.dtype is torch.int64 and readable(batches))
+        return memory is None or (
+            memory.state.dtype is real and memory.state.is_contiguous() and readable(memory.state)
+        )
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """Normalize as the policy says and move the running statistics; or by these, unmoved."""

@@ -18,7 +18,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def readable(t: Tensor) -> bool:
     """Whether it is sure to be: a plain strided tensor in this machine's memory."""
-    return t.__class__ in PLAIN and t.is_cpu and not t.is_neg() and t.layout is STRIDED
+    return t.__class__ in PLAIN and t.is_cpu and t.layout is STRIDED and not t.is_neg()
 
 
 def unreadable(*tensors: Tensor | None) -> tuple[int, str] | None:

@@ -34,7 +34,7 @@ class _Process:
 class Kernel:
     """A compiled kernel: call it with its block of arguments and a number of threads.
 
-    `calls` counts how often it ran, `cached` tells whether it came from the disk.
+    `cached` tells whether it came from the disk.
     """
 
     def __init__(self, code: bytes, *, cached: bool) -> None:
@@ -49,12 +49,10 @@ class Kernel:
         self._engine.finalize_object()
         self.address: int = self._engine.get_function_address(entry.decode())
         self.cached = cached
-        self.calls = 0
         self._enter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
     def __call__(self, arguments: Any, threads: int) -> None:
         """Run until every pass in the arguments has gone through every chunk."""
-        self.calls += 1
         address = ctypes.addressof(arguments)
         if threads == 1 or _Process.forked:
             self._enter(address)

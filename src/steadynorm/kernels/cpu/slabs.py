@@ -16,7 +16,7 @@ from steadynorm.kernels.spec import Groups, statistics_dtype
 from . import loops
 from .arguments import PASSES, Arguments
 from .pointers import LANES, ROOM, WIDTH
-from .readable import unreadable
+from .readable import readable, unreadable
 from .runtime import Kernel
 
 MOMENTS = (loops.REDUCE, loops.MERGE, loops.REDUCE | loops.PIVOTED, loops.MERGE | loops.PIVOTED)
@@ -61,9 +61,9 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
     if t.shape != x.shape:
         raise ValueError(f"`{name}` must have x's shape {tuple(x.shape)}; got {tuple(t.shape)}.")
     if (
-        t.dtype == x.dtype
+        t.dtype is x.dtype
         and (t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()))
-        and unreadable(t) is None
+        and (readable(t) or unreadable(t) is None)
         and not t._is_zerotensor()
     ):
         return t
