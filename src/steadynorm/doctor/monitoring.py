@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from steadynorm.doctor.calls import NormCall
 from steadynorm.doctor.evidence.training import (
+    ENOUGH,
     WINDOW,
     ChannelReading,
     Reading,
@@ -29,7 +30,6 @@ from steadynorm.nn.recomputation import is_recomputation
 if TYPE_CHECKING:
     from steadynorm.doctor.diagnosis import Report
 
-ENOUGH = 8  # readings to judge a trend by
 STEPS_IN_MEMORY = 500  # beyond that every second one is dropped, again and again
 
 
@@ -275,6 +275,8 @@ class Monitor:
     def _settle(self) -> None:
         """Numbers out of tensors, now that the step is over."""
         pending, self._pending = self._pending, []
+        if not pending:  # in every step that is not read: nothing may be searched here
+            return
         for call in pending:
             by_channel = call.by_channel()
             reading = by_channel.reading(call.layer, call.saturated(), call.gradient())

@@ -121,7 +121,7 @@ def independent_values(layer: NormEvidence, evidence: Evidence) -> float:
     data, usage = layer.data, layer.usage
     if data is None or data.worth is None or not data.trains or data.single is not None:
         return math.inf
-    if usage is not None and usage.policy not in ("Batch", "Ghost"):
+    if not layer.by_batch:
         return math.inf
     pooled = usage is not None and usage.synchronized and evidence.model is not None
     replicas = evidence.model.replicas if pooled and evidence.model else 1

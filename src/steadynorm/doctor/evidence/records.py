@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from steadynorm.doctor.evidence.training import TrainingRun
+from steadynorm.doctor.evidence.training import ENOUGH, TrainingRun, Trend
 from steadynorm.statistics import CONVENTIONS
 
 HALF = ("float16", "bfloat16")
@@ -236,6 +236,11 @@ class NormEvidence:
     usage: NormUsage | None = None
     data: NormData | None = None
 
+    @property
+    def by_batch(self) -> bool:
+        """Whether training normalizes by the batch alone, or a part of it; by default, too."""
+        return self.usage is None or self.usage.policy in ("Batch", "Ghost")
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -325,3 +330,13 @@ class Evidence:
     data: ModelData | None = None
     remarks: tuple[str, ...] = ()
     run: TrainingRun | None = None
+
+    def layer(self, name: str | None) -> NormEvidence | None:
+        """The layer of a name; None where there is none."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def trends(self) -> list[tuple[NormEvidence, Trend]]:
+        """The layers whose trend has enough readings to judge by, in the model's order."""
+        held = {} if self.run is None else self.run.trends
+        found = [(layer, held[layer.name]) for layer in self.layers if layer.name in held]
+        return [(layer, trend) for layer, trend in found if trend.readings >= ENOUGH]

@@ -10,6 +10,8 @@ import numpy as np
 
 WINDOW = 32
 """Readings of a layer that are kept by channel."""
+ENOUGH = 8
+"""Readings to judge a trend by."""
 
 
 class Reading(NamedTuple):

@@ -24,7 +24,7 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     before = layer.usage.before if layer.usage is not None else None
     if before is None or len(before) != 1:
         return
-    first = next((other for other in evidence.layers if other.name == before[0].name), None)
+    first = evidence.layer(before[0].name)
     after = first.usage.after if first is not None and first.usage is not None else None
     if first is None or after is None or before[0].activated:
         return

@@ -39,8 +39,7 @@ def _check(evidence: Evidence) -> Findings:
     if evidence.data is None or evidence.data.last_batch != 1:
         return
     for layer, data in layers:
-        by_batch = layer.usage is None or layer.usage.policy in ("Batch", "Ghost")
-        if data.trains and data.positions == 1 and by_batch:
+        if data.trains and data.positions == 1 and layer.by_batch:
             yield rule.finding(
                 layer,
                 f"the last batch of an epoch holds 1 sample, where the others hold "

@@ -21,15 +21,14 @@ rule = Rule(__name__, __doc__, ERROR, safe=False, explains=("SN301", "SN302"))
 
 @rule.whole
 def _check(evidence: Evidence) -> Findings:
-    name = None if evidence.data is None else evidence.data.first_nonfinite
-    for layer in evidence.layers:
-        if layer.name != name or evidence.data is None:
-            continue
-        batches = evidence.data.batches
-        count = batches if layer.data is None else layer.data.nonfinite
-        yield rule.finding(
-            layer,
-            f"its input holds NaN or infinity in {count} of {batches} batches; it is the first "
-            f"batch norm that they reach",
-            {"calls": count, "batches": batches},
-        )
+    data = evidence.data
+    layer = None if data is None else evidence.layer(data.first_nonfinite)
+    if data is None or layer is None:
+        return
+    count = data.batches if layer.data is None else layer.data.nonfinite
+    yield rule.finding(
+        layer,
+        f"its input holds NaN or infinity in {count} of {data.batches} batches; it is the first "
+        f"batch norm that they reach",
+        {"calls": count, "batches": data.batches},
+    )

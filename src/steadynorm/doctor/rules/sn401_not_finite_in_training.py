@@ -26,7 +26,6 @@ def _check(evidence: Evidence) -> Findings:
     if run is None or not bad:
         return
     first = bad[0]
-    layer = next((layer for layer in evidence.layers if layer.name == first.layer), None)
     steps = len({reading.step for reading in bad})
     good = max((r.step for r in run.readings if r.step < first.step), default=None)
     since = "" if good is None else f" (not yet at step {good})"
@@ -35,5 +34,7 @@ def _check(evidence: Evidence) -> Findings:
         f"in {steps} of the {len({r.step for r in run.readings})} steps that were read"
     )
     yield rule.finding(
-        layer, message, {"step": first.step, "channels": first.nonfinite, "steps": steps}
+        evidence.layer(first.layer),
+        message,
+        {"step": first.step, "channels": first.nonfinite, "steps": steps},
     )

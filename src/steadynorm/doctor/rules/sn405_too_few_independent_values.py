@@ -32,13 +32,11 @@ rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN402",))
 
 @rule.whole
 def _check(evidence: Evidence) -> Findings:
-    run = evidence.run
-    found = []
-    for layer in evidence.layers:
-        trend = None if run is None else run.trends.get(layer.name)
-        by_batch = layer.usage is None or layer.usage.policy in ("Batch", "Ghost")
-        if trend is not None and trend.readings >= 8 and by_batch and trend.independent < TOO_FEW:
-            found.append((layer, trend))
+    found = [
+        (layer, trend)
+        for layer, trend in evidence.trends()
+        if layer.by_batch and trend.independent < TOO_FEW
+    ]
     if not found:
         return
     layer, trend = found[0]

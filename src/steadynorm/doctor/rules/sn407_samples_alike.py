@@ -31,15 +31,13 @@ rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN402", "SN405"))
 
 @rule.whole
 def _check(evidence: Evidence) -> Findings:
-    run = evidence.run
-    found = []
-    for layer in evidence.layers:
-        trend = None if run is None else run.trends.get(layer.name)
-        by_batch = layer.usage is None or layer.usage.policy == "Batch"
-        if trend is None or trend.readings < 8 or trend.samples < 8 or not by_batch:
-            continue
-        if trend.alike > max(LIMIT, scatter_limit(trend.readings)):
-            found.append((layer, trend))
+    found = [
+        (layer, trend)
+        for layer, trend in evidence.trends()
+        if (layer.usage is None or layer.usage.policy == "Batch")
+        and trend.samples >= 8
+        and trend.alike > max(LIMIT, scatter_limit(trend.readings))
+    ]
     if not found:
         return
     layer, trend = found[0]
