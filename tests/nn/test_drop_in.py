@@ -407,3 +407,14 @@ def test_a_resnet_loads_both_ways_and_trains_alike(network: Any) -> None:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 3, 32, 32).double()
     assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_a_layer_pickled_without_its_prepared_settings_has_them_again():
+    """As by an earlier version of the package."""
+    layer = sn.BatchNorm1d(3, eps=0.5, statistics="steady")
+    state = {name: value for name, value in vars(layer).items() if name != "_settings"}
+    again = sn.BatchNorm1d.__new__(sn.BatchNorm1d)
+    again.__setstate__(copy.deepcopy(state))
+    x = torch.randn(8, 3)
+    assert torch.equal(again(x), layer(x))
+    assert again._settings == layer._settings

@@ -109,6 +109,11 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         if name in checks.SETTINGS or name == "momentum":
             self._prepare()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle; one of an earlier version holds no prepared settings."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._prepare()
+
     def _prepare(self) -> None:
         """What a call needs of the settings, once all are there."""
         own = vars(self)
