@@ -1,6 +1,7 @@
 """The GPU kernels compiled for devices that are not here, and what their machine code tells."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -79,8 +80,10 @@ def test_what_was_pinned():
 class Driver:
     """Of a device that is not here: compiled kernels are loaded and launched in name alone."""
 
+    launched: ClassVar[list] = []  # Triton keeps launchers, and so the list, from test to test
+
     def __init__(self):
-        self.launched = []
+        self.launched.clear()
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (1, 1, 32, 0, 1024),
             get_device_properties=lambda _: {"max_shared_mem": 232448},
@@ -155,3 +158,16 @@ def test_an_address_that_is_not_aligned_is_left_to_triton(driver):
     layer(torch.randn(2, 32, 7, 7))
     kinds = [type(launch[2]["x"]) for launch in driver.launched]
     assert kinds == [torch.Tensor, torch.Tensor, torch.Tensor, int]
+
+
+def test_a_tensor_that_is_two_arguments_is_told_apart_in_the_next_call(driver):
+    layer = sn.BatchNorm2d(32, activation="relu")
+    x, other = torch.randn(2, 2, 32, 7, 7)
+    for residual in (x, x, other, other):
+        layer(x, residual=residual)
+        _, _, arguments = driver.launched[-1]
+        for name, right in (("x", x), ("residual", residual)):
+            value = arguments[name]
+            found = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            assert found == right.data_ptr()
+    assert isinstance(driver.launched[-1][2]["x"], int)
