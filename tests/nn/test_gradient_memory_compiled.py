@@ -127,6 +127,25 @@ def test_checkpointing_inside_a_compiled_graph_is_refused() -> None:
         call(x)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("policy", [sn.Steady(), sn.Steady(window=None), sn.Running()], ids=str)
+def test_checkpointing_around_a_compiled_module_is_refused(policy, reentrant, backend) -> None:
+    made = sn.BatchNorm1d(4, statistics=policy)
+    torch.compiler.reset()
+    compiled = torch.compile(made, backend=backend, fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(8, 4, requires_grad=True)
+        y = checkpoint(compiled, x, use_reentrant=reentrant)
+        with pytest.raises(Exception, match="activation checkpointing around a compiled module"):
+            y.sum().backward()
+    made.statistics = sn.Batch()
+    x, grad = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
+    checkpoint(compiled, x, use_reentrant=reentrant).backward(grad)
+    right = torch.autograd.grad(torch.nn.BatchNorm1d(4)(x), x, grad)[0]
+    torch.testing.assert_close(x.grad, right, rtol=1e-4, atol=1e-5)
+
+
 def test_the_compiler_may_leave_the_layer_out() -> None:
     made, plain = layer(), layer()
     torch.compiler.reset()

@@ -56,25 +56,31 @@ def recall(running_mean: Tensor, batch: Moments) -> Normalizer | None:
     return None
 
 
+REFUSED = (
+    "activation checkpointing {} would normalize anew by running statistics that have moved since, "
+    "under every policy that normalizes by them. Take the layer out of the compiler "
+    "(layer.forward = torch.compiler.disable(layer.forward)) or of the checkpointed region, or use "
+    "sn.Batch()."
+)
+
+
 @torch.library.custom_op(
     "steadynorm::snapshot", mutates_args=(), schema="(Tensor[] tensors, bool decide) -> Tensor[]"
 )
 def snapshot(tensors: list[Tensor], decide: bool) -> list[Tensor]:
     """Copies that compiled code keeps for its backward: it recomputes no operator it cannot see.
 
-    But for a region under activation checkpointing: it copies the statistics anew there, when they
-    have moved. Where they `decide` what normalizes, that would be another map than the forward's.
+    But for activation checkpointing, in the compiled graph or around it: it copies the statistics
+    anew there, when they have moved. Where they `decide` what normalizes, that would be another map
+    than the forward's: refused, when the graph is made or when it runs in a backward pass.
     """
+    if decide and compat.graph_task() != -1:
+        raise NotImplementedError(REFUSED.format("around a compiled module"))
     return [tensor.clone() for tensor in tensors]
 
 
 @snapshot.register_fake
 def _(tensors: list[Tensor], decide: bool) -> list[Tensor]:
     if decide and compat.is_recomputed_when_compiled():
-        raise NotImplementedError(
-            "activation checkpointing inside a compiled graph would normalize anew by running "
-            "statistics that have moved since, under every policy that normalizes by them. Take "
-            "the layer out of the compiler (layer.forward = torch.compiler.disable(layer.forward)) "
-            "or of the checkpointed region, or use sn.Batch()."
-        )
+        raise NotImplementedError(REFUSED.format("inside a compiled graph"))
     return [torch.empty_like(tensor) for tensor in tensors]
