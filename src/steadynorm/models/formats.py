@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from steadynorm._extras import lacking
+
 NESTED = ("state_dict", "model_state_dict", "model")
 KERAS_NAMES = ("gamma", "beta", "moving_mean", "moving_variance", "num_batches_tracked")
 # Compressed zeros shrink a thousandfold, trained weights hardly at all.
@@ -211,7 +213,7 @@ def hdf5(path: Path, opened: ExitStack) -> Entries:
     try:
         import h5py
     except ImportError as error:
-        raise ValueError("reading it needs h5py; install steadynorm[keras]") from error
+        raise ValueError(f"reading it {lacking(error) or f'failed: {error}'}") from error
 
     found: Entries = {}
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from steadynorm.kernels import compat
+from steadynorm.kernels.reference.collectives import all_gather, all_reduce
 from steadynorm.statistics import Ghost, Moments, Normalizer, Policy, contribution, pool
 
 Synchronize = bool | dist.ProcessGroup
@@ -247,25 +248,10 @@ class Replicas:
         return whole.narrow(-2, self._rows.first, self._rows.own)
 
     def _all_gather(self, row: Tensor) -> Tensor:
-        gather = torch.ops._c10d_functional.all_gather_into_tensor
-        return self._finished(gather, row, self.group.size(), self.group.group_name)
+        return all_gather(row, self.group.size(), self.name, self.owner)
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
-        reduce = torch.ops._c10d_functional.all_reduce
-        return self._finished(reduce, sums.contiguous(), "sum", self.group.group_name)
-
-    def _finished(self, collective: Any, *arguments: Any) -> Tensor:
-        """The result of a collective, one that the compiler can see; or an error that explains."""
-        try:
-            result: Tensor = torch.ops._c10d_functional.wait_tensor(collective(*arguments))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{self.owner}: `synchronize`: the exchange of statistics with the other replicas "
-                f"failed: another replica stopped, or did not reach this layer in time. Look at "
-                f"the first replica that ended; all replicas must call the layer equally often. "
-                f"({error})"
-            ) from error
-        return result
+        return all_reduce(sums, self.name, self.owner)
 
 
 class _SumOverReplicas(torch.autograd.Function):

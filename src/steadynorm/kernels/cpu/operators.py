@@ -16,6 +16,7 @@ from torch.library import Library, impl, register_autograd, register_fake
 
 from steadynorm.kernels import compat
 from steadynorm.kernels.reference.closed_form import REFERENCE, ClosedForm
+from steadynorm.kernels.reference.collectives import all_reduce
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import Call, Keep, Saved, coefficients_of, statistics_dtype
 from steadynorm.statistics import Moments, Normalizer
@@ -113,9 +114,7 @@ class _Group:
 
     def sum(self, sums: Tensor) -> Tensor:
         """The sums of the backward reduction, added over replicas."""
-        ops = torch.ops._c10d_functional
-        total: Tensor = ops.wait_tensor(ops.all_reduce(sums.contiguous(), "sum", self.name))
-        return total
+        return all_reduce(sums, self.name, "batch normalization in a compiled graph")
 
     def link(self, live: Moments) -> Moments:
         """Not needed: the operators are differentiated in closed form."""
