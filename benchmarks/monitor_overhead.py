@@ -29,6 +29,9 @@ CASES = {
     "convolutional, 3 norms, 32 × 1×14×14": (
         lambda: convolutional(nn.BatchNorm2d), (32, 1, 14, 14), 300
     ),
+    "convolutional, 3 norms, 42 × 1×14×14": (
+        lambda: convolutional(nn.BatchNorm2d), (42, 1, 14, 14), 600
+    ),
     "convolutional, 3 norms, 64 × 1×28×28": (
         lambda: convolutional(nn.BatchNorm2d), (64, 1, 28, 28), 200
     ),

@@ -140,6 +140,7 @@ def trend(readings: Iterable[ChannelReading], steps: int) -> Trend | None:
     shifts = np.array([reading.shift() for reading in late])
     unbiased = [r.var * r.values / max(r.values - 1, 1) + r.eps for r in late]
     running = [r.running_var + r.eps for r in late]
+    silent = [reading.no_gradient for reading in late if reading.no_gradient is not None]
     spread = shifts.std(axis=0, ddof=1) if len(late) > 1 else np.full(shifts.shape[1], np.inf)
     return Trend(
         len(late),
@@ -150,7 +151,7 @@ def trend(readings: Iterable[ChannelReading], steps: int) -> Trend | None:
         np.all([reading.dead for reading in late], axis=0),
         int(np.median([reading.samples for reading in late])),
         *_independent(late),
-        None if late[0].no_gradient is None else np.all([r.no_gradient for r in late], axis=0),
+        np.all(silent, axis=0) if silent else None,
     )
 
 
