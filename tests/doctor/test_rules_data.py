@@ -245,7 +245,7 @@ def test_sn307(share: float, expected: Severity | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "expected"), [(2e-2, None), (5e-3, WARNING), (5e-7, ERROR), (0.0, ERROR)]
+    ("first", "expected"), [(1e-3, None), (5e-5, WARNING), (5e-7, ERROR), (0.0, ERROR)]
 )
 def test_sn308(first: float, expected: Severity | None) -> None:
     """A quarter of the layers at either end: the largest of the first, the median of the last."""

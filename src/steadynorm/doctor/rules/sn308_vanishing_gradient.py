@@ -7,7 +7,7 @@ or where layers go without one.
 
 When: |∂L/∂W|·|W|, which does not change with the scale of a weight before a batch norm: the
 largest in the first quarter of the layers (the weights of an attention that looks everywhere alike
-have next to none) against the median of the last quarter. A warning below a hundredth, an
+have next to none) against the median of the last quarter. A warning below a ten-thousandth, an
 error below a millionth. Healthy networks are between 0.1 and 1,000.
 
 Cure: Normalize every layer, or let a residual path carry the gradient.
@@ -32,7 +32,7 @@ def _check(evidence: Evidence) -> Findings:
     quarter = max(len(sizes) // 4, 1)
     first = max(gradient.size for gradient in sizes[:quarter])
     last = float(np.median([gradient.size for gradient in sizes[-quarter:]]))
-    if last == 0 or first >= 1e-2 * last:
+    if last == 0 or first >= 1e-4 * last:
         return
     message = (
         f"|∂L/∂W|·|W| is {first:.2g} in the first layers, from {sizes[0].layer!r}, and "
