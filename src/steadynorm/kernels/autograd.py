@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadynorm.kernels import aten, compat
+from steadynorm.kernels.checks import warn_of_export
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.reference.differentiable import (
     differentiable,
@@ -73,7 +73,7 @@ class Traced(Backend):
             if aten.is_one_operator(call):
                 return aten.one_operator(call), ((), None)
             if compat.is_exporting():
-                _warn_of_export(call.policy)
+                warn_of_export(call.policy)
         by_operators = operators.serve(call)
         live = None
         if measured and by_device(call):
@@ -92,18 +92,6 @@ class Traced(Backend):
 
 
 TRACED = Traced()
-
-
-@compat.runs_while_compiled
-def _warn_of_export(policy: Any) -> None:
-    warnings.warn(
-        f"A layer is exported in training under statistics={policy!r}: its program normalizes as "
-        f"in training for ever. Tools that switch exported programs to inference, as "
-        f"quantization-aware training does, cannot switch it: for these use "
-        f'statistics="batch" and a momentum, without a mask. For inference call model.eval() '
-        f"before the export.",
-        stacklevel=2,
-    )
 
 
 def by_device(call: Call) -> bool:

@@ -1,7 +1,8 @@
-"""Arguments that every framework's layer refuses with the same words: what came, what to do."""
+"""What layers refuse or warn of in the same words whatever the framework: what came, what to do."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from steadynorm.kernels.activations import ACTIVATIONS
@@ -40,3 +41,20 @@ def residual_shape(
         raise ValueError(
             f"{owner}: `residual` must have the shape of `{name}`, {input}; got {residual}."
         )
+
+
+def warn_of_export(policy: Any) -> None:
+    """Say what a program that is exported in training cannot do."""
+    warnings.warn(
+        f"A layer is exported in training under statistics={policy!r}: its program normalizes as "
+        f"in training for ever. Tools that switch exported programs to inference, as "
+        f"quantization-aware training does, cannot switch it: for these use "
+        f'statistics="batch" and a momentum, without a mask. For inference call model.eval() '
+        f"before the export.",
+        stacklevel=2,
+    )
+
+
+# The compiler calls it as it traces, rather than look inside. As the public
+# `torch.compiler.assume_constant_result` says, which would load the compiler at once.
+warn_of_export._dynamo_marked_constant = True  # type: ignore[attr-defined]

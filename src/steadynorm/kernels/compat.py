@@ -11,6 +11,8 @@ form stand where they are used:
   (nn/eager_quantization.py);
 - `torch.ops._c10d_functional`: collectives that the compiler sees;
 - `torch._foreach_copy_`: several small copies in one launch;
+- `torch._C._cuda_getCurrentRawStream`: a device's current stream (kernels/gpu/plan.py);
+- `_dynamo_marked_constant`: what the compiler calls as it traces (kernels/checks.py);
 - `torch.utils._python_dispatch.TorchDispatchMode`: which operators a model runs (models/graph.py);
 - the path of `torch._C`: PyTorch's OpenMP threads (kernels/cpu/runtime.py).
 """
@@ -40,14 +42,6 @@ is_transforming: Callable[[], bool] = getattr(
 
 # The backward pass that this thread runs, -1 for none: how a recomputation is told apart.
 graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
-
-# A device's current stream, as Triton asks for it; `torch.cuda.current_stream` makes an object
-# for it, which costs ten times as much.
-raw_stream: Callable[[int], int] = getattr(
-    torch._C,
-    "_cuda_getCurrentRawStream",
-    lambda device: torch.cuda.current_stream(device).cuda_stream,
-)
 
 # The hooks on saved tensors, under which activation checkpointing runs its first forward.
 # torch 2.7 cannot be asked: perhaps.
@@ -98,15 +92,6 @@ def leave_unchecked(saved: Any) -> None:
 
     for proxy in getattr(proxy_tensor, "_get_proxies", lambda _: ())(saved):
         proxy.node.meta["saved_tensor_with_no_vc_check"] = True
-
-
-def runs_while_compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Have the compiler call a function with constants as it traces, rather than look inside.
-
-    As `torch.compiler.assume_constant_result` does, which would load the compiler at once.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from benchmarks.gpu_static import Config, compile_all, record
 from benchmarks.machine_code import TARGETS, Report, releases_partials
 
 import steadynorm as sn
-from steadynorm.kernels import compat
+from steadynorm.kernels.gpu import plan as plans
 from steadynorm.kernels.gpu import prepared
 
 
@@ -113,7 +113,7 @@ def driver(gpu, monkeypatch):
     """Triton's driver, and the kernels for tensors in this machine's memory."""
     noting = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", noting)
-    monkeypatch.setattr(compat, "raw_stream", lambda _: 0)
+    monkeypatch.setattr(plans, "raw_stream", lambda _: 0)
     monkeypatch.setattr(prepared, "_kinds", {})
     return noting
 

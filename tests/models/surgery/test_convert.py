@@ -377,15 +377,9 @@ def test_models_are_compared_in_float32_itself_and_the_settings_come_back():
             seen.append((flags.allow_tf32, flags.benchmark, flags.deterministic))
             return super().forward(x)
 
-    before = flags.allow_tf32, flags.benchmark, flags.deterministic
-    flags.benchmark = True
-    try:
-        sn.convert(
-            Net(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), example_inputs=torch.randn(2, 1, 5, 5)
-        )
-        assert flags.benchmark
-    finally:
-        flags.benchmark = False
+    with flags.flags(flags.enabled, benchmark=True, deterministic=False, allow_tf32=True):
+        net = Net(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+        sn.convert(net, example_inputs=torch.randn(2, 1, 5, 5))
+        assert (flags.allow_tf32, flags.benchmark, flags.deterministic) == (True, True, False)
     assert seen
     assert set(seen) == {(False, False, True)}
-    assert (flags.allow_tf32, flags.benchmark, flags.deterministic) == before

@@ -6,13 +6,13 @@ Fixed configurations, nothing tuned at run time: another tile would give other b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import compat
 from steadynorm.kernels.spec import Groups
 
 TILE, WARPS, WIDE, NARROW = 2048, 8, 1024, 64
@@ -193,6 +193,13 @@ def starts(groups: Groups, device: torch.device) -> Tensor | None:
         return torch.tensor(at, dtype=torch.int32, device=device)
 
 
+# As Triton asks for it; `torch.cuda.current_stream` makes an object for it, ten times as slowly.
+raw_stream: Callable[[int], int] = getattr(
+    torch._C,
+    "_cuda_getCurrentRawStream",
+    lambda device: torch.cuda.current_stream(device).cuda_stream,
+)
+
 _tickets: dict[Any, Tensor] = {}
 
 
@@ -205,7 +212,7 @@ def tickets(number: int, device: torch.device) -> Tensor:
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(number, dtype=torch.int32, device=device)
-        stream = compat.raw_stream(torch.cuda.current_device() if device.index is None
+        stream = raw_stream(torch.cuda.current_device() if device.index is None
                                    else device.index)  # fmt: skip
     found = _tickets.get((device, stream))
     if found is None or found.numel() < number:

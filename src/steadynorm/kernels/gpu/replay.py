@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import compat
-
+from . import plan as plans
 from .plan import Plan
 
 ALIGNED = 16
@@ -82,7 +81,7 @@ class Replay:
         if low % ALIGNED:
             return False
         pool += self.constants
-        stream = compat.raw_stream(device)
+        stream = plans.raw_stream(device)
         for run, grid, function, metadata, pick in self.launches:
             run(*grid, stream, function, metadata, None, None, None, *pick(pool))
         return True
