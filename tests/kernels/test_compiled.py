@@ -7,6 +7,7 @@ import torch
 
 import steadynorm as sn
 from steadynorm.kernels import aten
+from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.cpu import stages as cpu
 
 SHAPE = (6, 5, 7, 3)
@@ -82,3 +83,8 @@ def test_the_operators_are_what_torch_library_asks_of_them(activation, groups, r
             torch.ops.steadynorm.gradients,
             (*detached, valid, y, normalizer, batch, memory, *settings, activation is not None),
         )
+
+
+def test_a_failed_exchange_in_a_compiled_backward_says_what_to_look_at():
+    with pytest.raises(RuntimeError, match=r"exchange of statistics .* Look at the first replica"):
+        operators._Group("no such group").sum(torch.ones(2, 3))

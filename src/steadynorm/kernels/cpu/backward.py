@@ -14,8 +14,8 @@ from .loops import (
     FLUSH,
     MAP,
     MERGE,
-    PIECE,
     REDUCE,
+    SUM_LENGTH,
     SUMMED,
     add_partials,
     called,
@@ -103,10 +103,10 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
             tilt = -slope_factor[k] * exact
             level = -constant_factor[k] * sums_1[c] - tilt * mean_gap[k]
             if args[at.memory] != 0:
-                kept, kept_slope = remembered(args, k, sums_1[c], exact, slope)
-                down = scale[k] * rho[k] * kept_slope
+                level_memory, tilt_memory = remembered(args, k, sums_1[c], exact, slope)
+                down = scale[k] * rho[k] * tilt_memory
                 tilt -= down
-                level += down * low[k] - scale[k] * kept
+                level += down * low[k] - scale[k] * level_memory
             slope[k] = like(tilt, slope[k])
             constant[k] = like(level, constant[k])
 
@@ -122,7 +122,7 @@ def gated_from(
     offset: Any,
     gated: Any,
 ) -> Any:
-    """Where to read `count` gradients: from `start` on; or gated, if the forward has left signs."""
+    """Where `count` gradients lie: in `grad` from `start` on, or gated by the sign bits, if any."""
     if signs is None:
         return shifted(grad, start)
     words = signs_of(chunk, row) + offset // LANES
@@ -140,7 +140,7 @@ def sums_of_planes(ACT: int) -> Any:
     ) -> None:  # fmt: skip
         clear(sums_1, chunk.here)
         clear(sums_2, chunk.here)
-        piece = PIECE if signs is None else WIDTH
+        piece = SUM_LENGTH if signs is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
             for c in range(chunk.here):
                 k = chunk.first + c
@@ -200,7 +200,7 @@ def sums_of_strips(ACT: int) -> Any:
 
 @by_activation(**COMPILED)
 def map_planes(ACT: int) -> Any:
-    """dx of every channel of the chunk, and g to `wanted`, unless None."""
+    """dx of every channel of the chunk; g, the residual's gradient, to `wanted` unless None."""
 
     def write(
         args: Any, grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, staged: Any,
@@ -238,7 +238,7 @@ def map_planes(ACT: int) -> Any:
 
 @by_activation(**COMPILED)
 def map_strips(ACT: int) -> Any:
-    """dx of every channel of the chunk, and g to `wanted`, unless None."""
+    """dx of every channel of the chunk; g, the residual's gradient, to `wanted` unless None."""
 
     def write(
         args: Any, grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, staged: Any,

@@ -69,9 +69,9 @@ def write_scale_and_shift(args: Any, chunk: Any, var: Any, scale: Any, shift: An
 
 @called  # type: ignore[untyped-decorator]
 def blend(args: Any, chunk: Any, mean: Any, var: Any) -> None:
-    """`statistics.blend` of the batch's moments, and `merge_average`: what `Steady` decides.
+    """What `Steady` decides: `statistics.blend`, and `merge_average` of the running statistics.
 
-    Moments become those that normalize; the running statistics move.
+    Overwrites the batch's moments with those that normalize.
     """
     noinline()
     low, gap = pointer_like(args[at.center_low], var), pointer_like(args[at.mean_gap], var)
@@ -157,7 +157,7 @@ def reduce(
 
 @by_activation(**COMPILED)
 def map_chunk(ACT: int) -> Any:
-    """`activation((x - mean)·scale + shift + residual)`; its signs to `signs`, if there is room."""
+    """`activation((x - mean)·scale + shift + residual)`; sign bits to `signs`, if that is given."""
 
     def write(
         args: Any, x: Any, residual: Any, y: Any, signs: Any, staged: Any, chunk: Any, mean: Any,

@@ -6,9 +6,9 @@ times a range of rows. There are two ways through a chunk:
 
     planes    length > WIDTH / 2: the loops run along planes, of several channels one after the
               other, since long stretches are read faster; in a map alone also shorter planes
-    strips    shorter: one row's planes of a block of channels, at most WIDTH elements (in channels-
-              last rows ROOM), are one strip; where a row has less than half of that, `together`
-              rows are one
+    strips    shorter: one row's planes of a block of channels, at most WIDTH elements (in
+              channels-last rows MAX_WIDTH), are one strip; where a row has less than half of that,
+              `together` rows are one
 
 A call is a list of passes over all chunks, such as: reduce, merge, map. Threads take chunks one by
 one, and wait for one another between passes.
@@ -41,9 +41,9 @@ from .pointers import (
     widen,
 )
 
-PIECE = 4096  # elements of a plane whose float32 sum goes to float64
-FLUSH = 64  # strips, likewise
-SAMPLE = 16  # values that a pivot is drawn from
+SUM_LENGTH = 4096  # elements of a plane that are summed in float32; these sums, in float64
+FLUSH = 64  # strips that are summed in float32, likewise
+SAMPLE = 16  # values of each channel whose mean is its pivot
 
 # Bits of a pass.
 REDUCE, MAP, MERGE, PIVOTED, BACKWARDS, DECIDE, RECORD, BLEND = 1, 2, 4, 8, 16, 32, 64, 128
@@ -56,25 +56,25 @@ Chunk = namedtuple(
 
 COMPILED = {"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}}
 compiled = njit(**COMPILED)
-"""Set in full: Numba hands down to a function the leave for reordering that its caller has."""
+"""All flags are given: a function that leaves one out takes its caller's `fastmath`."""
 called = njit(forceinline=False, error_model="numpy", fastmath={"contract"})
-"""For what runs once a chunk or strip: not inlined, it is compiled once in a kernel."""
+"""For functions that run once a chunk or strip: not inlined, each is compiled once in a kernel."""
 SUMMED = {"forceinline": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
 summed = njit(**SUMMED)
 added = njit(forceinline=False, error_model="numpy", fastmath={"reassoc", "contract"})
-"""For sums only: they may be reordered, and so vectorized. NaN and infinity keep their meaning."""
+"""For sums: reassociation lets the compiler vectorize them. NaN and infinity keep their meaning."""
 
 
 @compiled  # type: ignore[untyped-decorator]
 def parts_in(args: Any, mode: Any) -> Any:
-    """How many ranges of rows a pass has: in a visit both its stages need a channel's every row."""
+    """How many ranges of rows a pass has: 1 in a visit, whose map needs the sums over all rows."""
     reduces, maps = mode & REDUCE, mode & MAP
     return args[at.parts] if (reduces != 0) != (maps != 0) else 1
 
 
 @compiled  # type: ignore[untyped-decorator]
 def wait_for(args: Any, slot: Any, wanted: Any) -> None:
-    """Until all chunks of a pass are done, by whatever threads there are."""
+    """Spin until all chunks of a pass are done, whichever threads took them."""
     spins = 0
     while load_atomic(args, slot) < wanted:
         spins += 1
@@ -130,13 +130,13 @@ def signs_of(chunk: Any, row: Any) -> Any:
 
 @compiled  # type: ignore[untyped-decorator]
 def minus(a: Any, b: Any) -> Any:
-    """a - b, out of reach of the reordering that the sums around it are free to."""
+    """a - b, compiled without reassociation, which the sums around it allow."""
     return a - b
 
 
 @called  # type: ignore[untyped-decorator]
 def spread(values: Any, chunk: Any, wide: Any) -> None:
-    """Write each channel's value wherever a strip holds that channel."""
+    """Broadcast one value per channel to the elements of a strip."""
     noinline()
     at = 0
     for _ in range(chunk.copies):
@@ -153,7 +153,7 @@ def spread(values: Any, chunk: Any, wide: Any) -> None:
 
 @called  # type: ignore[untyped-decorator]
 def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> None:
-    """Which elements of a strip are valid: each row's mask, once per channel."""
+    """Broadcast the mask of `several` rows to the elements of a strip."""
     noinline()
     at = 0
     for r in range(row, row + several):
@@ -165,11 +165,11 @@ def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> No
 
 @called  # type: ignore[untyped-decorator]
 def copy_past_caches(source: Any, target: Any, count: Any) -> None:
-    """Copy `count` values past the caches.
+    """Copy `count` values by non-temporal stores; by ordinary ones what fills no cache line.
 
-    An ordinary store reads the cache line before it writes it. Of no use for tensors that stay in
-    the caches. Other threads may read the values after the next `fetch_add`, which drains pending
-    stores. What does not fill a cache line is stored as usual.
+    An ordinary store reads the cache line before it writes it: 1 of 3 passes over memory for a
+    tensor that has left the caches. `fetch_add` drains pending stores, so that other threads may
+    read the values after the next one.
     """
     noinline()
     ahead = min(count, to_boundary(target))
@@ -192,7 +192,7 @@ def clear(values: Any, count: Any) -> None:
 
 @added  # type: ignore[untyped-decorator]
 def flush(wide: Any, chunk: Any, sums: Any) -> None:
-    """Add the accumulators to their channels' sums and clear them. A plain sum: free to reorder."""
+    """Add the strip's accumulators to their channels' sums in float64, and clear them."""
     noinline()
     at = 0
     for _ in range(chunk.copies):
@@ -211,9 +211,9 @@ def flush(wide: Any, chunk: Any, sums: Any) -> None:
 
 @called  # type: ignore[untyped-decorator]
 def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
-    """A pivot per channel: the mean of values evenly spread over all positions, of the valid ones.
+    """A pivot per channel: the mean of up to `SAMPLE` valid values, evenly spread over positions.
 
-    Evenly spread, since neighbours resemble one another: an image begins with its border.
+    Evenly spread, since neighbouring values are alike: an image begins with its border.
     """
     noinline()
     total = chunk.rows * chunk.length
@@ -240,7 +240,7 @@ def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
 
 @called  # type: ignore[untyped-decorator]
 def pivot_at(mean: Any, chunk: Any, pivots: Any) -> None:
-    """Move the pivots to the means."""
+    """Take the means as pivots."""
     noinline()
     for c in range(chunk.here):
         m = mean[chunk.first + c]
@@ -256,10 +256,10 @@ def moments_of_planes(x: Any, mask: Any, chunk: Any, pivots: Any, sums_1: Any, s
         for c in range(chunk.here):
             pivot = pivots[c]
             total_1, total_2 = 0.0, 0.0
-            for begin in range(0, chunk.length, PIECE):
+            for begin in range(0, chunk.length, SUM_LENGTH):
                 start = start_of(chunk, row) + c * chunk.length + begin
                 part_1, part_2 = like(0.0, pivot), like(0.0, pivot)
-                for i in range(min(PIECE, chunk.length - begin)):
+                for i in range(min(SUM_LENGTH, chunk.length - begin)):
                     d = minus(widen(x[start + i]), pivot)
                     if mask is not None:
                         d = d if mask[row * chunk.length + begin + i] != 0 else like(0.0, d)
@@ -305,35 +305,35 @@ def moments_of_strips(
 
 @called  # type: ignore[untyped-decorator]
 def store_partial(partial: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
-    """Leave this part's sums for the merging to come."""
+    """Write this part's sums, for the pass that merges."""
     noinline()
-    place = 2 * chunk.part * chunk.channels + chunk.first
+    start = 2 * chunk.part * chunk.channels + chunk.first
     for c in range(chunk.here):
-        partial[place + c] = sums_1[c]
-        partial[place + chunk.channels + c] = sums_2[c]
+        partial[start + c] = sums_1[c]
+        partial[start + chunk.channels + c] = sums_2[c]
 
 
 @called  # type: ignore[untyped-decorator]
 def add_partials(partial: Any, parts: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
-    """Add up what the parts have put aside."""
+    """Add the sums of all parts."""
     noinline()
     clear(sums_1, chunk.here)
     clear(sums_2, chunk.here)
     for part in range(parts):
-        place = 2 * part * chunk.channels + chunk.first
+        start = 2 * part * chunk.channels + chunk.first
         for c in range(chunk.here):
-            sums_1[c] += partial[place + c]
-            sums_2[c] += partial[place + chunk.channels + c]
+            sums_1[c] += partial[start + c]
+            sums_2[c] += partial[start + chunk.channels + c]
 
 
 @called  # type: ignore[untyped-decorator]
 def write_moments(
     chunk: Any, sums_1: Any, sums_2: Any, pivots: Any, count: Any, mean: Any, low: Any, var: Any
 ) -> Any:
-    """Write mean (rounded, and what that lost) and biased variance; say if a pivot lay too far.
+    """Write the mean, its rounding error and the biased variance; True if a pivot was too far off.
 
     With the pivot within one standard deviation of the mean, the subtraction below loses at most
-    one bit. Farther off, the caller moves the pivot to the mean and reduces again.
+    one bit. Farther off, the caller takes the mean as pivot and reduces again.
     """
     noinline()
     far = False

@@ -15,23 +15,23 @@ from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
 WIDTH = 1024
-"""Columns of a strip: how many elements an inner loop runs over. Six float32 arrays of this width
-(24 KiB) stay in a first-level cache of 32 KiB."""
+"""Elements of a strip, over which an inner loop runs: six float32 arrays of this length (24 KiB)
+fit into a first-level cache of 32 KiB."""
 
-ROOM = 2 * WIDTH
-"""The most of them: a channels-last row up to this is one strip, rather than two with gaps."""
+MAX_WIDTH = 2 * WIDTH
+"""A channels-last row of up to this many elements is one strip; longer rows are cut at `WIDTH`."""
 
 STAGE = 256
-"""Values that are made ready in the cache and then sent past it: of more, reading would rest."""
+"""Staging buffer for non-temporal stores, in values; with 1,024, loads wait for the stores."""
 
 LANES = 16
-"""Values whose signs make one word."""
+"""Values whose sign bits make one 16-bit word."""
 
 LINE = 64
 """Bytes of a cache line."""
 
-APART = 32
-"""Elements between one scratch and the next: at distances of 4096 bytes they would collide."""
+SCRATCH_GAP = 32
+"""Elements between two scratch arrays: at a distance of 4,096 bytes they would share cache sets."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -67,22 +67,22 @@ def pointer_like(typing: Any, address: Any, model: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def scratch(typing: Any, scalar: Any) -> Any:
-    """Room for ROOM elements of `scalar` on the stack, aligned to a cache line, uninitialized."""
+    """`MAX_WIDTH` elements of `scalar` on the stack, aligned to a cache line, uninitialized."""
     kind = types.CPointer(scalar.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        room = ir.ArrayType(context.get_data_type(scalar.dtype), ROOM + APART)
+        array = ir.ArrayType(context.get_data_type(scalar.dtype), MAX_WIDTH + SCRATCH_GAP)
         with builder.goto_entry_block():
-            place = builder.alloca(room)
-        place.align = LINE
-        return builder.bitcast(place, context.get_value_type(kind))
+            allocated = builder.alloca(array)
+        allocated.align = LINE
+        return builder.bitcast(allocated, context.get_value_type(kind))
 
     return kind(scalar), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def noinline(typing: Any) -> Any:
-    """Called in a function: compile it once in a kernel, not wherever it is called."""
+    """Called in a function's body: LLVM compiles that function once and does not inline it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.function.attributes.add("noinline")
@@ -93,7 +93,7 @@ def noinline(typing: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def to_boundary(typing: Any, values: Any) -> Any:
-    """How many values there are before one that begins a cache line."""
+    """How many values come before the first that begins a cache line."""
     itemsize = values.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -105,50 +105,48 @@ def to_boundary(typing: Any, values: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def stream(typing: Any, source: Any, target: Any, place: Any) -> Any:
-    """Copy LANES values from `place` on past the caches; a line or a word of them begins there."""
+def stream(typing: Any, source: Any, target: Any, index: Any) -> Any:
+    """Copy LANES values from `index` on by a non-temporal store; `target` must be aligned there."""
     width = source.dtype.bitwidth
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, target, place = arguments
+        source, target, index = arguments
         kind = ir.VectorType(ir.IntType(width), LANES).as_pointer()
-        v = builder.load(builder.bitcast(builder.gep(source, [place]), kind), align=width // 8)
-        where = builder.bitcast(builder.gep(target, [place]), kind)
+        v = builder.load(builder.bitcast(builder.gep(source, [index]), kind), align=width // 8)
+        where = builder.bitcast(builder.gep(target, [index]), kind)
         sent = builder.store(v, where, align=min(width // 8 * LANES, LINE))
         sent.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()
 
-    return types.void(source, target, place), generate
+    return types.void(source, target, index), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fetch_add(typing: Any, args: Any, slot: Any) -> Any:
-    """Return the integer in a slot and add one to it, atomically: the next piece of work."""
+    """Return the integer in a slot and add one to it, atomically: the index of the next chunk."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", builder.gep(*_place(arguments)), one, "seq_cst")
+        address = builder.gep(arguments[0], [arguments[1]])
+        return builder.atomic_rmw("add", address, one, "seq_cst")
 
     return types.int64(args, slot), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load_atomic(typing: Any, args: Any, slot: Any) -> Any:
-    """The integer in a slot as other threads have left it."""
+    """The integer in a slot, loaded atomically: other threads write it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(builder.gep(*_place(arguments)), "seq_cst", 8)
+        address = builder.gep(arguments[0], [arguments[1]])
+        return builder.load_atomic(address, "seq_cst", 8)
 
     return types.int64(args, slot), generate
 
 
-def _place(arguments: Any) -> tuple[Any, list[Any]]:
-    return arguments[0], [arguments[1]]
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def pause(typing: Any) -> Any:
-    """Tell the processor that this thread only waits."""
+    """The processor's hint for a spinning thread; nothing on other processors than x86."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -163,7 +161,7 @@ def pause(typing: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def call_sched_yield(typing: Any, address: Any) -> Any:
-    """Call the function at the address, one that gives the processor to other threads."""
+    """Call the system's sched_yield, which lies at `address`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [])
@@ -185,11 +183,11 @@ def like(typing: Any, value: Any, model: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def widen(typing: Any, value: Any) -> Any:
-    """What was loaded as a value to compute with: bfloat16, held as uint16, becomes float32.
+    """A loaded value as one to compute with: bfloat16, held as uint16, becomes float32.
 
-    All of it is loaded, though a condition may then choose among the values. The compiler would put
-    that condition on the load, and a load of some values only does not set the prefetcher going on
-    some processors, AMD's Zen 5 for one (benchmarks/memory_traffic.py). To freeze hinders that.
+    `freeze` keeps the load unconditional. Without it the compiler turns a load and a later select
+    into a masked load, which does not start the hardware prefetcher on AMD's Zen 5: summing 103 MB
+    then costs 1.2 copies in place of 0.7 (benchmarks/memory_traffic.py).
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -219,7 +217,7 @@ def narrow(typing: Any, value: Any, target: Any) -> Any:
         bits = builder.bitcast(arguments[0], word)
         odd = builder.and_(builder.lshr(bits, word(16)), word(1))
         rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
-        # Rounding up could carry a NaN's bits over into an infinity or a zero.
+        # Rounding up could overflow a NaN's bits into those of an infinity or a zero.
         nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
         bits = builder.select(nan, word(0x7FC00000), rounded)
         return builder.trunc(builder.lshr(bits, word(16)), half)

@@ -39,9 +39,9 @@ class Kernel:
 
     def __init__(self, code: bytes, *, cached: bool) -> None:
         entry, _, machine_code = code.partition(b"\0")
-        # An engine for each kernel. Numba tells closures apart by a number that starts anew in
-        # every process: two kernels compiled by two processes may hold the same symbols.
-        llvm.initialize_native_target()  # which Numba does when it first compiles; twice is no harm
+        # One engine for each kernel: Numba numbers closures from 0 in every process, so kernels
+        # that two processes compiled may define the same symbols.
+        llvm.initialize_native_target()  # Numba does it when it first compiles; repeating is safe
         llvm.initialize_native_asmprinter()
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
@@ -81,7 +81,7 @@ def _compiled(function: Callable[[Any], None]) -> bytes:
     """
     level = config.OPT
     try:
-        # The third level takes a sixth more time, and makes these kernels no faster.
+        # -O3 compiles a sixth longer, and its kernels are no faster.
         config.OPT = type(level)(min(level, 2))
         compiled = cfunc(
             types.void(types.CPointer(types.int64)),
@@ -118,7 +118,7 @@ def _fingerprint() -> str:
 
 @cache
 def _yield_address() -> int:
-    """Where the system's function is with which a waiting thread lets others run; 0 if unknown."""
+    """The address of the system's sched_yield; 0 where there is none."""
     try:
         return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
     except (OSError, AttributeError, TypeError):  # Windows
@@ -143,14 +143,14 @@ def team() -> Callable[[Kernel, Any, int], None]:
 
 
 def python_team() -> Callable[[Kernel, Any, int], None]:
-    """How to run a kernel on a pool of Python threads, which leave the interpreter meanwhile."""
+    """How to run a kernel on a pool of Python threads, which release the interpreter's lock."""
     workers = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "steadynorm")
 
     def run(kernel: Kernel, arguments: Any, threads: int) -> None:
         others = [workers.submit(kernel._enter, arguments) for _ in range(threads - 1)]
         kernel._enter(arguments)
         for other in others:
-            # One that has not begun has nothing left to do: the counter is through.
+            # One that has not begun has nothing to do: all chunks are taken.
             if not other.cancel():
                 other.result()
 

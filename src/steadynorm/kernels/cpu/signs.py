@@ -1,4 +1,4 @@
-"""Sign bits: one for each output, which tell a backward where the activation was open.
+"""Sign bits: one for each output, which tell a backward where the activation passes gradient.
 
 A ReLU's gradient needs of its output only whether it is above 0. Where a residual was added, z
 cannot be rebuilt from x alone; the forward then writes these bits, and the backward reads them
@@ -26,7 +26,7 @@ from .pointers import LANES, like, noinline, widen
 from .slabs import slabs
 
 GATES = frozenset(CODES[name] for name, row in ACTIVATIONS.items() if row.gate is not None)
-"""Activations whose gradient is let through or not: one bit for each output tells all."""
+"""Activations whose derivative is 0 or 1, so that one bit for each output is enough."""
 
 
 def gate_of(code: int) -> tuple[float, float]:
@@ -41,9 +41,9 @@ def empty_signs(x: Tensor, groups: Groups = None) -> Tensor:
 
 
 def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
-    """1 where the signs let a gradient through, else 0: as good as y to the activation's gradient.
+    """1 where the sign bit is set, else 0: from it the activation's gradient is that from y.
 
-    For the rare case that plain PyTorch operations need it; laid out as x is.
+    For derivatives of the backward, which run in plain PyTorch operations; laid out as x is.
     """
     flat = torch.empty(x.numel(), dtype=x.dtype)
     bits = np.unpackbits(signs.numpy().view(np.uint8), bitorder="little").reshape(-1, LANES)
@@ -64,7 +64,7 @@ def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
 def sign_word(typing: Any, values: Any, index: Any, code: Any) -> Any:
     """A word that tells which of LANES values from `index` on lie inside the activation's gate.
 
-    NaN counts as inside: whatever is not surely closed is open.
+    NaN counts as inside: its gradient must not become 0.
     """
     stored = values.dtype
     low, high = gate_of(code.literal_value)
@@ -87,16 +87,16 @@ def sign_word(typing: Any, values: Any, index: Any, code: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def gate(typing: Any, word: Any, source: Any, target: Any, place: Any) -> Any:
-    """Copy LANES values from `place` on, or 0 where the word's bit is 0."""
+def gate(typing: Any, word: Any, source: Any, target: Any, index: Any) -> Any:
+    """Copy LANES values from `index` on, or 0 where the word's bit is 0."""
     stored = source.dtype
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = ir.IntType({types.float32: 32, types.float64: 64, types.uint16: 16}[stored])
         kind = ir.VectorType(bits, LANES)
-        word, source, target, place = arguments
-        v = _load(builder, source, place, kind)
-        # By shifts: of a selection the compiler would make a load of some values (see `widen`).
+        word, source, target, index = arguments
+        v = _load(builder, source, index, kind)
+        # By shifts: the compiler would turn a select into a masked load (see `widen`).
         word = word if bits.width == LANES else builder.zext(word, bits)
         none = ir.Constant(kind, ir.Undefined)
         first = builder.insert_element(none, word, ir.IntType(32)(0))
@@ -105,16 +105,16 @@ def gate(typing: Any, word: Any, source: Any, target: Any, place: Any) -> Any:
         up = ir.Constant(kind, [bits.width - 1 - k for k in range(LANES)])
         down = ir.Constant(kind, [bits.width - 1] * LANES)
         v = builder.and_(v, builder.ashr(builder.shl(words, up), down))
-        where = builder.bitcast(builder.gep(target, [place]), kind.as_pointer())
+        where = builder.bitcast(builder.gep(target, [index]), kind.as_pointer())
         builder.store(v, where, align=bits.width // 8)
         return context.get_dummy_value()
 
     return types.void(types.uint16, source, target, types.int64), generate
 
 
-def _load(builder: Any, values: Any, place: Any, kind: Any) -> Any:
-    """LANES values, wherever they begin."""
-    where = builder.bitcast(builder.gep(values, [place]), kind.as_pointer())
+def _load(builder: Any, values: Any, index: Any, kind: Any) -> Any:
+    """LANES values from `index` on, at any alignment."""
+    where = builder.bitcast(builder.gep(values, [index]), kind.as_pointer())
     size = 8 if kind.element == ir.DoubleType() else getattr(kind.element, "width", 32) // 8
     return builder.load(where, align=size)
 
@@ -142,7 +142,7 @@ def write_signs(ACT: int) -> Any:
 
 @called  # type: ignore[untyped-decorator]
 def through_gates(grad: Any, count: Any, signs: Any, target: Any) -> None:
-    """Copy `count` gradients, 0 for those that do not flow."""
+    """Copy `count` gradients, 0 where the sign bit is 0."""
     noinline()
     words = count // LANES
     for k in range(words):

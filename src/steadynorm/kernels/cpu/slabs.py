@@ -15,22 +15,22 @@ from steadynorm.kernels.spec import Groups, statistics_dtype
 
 from . import loops
 from .arguments import PASSES, Arguments
-from .pointers import LANES, ROOM, WIDTH
+from .pointers import LANES, MAX_WIDTH, WIDTH
 from .readable import readable, unreadable
 from .runtime import Kernel
 
 MOMENTS = (loops.REDUCE, loops.MERGE, loops.REDUCE | loops.PIVOTED, loops.MERGE | loops.PIVOTED)
 """Measure; and once more about the means, if a pivot lay too far from its channel's."""
 
-PARALLEL_FROM = 1 << 15  # elements; below, waking a thread costs what it saves
-VISIT_UP_TO = 4 << 20  # bytes of x in a block: what a visit reads twice is to stay in the cache
-SHORTEST_PLANE = 32  # values; in a map alone, shorter ones are taken in strips
-STRETCH = 1 << 14  # values of adjacent planes that a reduction takes at a time
-PIECE = 1 << 16  # values of a row that a map alone takes at a time
-STREAM_FROM = 6 << 20  # bytes of x; larger ones' results go past the caches
-STREAM_VISITS_FROM = 3 << 20  # likewise in visits, whose block they would push out
-STREAM_MAPS_FROM = 32 << 20  # likewise of a map alone, as in inference: what comes next reads them
-PARTS = 4  # for each thread, so that a late one does not hold up the others
+PARALLEL_FROM = 1 << 15  # elements; in smaller inputs, waking a thread costs what it saves
+VISIT_UP_TO = 4 << 20  # bytes of x in a block, which must stay in the cache for the second read
+SHORTEST_PLANE = 32  # values; a map alone takes shorter planes in strips
+BLOCK_OF_PLANES = 1 << 14  # values in each sample of the adjacent planes that a reduction takes
+BLOCK_OF_MAP = 1 << 16  # values of a row that a map alone takes at a time
+STREAM_FROM = 6 << 20  # bytes of x from which results are written by non-temporal stores
+STREAM_VISITS_FROM = 3 << 20  # likewise in visits, where results would evict the block
+STREAM_MAPS_FROM = 32 << 20  # likewise of a map alone, as in inference: the next layer reads them
+PARTS = 4  # chunks for each thread, so that a late thread does not hold up the others
 
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -135,14 +135,14 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
     if 2 * row <= WIDTH:
         block, together = channels, min(rows, WIDTH // row)
     elif 2 * length <= WIDTH:
-        widest = ROOM if length == 1 and channels <= ROOM else WIDTH
+        widest = MAX_WIDTH if length == 1 and channels <= MAX_WIDTH else WIDTH
         block = min(channels, widest // length)
         if block < channels:
             aligned = LANES // math.gcd(LANES, length)  # strips then start where cache lines do
             block = block // aligned * aligned or block
     elif length % LANES == 0:  # signs of a plane begin with a word
         fits = VISIT_UP_TO // (rows * length * itemsize)
-        block = max(1, min(STRETCH // length, channels // (PARTS * threads), fits))
+        block = max(1, min(BLOCK_OF_PLANES // length, channels // (PARTS * threads), fits))
     blocks = -(-channels // block)
     if rows * row < PARALLEL_FROM:
         threads = 1
@@ -158,7 +158,7 @@ def plan_to_map(rows: int, channels: int, length: int, itemsize: int, threads: i
     usual = plan(rows, channels, length, itemsize, threads)
     if length < SHORTEST_PLANE:
         return usual
-    block = max(1, min(channels, PIECE // length))
+    block = max(1, min(channels, BLOCK_OF_MAP // length))
     return usual._replace(block=block, blocks=-(-channels // block), parts=rows, planes=True)
 
 
