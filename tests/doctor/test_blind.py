@@ -22,7 +22,7 @@ QUICK = [name for name, f in FAULTS.items() if f.code in ("SN101", "SN103", "SN1
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_fault_is_named_first_and_its_cure_does_no_harm(name: str) -> None:
-    found = trial(name, 0)
+    found = trial(name, 1)
     assert found["cost"] > 0.02
     assert found["codes"][0] == found["code"]
     assert found.get("gain", 0.0) >= 0
@@ -40,14 +40,14 @@ def test_faults_belong_to_rules() -> None:
 
 def made(code: str, cost: float, codes: list[str], **more: Any) -> dict[str, Any]:
     return {"fault": f"of {code}", "code": code, "unit": "size", "kind": "", "amount": cost,
-            "cost": cost, "codes": codes, **more}  # fmt: skip
+            "cost": cost, "cost_error": 0.15, "number": 0, "codes": codes, **more}  # fmt: skip
 
 
 def test_the_counts_are_right() -> None:
     found = Found(
         [
-            made("SN101", 0.3, ["SN101", "SN302"], gain=0.2, error=0.1),
-            made("SN101", 0.2, ["SN302", "SN101"], gain=-0.2, error=0.1),
+            made("SN101", 0.3, ["SN101", "SN302"], gain=0.2, error=0.1, own_cure=True),
+            made("SN101", 0.2, ["SN302", "SN101"], gain=-0.2, error=0.1, own_cure=True),
             made("SN302", 0.01, [], gain=-0.05, error=0.1),
             made("SN302", 0.02, []),
         ],
@@ -55,9 +55,11 @@ def test_the_counts_are_right() -> None:
     )
     text = table(found)
     assert "2 points: 1 of 3 named first, 2 of 3 named at all." in text
+    assert "Of these, faults that cost more than their interval too: 1 of 2 named first." in text
     assert "SN101 as SN302 (1), SN302 as nothing (1)" in text
     assert "warning or an error: 1 of 3 (SN306)" in text
-    assert "rises in 1 of 2; in all draws it falls by more than its interval in 1." in text
+    assert "rises in 1 of 2; in all draws, whatever it changes, it falls by more than" in text
+    assert "its interval in 1." in text
     assert "| of SN101 | SN101 | size | 1 of 2 | 1 of 2 | 1 of 2 |" in text
     picture = ET.fromstring(curves(found))
     circles = [e for e in picture.iter() if e.tag.endswith("circle")]

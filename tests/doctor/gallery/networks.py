@@ -38,9 +38,9 @@ def batches(size: int = 64, *, count: int | None = None, seed: int = 1) -> list[
     return [(images[part], labels[part]) for part in parts[:count]]
 
 
-def endless(size: int) -> Iterator[Pair]:
+def endless(size: int, seed: int = 0) -> Iterator[Pair]:
     images, labels = digits()[:2]
-    for part in data.batches(len(labels), size, seed=0):
+    for part in data.batches(len(labels), size, seed=seed):
         yield images[part], labels[part]
 
 
