@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 import steadynorm as sn
 from steadynorm.doctor import Finding, Report, Severity
-from steadynorm.doctor.evidence.model import probe_model
-from steadynorm.doctor.evidence.passes import Forwards
 from steadynorm.doctor.fixes import fix
 
 
@@ -454,19 +452,3 @@ def test_dead_channels_are_seen_where_the_graph_of_calls_is_not_known() -> None:
     finding = report.findings[0]
     assert (finding.code, finding.evidence["dead"]) == ("SN403", 5)
     assert of(watched(build("ResNet"), data(36) * 2), "SN403") == []
-
-
-# --- how far it is
-
-
-@pytest.mark.parametrize("small", [False, True])
-def test_progress_counts_every_forward_that_it_said_would_come(small: bool) -> None:
-    shown: list[tuple[int, int]] = []
-    given = data(6, 2) if small else data(6)
-    probe_model(
-        trained(), given, loss=F.cross_entropy, against=data(4, seed=3),
-        forwards=Forwards(lambda done, total: shown.append((done, total))),
-    )  # fmt: skip
-    assert all(done <= total for done, total in shown)
-    assert [done for done, _ in shown] == sorted(done for done, _ in shown)
-    assert shown[-1][0] == shown[-1][1] > 18
