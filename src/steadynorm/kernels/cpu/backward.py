@@ -52,27 +52,45 @@ from .signs import through_gates
 
 
 @called  # type: ignore[untyped-decorator]
-def remembered(args: Any, k: Any, sum_grad: Any, exact: Any, model: Any) -> Any:
-    """`statistics.remember` for channel k: the constant and the slope of its new memory."""
+def remember(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, constant: Any) -> None:
+    """`statistics.remember` for the chunk's channels, and the map less what it takes off.
+
+    A loop of its own, for vectors: called for each of 2,048 channels it took 47 µs, not 18.
+    """
     noinline()
-    memory, after = pointer_like(args[at.memory], model), pointer_like(args[at.memory_after], model)
-    low, gap = pointer_like(args[at.center_low], model), pointer_like(args[at.mean_gap], model)
-    rho, batch_var = pointer_like(args[at.rho], model), pointer_like(args[at.batch_var], model)
-    share, rate, count = as_float(args[at.share]), as_float(args[at.rate]), as_float(args[at.count])
-    r, old = like(rho[k], share), 1.0 - rate
-    mean, var = (like(gap[k], share) - low[k]) * r, r * r * batch_var[k]
-    grad, grad_xhat = sum_grad / count, r * exact / count
-    before = like(memory[k], share), like(memory[args[at.channels] + k], share)
-    constant = old * before[0] + rate * (1.0 - share) * grad
-    slope = old * before[1] + rate * (grad_xhat - share * (var * grad_xhat + mean * grad))
-    slope = (slope - rate * mean * constant) / (old * (1.0 + rate * mean * mean) + rate * var)
-    constant = constant - rate * mean * slope
-    if not (math.isfinite(constant) and math.isfinite(slope)):
-        constant, slope = before
-    if args[at.memory_after] != 0:
-        after[k] = like(constant, after[k])
-        after[args[at.channels] + k] = like(slope, after[k])
-    return constant, slope
+    slope_factor = pointer_like(args[at.slope_factor], slope)
+    constant_factor = pointer_like(args[at.constant_factor], slope)
+    memory, after = pointer_like(args[at.memory], slope), pointer_like(args[at.memory_after], slope)
+    low, gap = pointer_like(args[at.center_low], slope), pointer_like(args[at.mean_gap], slope)
+    rho, batch_var = pointer_like(args[at.rho], slope), pointer_like(args[at.batch_var], slope)
+    scale = pointer_like(args[at.scale], slope)
+    share, rate = as_float(args[at.share]), as_float(args[at.rate])
+    each, old, channels = 1.0 / as_float(args[at.count]), 1.0 - rate, args[at.channels]
+    moves = args[at.memory_after] != 0
+    for c in range(chunk.here):
+        k = chunk.first + c
+        r = like(rho[k], share)
+        mean, var = (like(gap[k], share) - low[k]) * r, r * r * batch_var[k]
+        exact = sums_2[c] - low[k] * sums_1[c]
+        grad, grad_xhat = sums_1[c] * each, r * exact * each
+        before, before_slope = like(memory[k], share), like(memory[channels + k], share)
+        kept = old * before + rate * (1.0 - share) * grad
+        kept_slope = old * before_slope + rate * (
+            grad_xhat - share * (var * grad_xhat + mean * grad)
+        )
+        kept_slope = (kept_slope - rate * mean * kept) / (
+            old * (1.0 + rate * mean * mean) + rate * var
+        )
+        kept = kept - rate * mean * kept_slope
+        if not (math.isfinite(kept) and math.isfinite(kept_slope)):
+            kept, kept_slope = before, before_slope
+        if moves:
+            after[k] = like(kept, after[k])
+            after[channels + k] = like(kept_slope, after[k])
+        tilt, down = -slope_factor[k] * exact, scale[k] * r * kept_slope
+        level = -constant_factor[k] * sums_1[c] - tilt * gap[k]
+        slope[k] = like(tilt - down, slope[k])
+        constant[k] = like(level + down * low[k] - scale[k] * kept, constant[k])
 
 
 @called  # type: ignore[untyped-decorator]
@@ -88,7 +106,6 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
     slope_factor = pointer_like(args[at.slope_factor], slope)
     constant_factor = pointer_like(args[at.constant_factor], slope)
     low, mean_gap = pointer_like(args[at.center_low], slope), pointer_like(args[at.mean_gap], slope)
-    scale = pointer_like(args[at.scale], slope)
     rho, grad_weight = pointer_like(args[at.rho], slope), pointer_like(args[at.grad_weight], slope)
     for c in range(chunk.here):
         k = chunk.first + c
@@ -99,16 +116,12 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
             exact -= low[k] * sums_1[c]
         if args[at.grad_weight] != 0:
             grad_weight[k] = like(rho[k] * exact, grad_weight[k])
-        if args[at.slope_factor] != 0:
+        if args[at.slope_factor] != 0 and args[at.memory] == 0:
             tilt = -slope_factor[k] * exact
-            level = -constant_factor[k] * sums_1[c] - tilt * mean_gap[k]
-            if args[at.memory] != 0:
-                level_memory, tilt_memory = remembered(args, k, sums_1[c], exact, slope)
-                down = scale[k] * rho[k] * tilt_memory
-                tilt -= down
-                level += down * low[k] - scale[k] * level_memory
             slope[k] = like(tilt, slope[k])
-            constant[k] = like(level, constant[k])
+            constant[k] = like(-constant_factor[k] * sums_1[c] - tilt * mean_gap[k], constant[k])
+    if args[at.slope_factor] != 0 and args[at.memory] != 0:
+        remember(args, chunk, sums_1, sums_2, slope, constant)
 
 
 @compiled  # type: ignore[untyped-decorator]
