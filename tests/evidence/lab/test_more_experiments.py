@@ -73,7 +73,8 @@ def test_every_setting_of_small_batches_can_be_built() -> None:
 
 
 def test_a_frozen_tail_freezes_once() -> None:
-    setting = {"network": "convolutional", "batch": 2, "policy": "frozen tail", "samples": 80}
+    setting = {"network": "convolutional", "batch": 2, "policy": "frozen tail"}
+    setting |= {"samples": 80, "clip": None}
     freeze = small_batches.frozen_tail(setting)
     network = nn.Sequential(sn.BatchNorm2d(3), nn.ReLU())
     policies = []

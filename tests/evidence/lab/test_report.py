@@ -99,7 +99,7 @@ def test_the_results_file_has_a_run_on_a_line(folder):
     head, runs = read(path)
     assert json.loads(path.read_text())["runs"][3]["setting"] == runs[3].setting
     lines = path.read_text().splitlines()
-    assert sum(line.startswith('  {"result"') for line in lines) == len(runs) == 96
+    assert sum(line.startswith('  {"result"') for line in lines) == len(runs) == 216
     assert head["rule"] == get("small-batches").rule
 
 
