@@ -94,7 +94,7 @@ def _(draw: Draw) -> Planted:
     return draw.seen(with_sigmoids(10**power), power)._replace(twin=with_sigmoids(1.0))
 
 
-@fault("SN308", "a plain network of sigmoids, its first layer alone with a norm", "layers")
+@fault("SN308", "sigmoid layers, the first alone with a norm", "layers")
 def _(draw: Draw) -> Planted:
     depth = round(2 + 10 * draw.strength)
 
