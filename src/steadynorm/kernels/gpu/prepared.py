@@ -77,7 +77,8 @@ def kind_of(call: Call) -> Kind:
         x.shape, x.stride(), x.dtype, x.device, call.groups, call.policy, call.activation,
         call.momentum, call.eps, call.gradient, None if residual is None else residual.stride(),
         mask is None, call.running_mean is None, call.num_batches_tracked is None,
-        *(None if t is None else t.dtype for t in (weight, bias, memory and memory.state)),
+        None if weight is None else weight.dtype, None if bias is None else bias.dtype,
+        None if memory is None else memory.state.dtype,
     )  # fmt: skip
     found = _kinds.get(key)
     if found is None:
