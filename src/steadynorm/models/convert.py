@@ -170,8 +170,8 @@ def _to_ours(
         notes.append(f"{chosen!r} needs running statistics, which it does not keep")
         chosen = Batch()
     pooled = _synchronizes(module) if synchronize is None else synchronize
-    settled = norm.kind == "ours" and (module.statistics, module.synchronize) == (chosen, pooled)
-    if settled:
+    unchanged = norm.kind == "ours" and (module.statistics, module.synchronize) == (chosen, pooled)
+    if unchanged:
         return None
     if isinstance(chosen, Steady) and getattr(module, "momentum", 0.1) != 0.1:
         notes.append(f"its momentum, {module.momentum}, is not used: the horizon takes its place")

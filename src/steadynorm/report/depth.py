@@ -33,11 +33,11 @@ def profile(
     """
     ends = [row[end] for row in rows for end in (low, high)]
     scale = alt.Scale(zero=False)
-    around = ends if reference is None else [*ends, reference]
-    if log and max(around, default=1) > 4 * min(around, default=1):
+    drawn = ends if reference is None else [*ends, reference]
+    if log and max(drawn, default=1) > 4 * min(drawn, default=1):
         # Not out to the next powers of ten, which would flatten what lies near 1.
         scale = alt.Scale(
-            type="log", nice=False, domainMin=min(around) / 1.25, domainMax=max(around) * 1.25
+            type="log", nice=False, domainMin=min(drawn) / 1.25, domainMax=max(drawn) * 1.25
         )
     elif max(map(abs, ends), default=0.0) > 10:
         scale.type = "symlog"

@@ -123,7 +123,8 @@ def test_the_page_draws_itself_and_asks_for_nothing(folder):
         assert requests == [address]
         assert complaints == []
         drawn = "document.querySelectorAll('.chart svg .mark-line path').length"
-        assert tab.evaluate("document.querySelectorAll('.chart svg').length") == 2
+        charts = tab.evaluate("document.querySelectorAll('.chart svg').length")
+        assert charts == 4, "two networks, clipped and not"
         assert tab.evaluate(drawn) >= 8, "a line for each policy"
         assert "Small batches" in tab.inner_text("table")
         browser.close()

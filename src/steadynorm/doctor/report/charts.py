@@ -78,13 +78,13 @@ def layer_charts(evidence: Evidence, findings: Iterable[Finding]) -> list[Chart]
 
 
 def _kept(layers: Sequence[NormEvidence], worst: dict[str, Severity]) -> list[Chart]:
-    stds, gains = [], []
+    stds, weights = [], []
     for layer in layers:
         var, weight = layer.state.running_var, layer.state.weight
         if var is not None and np.all(np.isfinite(var)) and np.all(var > 0):
             stds.append((layer, np.sqrt(var)))
         if weight is not None and np.all(np.isfinite(weight)):
-            gains.append((layer, np.abs(weight)))
+            weights.append((layer, np.abs(weight)))
     told = "For each layer the median channel, and a bar over the middle 80 % of its channels."
     charts = []
     if stds:
@@ -92,9 +92,9 @@ def _kept(layers: Sequence[NormEvidence], worst: dict[str, Severity]) -> list[Ch
         charts.append(
             _profile(title, stds, worst, log=True, value_title="√running_var", description=told)
         )
-    if gains:
+    if weights:
         title = "Scale, over depth"
-        charts.append(_profile(title, gains, worst, value_title="|weight|", description=told))
+        charts.append(_profile(title, weights, worst, value_title="|weight|", description=told))
     return charts
 
 

@@ -92,8 +92,8 @@ def _tried(evidence: Evidence, *, on_second: bool) -> tuple[dict[str, float], st
         return {}, ""
     changes = {name: change for name, a in tried.items() if (change := loss_change(before, a))}
     losses = {"": float(np.mean(before)), **{n: change.after for n, change in changes.items()}}
-    gains = [name for name, change in changes.items() if change.clear(2)]
-    return losses, min(gains, key=lambda name: losses[name], default="")
+    improving = [name for name, change in changes.items() if change.clear(2)]
+    return losses, min(improving, key=lambda name: losses[name], default="")
 
 
 def _first(data: NormData) -> tuple[np.ndarray, np.ndarray]:

@@ -46,12 +46,12 @@ def steps(setting: Setting) -> int:
 def build(setting: Setting, kind: str) -> nn.Module:
     """One variant of the network."""
     width = setting["width"]
-    home: Any = nn if kind == "torch" else ours
+    package: Any = nn if kind == "torch" else ours
     if setting["network"] == "fully connected":
-        norm = None if kind == "none" else home.BatchNorm1d
+        norm = None if kind == "none" else package.BatchNorm1d
         made = fully_connected(setting["size"] ** 2, norm, widths=(width,) * 4)
     else:
-        made = convolutional(None if kind == "none" else home.BatchNorm2d, channels=(width,) * 4)
+        made = convolutional(None if kind == "none" else package.BatchNorm2d, channels=(width,) * 4)
     initialize(made, 0)
     if kind == "fused":
         made, _ = convert(made)

@@ -226,8 +226,8 @@ def figures(runs: Runs) -> Figures:
         rows = []
         for values in swept:
             ratio, worst, lost = score(runs, values)
-            settled = ", ".join(f"{value:g}" for value in values)
-            rows.append([settled, *cells("whole", values), f"{ratio:.2f}, {worst}", str(lost)])
+            setting = ", ".join(f"{value:g}" for value in values)
+            rows.append([setting, *cells("whole", values), f"{ratio:.2f}, {worst}", str(lost)])
         head = ["prior, horizon, window", *networks, "worst ratio to Batch at 64", "seeds lost"]
         bold = [index for index, values in enumerate(swept) if values == DEFAULT]
         title = "Error at a batch of one, %, by Steady's settings"
