@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steadynorm as sn
 from steadynorm.kernels import dispatch
+from steadynorm.kernels.gpu import backend
 from steadynorm.kernels.gpu import plan as plans
 from steadynorm.kernels.gpu.backend import GPU, NOT_ON_A_GPU, NOT_SWITCHED_ON, GpuKernels
 from steadynorm.kernels.spec import Call
@@ -147,7 +148,7 @@ def test_an_old_device(monkeypatch):
     monkeypatch.setattr(GPU, "stages", Planned)
     monkeypatch.setattr(GPU, "_unreadable", lambda call: None)  # the tensor is fake
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backend, "_capability", lambda device: (7, 5))  # past its cache
     with FakeTensorMode():
         said = why(torch.empty(SHAPE, device="cuda"))
     assert said == "the device has compute capability 7.5, less than 8.0"

@@ -6,7 +6,6 @@ are small the host takes longer to launch them than PyTorch for its own operator
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from steadynorm.kernels.cpu.readable import PLAIN, name_of
 from steadynorm.kernels.reference.closed_form import ClosedForm
-from steadynorm.kernels.spec import HALF, Call, Gradients, Groups, Packed, Saved
+from steadynorm.kernels.spec import HALF, Call, Gradients, Packed, Saved
 
 TYPES = (torch.float32, *HALF)
 NOT_ON_A_GPU = "the input is not on a GPU"
@@ -77,6 +76,14 @@ class GpuKernels(ClosedForm):
 
     def _unsupported(self, call: Call) -> str | None:
         x, residual, mask = call.x, call.residual, call.mask
+        if x.dtype not in TYPES:
+            return f"the input is {name_of(x.dtype)}, not float32, float16 or bfloat16"
+        if not x.numel():
+            return "the input is empty"
+        if x.is_cuda and torch.version.hip is None:
+            major, minor = _capability(x.device)
+            if major < 8:
+                return f"the device has compute capability {major}.{minor}, less than 8.0"
         if residual is not None and residual.dtype is not x.dtype:
             return f"the residual is {name_of(residual.dtype)}, the input {name_of(x.dtype)}"
         if mask is not None and mask.shape != (*x.shape[:1], *x.shape[2:]):
@@ -90,7 +97,8 @@ class GpuKernels(ClosedForm):
         batches = call.num_batches_tracked
         if batches is not None and batches.dtype is not torch.int64:
             return f"`num_batches_tracked` is {name_of(batches.dtype)}, not int64"
-        return _unplanned(x.shape, x.stride(), x.dtype, x.device, call.groups)
+        plan = self.stages.planned(x, call.groups)
+        return plan if plan.__class__ is str else None
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """With the decision in the kernel where the policy alone takes it, else by stages."""
@@ -120,24 +128,10 @@ def _name(call: Call, tensor: Tensor) -> str:
     return next(f.name for f in fields(Call) if getattr(call, f.name, None) is tensor)
 
 
-@lru_cache(maxsize=4096)
-def _unplanned(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-    groups: Groups,
-) -> str | None:  # fmt: skip
-    """Why there is no plan for such an input."""
-    if dtype not in TYPES:
-        return f"the input is {name_of(dtype)}, not float32, float16 or bfloat16"
-    if not math.prod(shape):
-        return "the input is empty"
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"the device has compute capability {major}.{minor}, less than 8.0"
-    from . import plan as plans
-
-    found = plans.plan(shape, strides, dtype.itemsize, groups, plans.multiprocessors(device))
-    return found if isinstance(found, str) else None
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    """A device's compute capability, which costs microseconds to ask for."""
+    return torch.cuda.get_device_capability(device)
 
 
 GPU = GpuKernels("gpu", None, compiled=True)

@@ -67,10 +67,8 @@ class Replay:
                 else:
                     picked.append(len(self.present) + len(self.constants))
                     self.constants.append(value)
-            function = compiled.function if compiled.run else None  # `run` loads the function
-            self.launches.append(
-                (compiled.run, grid, function, compiled.packed_metadata, itemgetter(*picked))
-            )
+            run, pick = compiled.run, itemgetter(*picked)  # reading `run` loads `function`
+            self.launches.append((run, grid, compiled.function, compiled.packed_metadata, pick))
 
     def __call__(self, tensors: Sequence[Tensor | None], device: int) -> bool:
         """Launch; False, and nothing done, where an address is not aligned."""
