@@ -39,11 +39,19 @@ def test_signs_tell_where_the_activation_is_open(activation, groups, dtype, way)
             assert found.stride() == case.x.stride()
 
 
+def sums_close(mine, other):
+    """Thousands of values of size 1, added in float32 in two orders that the processor decides.
+
+    A wrong sign would change a sum by a whole value.
+    """
+    torch.testing.assert_close(mine, other, rtol=2e-6, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize("groups", [None, (2, 3, 2)], ids=str)
 def test_gradients_by_signs_are_those_by_the_output(groups, dtype, way):
     for layout in LAYOUTS:
-        for shape in ((7, 3, 40, 40), (7, 20, 24, 24), (7, 50, 9, 11), (7, 5)):
+        for shape in ((7, 3, 40, 40), (7, 20, 24, 24), (7, 41, 13, 11), (7, 50, 9, 11), (7, 5)):
             case = Case(shape, layout, dtype, groups=groups)
             signs = cpu.empty_signs(case.x, groups)
             y, batch = forward(case, "relu", signs)
@@ -54,15 +62,17 @@ def test_gradients_by_signs_are_those_by_the_output(groups, dtype, way):
             for stage, more in ((cpu.apply_grad, factors[:2]), (cpu.normalize_grad, factors)):
                 by_y = stage(*place, *more, y=y, want_residual=True, **how)
                 by_signs = stage(*place, *more, signs=signs, want_residual=True, **how)
-                for mine, other in zip(by_signs, by_y, strict=True):
+                for mine, other in zip(by_signs[:2], by_y[:2], strict=True):
                     torch.testing.assert_close(mine, other)
+                for mine, other in zip(by_signs[2:], by_y[2:], strict=True):
+                    sums_close(mine, other)
                 assert torch.equal(by_signs[1], by_y[1])
             for mine, other in zip(
                 cpu.reduce_grad(*place, signs=signs, **how),
                 cpu.reduce_grad(*place, y=y, **how),
                 strict=True,
             ):
-                torch.testing.assert_close(mine, other)
+                sums_close(mine, other)
 
 
 def test_nan_counts_as_open():
