@@ -19,6 +19,7 @@ SHAPES = {
     "visit": (8, 6, 9, 7),
     "planes": (3, 4, 30, 40),
     "planes together": (3, 36, 24, 24),
+    "odd planes together": (3, 37, 13, 11),
     "parts": (64, 3, 5, 7),
     "wide": (5, 1500, 2, 1),
 }
@@ -56,6 +57,7 @@ def visits(request, monkeypatch):
     if "past the caches" in request.param:
         for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
             monkeypatch.setattr(slabs, name, 0)
+        monkeypatch.setattr(slabs.Plan, "begins_lines", lambda *_: True)
     prepared.prepared.cache_clear()
     yield request.param
     prepared.prepared.cache_clear()
@@ -215,6 +217,24 @@ def test_planes_are_together_as_long_as_one_visit_serves(rows, together):
     plan = slabs.plan(rows, 256, 56 * 56, 4, 2)
     assert plan.visit
     assert plan.block == together
+
+
+@pytest.mark.parametrize(
+    ("sizes", "itemsize", "streams"),
+    [
+        ((32, 512, 28, 28), 4, True),
+        ((32, 512, 28, 28), 2, False),  # a plane is 24.5 cache lines
+        ((32, 512, 32, 32), 2, True),
+        ((32, 2048, 7, 7), 4, True),  # strips of 16 planes
+        ((32, 2048, 7, 7), 2, False),
+        ((32, 256, 30, 30), 4, False),
+        ((64, 64, 112, 112), 2, True),
+    ],
+)
+def test_non_temporal_stores_only_where_pieces_begin_at_cache_lines(sizes, itemsize, streams):
+    samples, channels, height, width = sizes
+    slab = slabs.Slab(slabs.Shape(samples, 1, channels, height * width), itemsize)
+    assert bool(slab.arguments.streams) == streams
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

@@ -34,7 +34,6 @@ from .loops import (
     wait_for,
 )  # fmt: skip
 from .pointers import (
-    LANES,
     STAGE,
     WIDTH,
     as_float,
@@ -132,13 +131,14 @@ def gated_from(
     signs: Any,
     chunk: Any,
     row: Any,
-    offset: Any,
+    plane: Any,
+    begin: Any,
     gated: Any,
 ) -> Any:
     """Where `count` gradients lie: in `grad` from `start` on, or gated by the sign bits, if any."""
     if signs is None:
         return shifted(grad, start)
-    words = signs_of(chunk, row) + offset // LANES
+    words = signs_of(chunk, row, plane, begin)
     through_gates(shifted(grad, start), count, shifted(signs, words), gated)
     return gated
 
@@ -162,7 +162,7 @@ def sums_of_planes(ACT: int) -> Any:
                 for begin in range(0, chunk.length, piece):
                     offset, several = c * chunk.length + begin, min(piece, chunk.length - begin)
                     start = start_of(chunk, row) + offset
-                    source = gated_from(grad, start, several, signs, chunk, row, offset, gated)
+                    source = gated_from(grad, start, several, signs, chunk, row, c, begin, gated)
                     part_1, part_2 = like(0.0, m), like(0.0, m)
                     for i in range(several):
                         d = minus(widen(x[start + i]), m)
@@ -194,7 +194,7 @@ def sums_of_strips(ACT: int) -> Any:
         for row in range(chunk.top, chunk.bottom, chunk.together):
             start = start_of(chunk, row)
             several = min(chunk.together, chunk.bottom - row) * columns
-            source = gated_from(grad, start, several, signs, chunk, row, 0, gated)
+            source = gated_from(grad, start, several, signs, chunk, row, 0, 0, gated)
             for i in range(several):
                 d = widen(x[start + i]) - m[i]
                 g = gradient_at(widen(source[i]), d, s[i], t[i], y, residual, start + i, ACT)
@@ -230,7 +230,7 @@ def map_planes(ACT: int) -> Any:
                     offset, several = c * chunk.length + begin, min(piece, chunk.length - begin)
                     start, from_mask = start_of(chunk, row) + offset, row * chunk.length + begin
                     g_to = gated if streams or wanted is None else shifted(wanted, start)
-                    source = gated_from(grad, start, several, signs, chunk, row, offset, g_to)
+                    source = gated_from(grad, start, several, signs, chunk, row, c, begin, g_to)
                     target = staged if streams else shifted(dx, start)
                     for i in range(several):
                         d = widen(x[start + i]) - m
@@ -268,7 +268,7 @@ def map_strips(ACT: int) -> Any:
             for begin in range(0, width, piece):
                 start, several = start_of(chunk, row) + begin, min(piece, width - begin)
                 g_to = gated if streams or wanted is None else shifted(wanted, start)
-                source = gated_from(grad, start, several, signs, chunk, row, begin, g_to)
+                source = gated_from(grad, start, several, signs, chunk, row, 0, begin, g_to)
                 target = staged if streams else shifted(dx, start)
                 for i in range(several):
                     k = begin + i

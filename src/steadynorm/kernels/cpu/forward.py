@@ -37,7 +37,6 @@ from .loops import (
     write_moments,
 )  # fmt: skip
 from .pointers import (
-    LANES,
     STAGE,
     WIDTH,
     as_float,
@@ -181,7 +180,7 @@ def map_chunk(ACT: int) -> Any:
                                 z += widen(residual[start + i])
                             target[i] = narrow(activate(z, ACT), y)
                         if signs is not None and signed:
-                            words = signs_of(chunk, row) + offset // LANES
+                            words = signs_of(chunk, row, c, begin)
                             write_signs(target, several, shifted(signs, words), ACT)
                         if streams:
                             copy_past_caches(staged, shifted(y, start), several)
@@ -202,7 +201,7 @@ def map_chunk(ACT: int) -> Any:
                             z += widen(residual[start + i])
                         target[i] = narrow(activate(z, ACT), y)
                     if signs is not None and signed:
-                        words = signs_of(chunk, row) + begin // LANES
+                        words = signs_of(chunk, row, 0, begin)
                         write_signs(target, several, shifted(signs, words), ACT)
                     if streams:
                         copy_past_caches(staged, shifted(y, start), several)

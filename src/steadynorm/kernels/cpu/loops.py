@@ -4,7 +4,7 @@ x is seen as `rows` x `channels` x `length`, contiguous: N x C x L for channels-
 (N·L) x C x 1 for channels-last, N x C x 1 for (N, C). Work is cut into chunks: a block of channels
 times a range of rows. There are two ways through a chunk:
 
-    planes    length > WIDTH / 2: the loops run along planes, of several channels one after the
+    planes    length >= PLANES_FROM: the loops run along planes, of several channels one after the
               other, since long stretches are read faster; in a map alone also shorter planes
     strips    shorter: one row's planes of a block of channels, at most WIDTH elements (in
               channels-last rows MAX_WIDTH), are one strip; where a row has less than half of that,
@@ -85,6 +85,12 @@ def wait_for(args: Any, slot: Any, wanted: Any) -> None:
 
 
 @compiled  # type: ignore[untyped-decorator]
+def words_of(count: Any) -> Any:
+    """How many words hold the signs of `count` values."""
+    return (count + LANES - 1) // LANES
+
+
+@compiled  # type: ignore[untyped-decorator]
 def chunk_at(args: Any, mode: Any, index: Any) -> Any:
     """The block of channels and the range of rows that chunk `index` of a pass stands for."""
     rows, channels, length = args[at.rows], args[at.channels], args[at.length]
@@ -112,7 +118,9 @@ def chunk_at(args: Any, mode: Any, index: Any) -> Any:
         together,
         copies,
         args[at.planes] != 0,
-        (together * args[at.block] * length + LANES - 1) // LANES,
+        args[at.block] * words_of(length)
+        if args[at.planes] != 0
+        else words_of(together * args[at.block] * length),
     )
 
 
@@ -123,9 +131,10 @@ def start_of(chunk: Any, row: Any) -> Any:
 
 
 @compiled  # type: ignore[untyped-decorator]
-def signs_of(chunk: Any, row: Any) -> Any:
-    """Where the signs of the strip or plane begin that starts in this row."""
-    return (row // chunk.together * chunk.blocks + chunk.block) * chunk.words
+def signs_of(chunk: Any, row: Any, plane: Any, begin: Any) -> Any:
+    """Where the signs lie of what begins at value `begin` of a strip, or of the block's `plane`."""
+    first = (row // chunk.together * chunk.blocks + chunk.block) * chunk.words
+    return first + plane * words_of(chunk.length) + begin // LANES
 
 
 @compiled  # type: ignore[untyped-decorator]

@@ -49,11 +49,10 @@ def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
     bits = np.unpackbits(signs.numpy().view(np.uint8), bitorder="little").reshape(-1, LANES)
     done = 0
     for slab in slabs(x, groups):
-        block, blocks, together, *_ = slab.plan
-        width = together * block * slab.length
-        strips = -(-slab.rows // together)
+        runs, size = slab.runs
         mine, bits = bits[: slab.words], bits[slab.words :]
-        values = mine.reshape(strips, blocks, -1)[..., :width].reshape(strips * together, -1)
+        rows = -(-slab.rows // slab.plan.together) * slab.plan.together
+        values = mine.reshape(runs, -1)[:, :size].reshape(rows, -1)
         values = values[: slab.rows, : slab.channels * slab.length]
         flat[done : done + values.size] = torch.from_numpy(values.reshape(-1).copy())
         done += values.size
