@@ -125,3 +125,78 @@ def test_memory_of_first_runs_ends_with_the_layer() -> None:
     del layer
     gc.collect()
     assert len(recomputation._first_runs) == before
+
+
+SAME_BATCH = [sn.Steady(), sn.Steady(window=None), sn.Running(), sn.Renorm(warmup=0)]
+
+
+def same_batch_twice(policy, run):
+    """The gradient of a model that sees one batch twice in a step, and its plain twin's."""
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(sn.BatchNorm1d(4, statistics=policy), torch.nn.Tanh()).double()
+    for _ in range(3):
+        plain(torch.randn(8, 4).double() * 2 + 1)
+    other = copy.deepcopy(plain)
+    x = torch.randn(8, 4).double() * 5 + 3
+    w, v = torch.randn(2, 8, 4).double()
+    found = []
+    for forward in (plain, lambda t: run(other, t)):
+        start = x.clone().requires_grad_()
+        ((forward(start) * w).sum() + (forward(start) * v).sum()).backward()
+        found.append(start.grad)
+    return found
+
+
+@pytest.mark.parametrize("policy", SAME_BATCH, ids=str)
+def test_the_same_batch_twice_in_a_step(policy):
+    mine, truth = same_batch_twice(policy, lambda m, t: checkpoint(m, t, use_reentrant=False))
+    torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", SAME_BATCH[:3], ids=str)
+def test_the_same_batch_twice_under_reentrant_checkpointing_is_refused(policy):
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        same_batch_twice(policy, lambda m, t: checkpoint(m, t, use_reentrant=True))
+
+
+@pytest.mark.parametrize("policy", SAME_BATCH[:3], ids=str)
+def test_the_same_batch_twice_in_one_region(policy):
+    torch.manual_seed(0)
+    layer = sn.BatchNorm1d(4, statistics=policy).double()
+    layer(torch.randn(8, 4).double() * 2 + 1)
+    other = copy.deepcopy(layer)
+    x = torch.randn(8, 4).double() * 5 + 3
+    w, v = torch.randn(2, 8, 4).double()
+    found = []
+    for each in (layer, other):
+        start = x.clone().requires_grad_()
+
+        def region(t, each=each):
+            return torch.tanh(each(t)) * w + torch.tanh(each(t)) * v
+
+        y = region(start) if each is layer else checkpoint(region, start, use_reentrant=False)
+        y.sum().backward()
+        found.append(start.grad)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_more_forwards_than_are_remembered_are_refused():
+    model = torch.nn.Sequential(sn.BatchNorm1d(4, statistics="running"), torch.nn.Tanh())
+    inputs = [torch.randn(8, 4, requires_grad=True) for _ in range(70)]
+    outputs = [checkpoint(model, x, use_reentrant=False) for x in inputs]
+    with pytest.raises(RuntimeError, match="none of the 64 forwards that are remembered"):
+        torch.autograd.backward(outputs, [torch.ones(8, 4)] * 70)
+
+
+@pytest.mark.parametrize("policy", ["batch", "steady", "running"])
+def test_a_forward_in_a_backward_without_checkpointing_is_a_forward(policy):
+    layer = sn.BatchNorm1d(8, statistics=policy)
+    z = torch.randn(4, 8, requires_grad=True)
+
+    def forward(grad):
+        layer(torch.randn(16, 8))
+
+    z.register_hook(forward)
+    (z * 2).sum().backward()
+    assert int(layer.num_batches_tracked) == 1
+    assert layer.running_mean.any()

@@ -274,3 +274,31 @@ def test_forward_mode_is_refused() -> None:
 def test_the_window_is_above_0(window: float) -> None:
     with pytest.raises(ValueError, match=r"^Steady: `window` must be above 0; got "):
         sn.Steady(window=window)
+
+
+@pytest.mark.parametrize("way", ["to_empty", "assign", "filled as transformers does"])
+def test_a_layer_made_on_the_meta_device_begins_with_zeros(way):
+    with torch.device("meta"):
+        layer = sn.BatchNorm1d(4, statistics="steady")
+    state = sn.BatchNorm1d(4).state_dict()
+    if way == "to_empty":
+        layer.to_empty(device="cpu")
+        layer.gradient_memory.fill_(7e30)
+        layer.reset_running_stats()
+    elif way == "assign":
+        layer.load_state_dict(state, assign=True)
+    if way != "assign":
+        for name in ("weight", "bias"):
+            setattr(layer, name, torch.nn.Parameter(state[name]))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(layer, name, state[name].clone())
+        layer.gradient_memory = torch.full((2, 4), 7e30)
+    other = sn.BatchNorm1d(4, statistics="steady")
+    for _ in range(2):
+        x = torch.randn(5, 4, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        grad = torch.randn(5, 4)
+        layer(x).backward(grad)
+        other(y).backward(grad)
+        assert torch.equal(x.grad, y.grad)
+    assert torch.equal(layer.gradient_memory, other.gradient_memory)

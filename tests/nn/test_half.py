@@ -138,3 +138,14 @@ def test_a_whole_layer_on_meta_computes_shapes() -> None:
     y = layer(torch.randn(4, 3, 2, 2, device="meta"))
     assert y.is_meta
     assert y.shape == (4, 3, 2, 2)
+
+
+def test_a_checkpoint_in_half_precision_that_is_assigned():
+    """`assign=True` puts the loaded tensors in the buffers' place."""
+    state = {
+        name: t.bfloat16() if t.is_floating_point() else t
+        for name, t in sn.BatchNorm1d(3).state_dict().items()
+    }
+    layer = sn.BatchNorm1d(3, momentum=0.001)
+    layer.load_state_dict(state, assign=True)
+    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32

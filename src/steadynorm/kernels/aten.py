@@ -138,7 +138,7 @@ def one_operator(call: Call) -> Tensor:
 @lru_cache(maxsize=256)
 def _zeros(channels: int, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # kept ones must serve where a backward follows, too
-        return torch.zeros(channels, dtype=dtype)
+        return torch.zeros(channels, dtype=dtype, device="cpu")
 
 
 ATEN = Aten()

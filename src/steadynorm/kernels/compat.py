@@ -31,17 +31,25 @@ is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 # Export from compilation: public since 2.7.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
+# What decides whether a result is right has no default: if a later torch renames it, the import
+# fails and names it, rather than that gradients are wrong.
+
 # `torch.jit.trace` and the ONNX exporter built on it; the public `torch.jit.is_tracing`
 # costs three times as much.
-is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
+is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 
 # Inside `vmap`, `grad`, `jvp` and the like; there is no public way to know.
-is_transforming: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: False
-)
+is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 # The backward pass that this thread runs, -1 for none: how a recomputation is told apart.
-graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+
+# Whether a gradient is one of `autograd.grad(is_grads_batched=True)`, which has no memory.
+is_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+# How many modes see every operator (make_fx, fake tensors, counters of operations): a kernel over
+# raw memory is none, and what these record would lack it.
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 # The hooks on saved tensors, under which activation checkpointing runs its first forward.
 # torch 2.7 cannot be asked: perhaps.
@@ -50,17 +58,23 @@ _saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hook
 
 def is_traced() -> bool:
     """Whether PyTorch has to see through the call: compilation, transforms, forward mode."""
-    return (
-        is_compiling()
-        or is_jit_tracing()
-        or is_transforming()
-        or getattr(forward_ad, "_current_level", -1) >= 0
-    )
+    return is_compiling() or is_jit_tracing() or is_transforming() or forward_ad._current_level >= 0
+
+
+def has_values() -> bool:
+    """Whether tensors hold numbers that Python may read: nobody traces, and no mode fakes them."""
+    return not (is_traced() or dispatch_modes())
 
 
 def has_saved_tensor_hooks() -> bool:
     """Whether saved tensors pass through hooks."""
     return _saved_hooks(True) is not None
+
+
+def saved_tensor_hook() -> Any:
+    """The innermost hook that packs saved tensors; None if there is none, or it cannot be asked."""
+    hooks = _saved_hooks(True)
+    return hooks[0] if isinstance(hooks, tuple) else None
 
 
 def has_global_hooks() -> bool:

@@ -84,7 +84,7 @@ def explain(
     """
     policy = policy_from(statistics)
     tensors = (x, weight, bias, residual, mask, running_mean, running_var)
-    by_running = not training or policy.__class__ is Frozen
+    by_running = not training or isinstance(policy, Frozen)
     settings: Any = {"activation": activation, "momentum": 0.1, "exact": numerics == "exact"}
     call = Call(*tensors, policy=None if by_running else policy, **settings)
     chosen = choose(call)

@@ -191,6 +191,8 @@ class Saved(NamedTuple):
     replicas: Exchange | None
     residual_dtype: torch.dtype | None
     memory: Memory | None = None
+    strides: tuple[int, ...] | None = None
+    """Of x when it was saved; what saved-tensor hooks give back may lie otherwise."""
 
 
 Packed = tuple[tuple[Any, ...], Any]  # tensors for autograd to save, and the rest

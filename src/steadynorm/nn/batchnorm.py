@@ -49,6 +49,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
     num_features = _for_rebuilding("num_features")
     eps = _for_rebuilding("eps")
     _settings: Settings
+    _memory_is_new = False
 
     def __dir__(self) -> list[str]:
         """What can be read: torch.jit.trace and inspect.getmembers read all of it."""
@@ -132,6 +133,7 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
             memory = torch.zeros(2, len(mean), dtype=dtype, device=mean.device)
             self.register_buffer("gradient_memory", memory, persistent=False)
+            self._memory_is_new = mean.is_meta
 
     def _forget_gradient(self) -> None:
         memory = self._buffers.get("gradient_memory")
@@ -145,7 +147,16 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
+        self._widen_statistics()  # `assign=True` puts the loaded tensors in their place
         self._forget_gradient()
+
+    def _first_memory(self, memory: Tensor) -> Tensor:
+        """Zeros for a memory made on the meta device: who gave it memory wrote no values there."""
+        self._memory_is_new = False
+        mean = self.running_mean
+        if mean is not None and mean.device != memory.device:
+            self.gradient_memory = memory = torch.zeros_like(memory, device=mean.device)
+        return memory.zero_()
 
     def forward(
         self,
@@ -179,6 +190,8 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not tracked:
             mean = var = batches = None
         memory = buffers.get("gradient_memory") if training else None
+        if memory is not None and self._memory_is_new:
+            memory = self._first_memory(memory)
         return normalize(
             input, mean, var, weight, bias, training, batches, activation, residual, mask, memory,
             self._settings, owner,

@@ -167,7 +167,7 @@ def normalize(
             f"(track_running_stats=False). Track them, or use sn.Batch() or sn.Ghost(); "
             f"to freeze a layer, sn.freeze(layer)."
         )
-    if not training or policy.__class__ is Frozen:
+    if not training or isinstance(policy, Frozen):
         if running_mean is not None:
             return dispatch.normalize(
                 Call(input, weight, bias, residual, mask, running_mean, running_var, None, None,
@@ -186,7 +186,7 @@ def normalize(
             dtype = statistics_dtype(input)
             terms = Terms(policy, input.shape[1], dtype, tracked, skip_nonfinite)
             replicas.agree(running_mean if weight is None else weight, terms, input.device)
-    if policy.__class__ is Ghost:
+    if isinstance(policy, Ghost):
         alone = policy.lengths(input.shape[0]) if input.numel() else None
         groups = alone if replicas is None else replicas.divide(policy, input)
     few = groups is not None or input.numel() <= input.shape[1]
@@ -197,11 +197,15 @@ def normalize(
         None if running_mean is None else num_batches_tracked, policy, activation, momentum, eps,
         groups, replicas, skip_nonfinite, memory, exact, owner,
     )  # fmt: skip
-    if policy.needs_running:  # asked here: inside the autograd function gradient is always off
-        step.may_repeat = recomputation.may_be_recomputed()
-        step.blends = step.blends and not step.may_repeat  # which is for `decide` to look after
-    if running_mean is not None and recomputation.is_recomputation():
-        step.recompute()
+    if running_mean is not None:
+        if recomputation.is_recomputation(running_mean):
+            step.recompute()
+        elif (
+            recomputation.may_be_recomputed()
+        ):  # asked here: in the autograd function it always may
+            recomputation.expect(running_mean)
+            if policy.needs_running:
+                step.may_repeat, step.blends = True, False  # for `decide` to look after
     return dispatch.normalize(step)
 
 

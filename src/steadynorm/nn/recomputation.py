@@ -1,8 +1,9 @@
 """Activation checkpointing runs a forward twice; statistics must move once.
 
-The second run happens inside the backward pass, which is how it is told apart. A policy that leans
-on running statistics must also meet them as they were the first time: what normalized the first
-run is remembered per running mean, and found again by the batch's own moments.
+The second run happens inside the backward pass, of a layer that has run under checkpointing before:
+that is how it is told apart. A policy that leans on running statistics must also meet them as they
+were the first time: what normalized the first run is remembered per running mean, and found again
+by the batch's own moments. Where these leave a choice, the call is refused.
 
 The compiler, too, may compute again in the backward what it did not keep, and then reads running
 statistics that have moved (pytorch#197039); `snapshot` keeps what was read.
@@ -10,7 +11,9 @@ statistics that have moved (pytorch#197039); `snapshot` keeps what was read.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +28,29 @@ REMEMBERED = 64
 _first_runs: Any = WeakIdKeyDictionary()
 
 
-def is_recomputation() -> bool:
-    """Whether this forward runs in a backward pass; the compiler recomputes by its own means."""
-    return not compat.is_compiling() and compat.graph_task() != -1
+@dataclass(eq=False, slots=True)
+class _FirstRun:
+    """A forward that may be repeated: its batch, what normalized it, and the region it lay in."""
+
+    batch: Moments
+    normalizer: Normalizer
+    region: Any  # a weak reference to the region's hook; None where it is not known
+    repeated: bool = False
+
+
+def is_recomputation(running_mean: Tensor | None = None) -> bool:
+    """Whether this forward repeats one of the layer's; the compiler recomputes by its own means.
+
+    Without a running mean to tell the layer by: whether it runs in a backward pass.
+    """
+    if compat.is_compiling() or compat.graph_task() == -1:
+        return False
+    return running_mean is None or _owner_of(running_mean) in _first_runs
+
+
+def _owner_of(running_mean: Tensor) -> Tensor:
+    """The tensor that lives as long as the layer: a view may be made anew for each call."""
+    return running_mean if running_mean._base is None else running_mean._base
 
 
 def may_be_recomputed() -> bool:
@@ -42,18 +65,60 @@ def may_be_recomputed() -> bool:
     return compat.has_saved_tensor_hooks()
 
 
+def expect(running_mean: Tensor) -> None:
+    """A forward of this layer in a backward pass, from now on, repeats an earlier one."""
+    key = _owner_of(running_mean)
+    if key not in _first_runs:
+        _first_runs[key] = deque(maxlen=REMEMBERED)
+
+
 def remember(running_mean: Tensor, batch: Moments, normalizer: Normalizer) -> None:
-    """Keep what normalized this batch, in case it is recomputed."""
-    _first_runs.setdefault(running_mean, deque(maxlen=REMEMBERED)).append((batch, normalizer))
+    """Keep what normalized this batch, in case it is recomputed; forget what has been."""
+    key = _owner_of(running_mean)
+    waiting = [run for run in _first_runs[key] if not run.repeated]
+    hook = compat.saved_tensor_hook()
+    region = None if hook is None else weakref.ref(hook)
+    waiting.append(_FirstRun(batch, normalizer, region))
+    _first_runs[key] = deque(waiting, maxlen=REMEMBERED)
 
 
-def recall(running_mean: Tensor, batch: Moments) -> Normalizer | None:
-    """What normalized a batch of the same moments in its first run, if that is remembered."""
-    for known, normalizer in reversed(_first_runs.get(running_mean, ())):
-        if torch.equal(known.mean, batch.mean) and torch.equal(known.var, batch.var):
-            found: Normalizer = normalizer
-            return found
-    return None
+def recall(running_mean: Tensor, batch: Moments, owner: str) -> Normalizer:
+    """What normalized a batch of the same moments in its first run.
+
+    Of several, the last that waits: a backward pass goes through regions in reverse order, but
+    through one region from its beginning.
+    """
+    alike = [
+        run
+        for run in _first_runs[_owner_of(running_mean)]
+        if torch.equal(run.batch.mean, batch.mean) and torch.equal(run.batch.var, batch.var)
+    ]
+    if not alike:
+        raise RuntimeError(
+            f"{owner}: this forward runs in a backward pass, as activation checkpointing repeats "
+            f"one, and none of the {REMEMBERED} forwards that are remembered saw this batch. Let "
+            f"at most {REMEMBERED} forwards of a layer wait for their backward, run no other "
+            f"forward of it there, or use sn.Batch()."
+        )
+    waiting = [run for run in alike if not run.repeated] or alike
+    run = waiting[-1]
+    if not all(_equal(run.normalizer, other.normalizer) for other in waiting):
+        if run.repeated or run.region is None:
+            raise NotImplementedError(
+                f"{owner}: activation checkpointing repeats one of {len(waiting)} forwards that "
+                f"saw the same batch with other running statistics, and which one cannot be told. "
+                f"Use use_reentrant=False and one backward for each forward, or sn.Batch()."
+            )
+        run = next(each for each in waiting if each.region == run.region)
+    run.repeated = True
+    found: Normalizer = run.normalizer
+    return found
+
+
+def _equal(one: Normalizer, other: Normalizer) -> bool:
+    return all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True)
+    )
 
 
 REFUSED = (

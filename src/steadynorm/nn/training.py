@@ -63,7 +63,7 @@ class TrainingStep(Call):
             self.policy, batch, running, context, skip_nonfinite=self.skip_nonfinite
         )
         if self.repeats is not None and self.policy.needs_running:
-            normalizer = recomputation.recall(self.repeats, batch) or normalizer
+            normalizer = recomputation.recall(self.repeats, batch, self.owner)
         elif self.may_repeat and self.running_mean is not None:
             recomputation.remember(self.running_mean, batch, normalizer)
         if after is not None and after is not running:
@@ -74,7 +74,7 @@ class TrainingStep(Call):
 
     def _refuse_one_value(self, batch: Moments, policy: Policy) -> None:
         """Where only the data tell, if reading them is cheap."""
-        if isinstance(batch.count, int) or compat.is_traced():
+        if batch.count.__class__ is not Tensor or compat.is_traced():  # a number, or a fake
             return
         if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
             checks.one_value(self.x, policy, self.owner)
@@ -91,7 +91,7 @@ class TrainingStep(Call):
                 [mean, var] if batches is None else [mean, var, batches], policy.needs_running
             )
             batches = rest[0] if rest else None
-        elif batches is not None and batches.is_cpu and not compat.is_traced():
+        elif batches is not None and batches.is_cpu and compat.has_values():
             batches = int(batches)  # plain numbers are cheaper than scalar tensors
         if isinstance(batches, Tensor) and dtype == torch.float64:
             batches = batches.double()  # weights such as 1/(t + 1) would else be float32

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from steadynorm._extras import lacking
+from steadynorm.kernels import compat
 from steadynorm.kernels.reference.closed_form import ClosedForm
 from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
-from .readable import PLAIN, readable, unreadable
+from .readable import PLAIN, as_saved, readable, unreadable
 
 TENSORS = tuple(field.name for field in fields(Call))
 """The names of a call's arguments, its tensors first."""
@@ -41,6 +42,8 @@ class CpuKernels(ClosedForm):
         """Tensors in memory that kernels can read, of a type and layout that they take."""
         if self.prepared is None and self.load() is not None:
             return self.refusal
+        if compat.dispatch_modes():
+            return "a mode of PyTorch's dispatcher records operators, and no kernel is one"
         x, residual = call.x, call.residual
         if (call.basic or call.blends) and readable(x) and (residual is None or readable(residual)):
             plan = self.prepared(
@@ -92,7 +95,12 @@ class CpuKernels(ClosedForm):
         if hasattr(rest, "plan"):
             expanded: Saved = rest.plan.unpack(tensors, rest)
             return expanded
-        return super().unpack(saved)
+        found = super().unpack(saved)
+        x, signs = found.x, found.signs
+        assert found.strides is not None
+        if signs is not None:
+            signs = as_saved(signs, signs.shape, (1,), torch.int16)
+        return found._replace(x=as_saved(x, x.shape, found.strides, x.dtype), signs=signs)
 
 
 CPU = CpuKernels("cpu", None, compiled=True)

@@ -32,7 +32,7 @@ from steadynorm.statistics.moments import two_sum
 from . import loops, slabs
 from .arguments import BACKWARD, FORWARD, ROWS, Arguments, writer
 from .kernels import backward_kernel, forward_kernel, gradient_options
-from .readable import PLAIN, readable
+from .readable import PLAIN, as_saved, readable
 from .results import LARGE, large_like
 from .stages import unsupported
 
@@ -60,8 +60,16 @@ class Plan:
     """
 
     def __init__(
-        self, shape: slabs.Shape, dtype: torch.dtype, activation: str | None, residual: bool
+        self,
+        sizes: torch.Size,
+        strides: tuple[int, ...],
+        dtype: torch.dtype,
+        activation: str | None,
+        residual: bool,
     ) -> None:
+        shape = slabs.shape_of(torch.empty_strided(sizes, strides, dtype=dtype, device="meta"))
+        assert shape is not None  # `unsupported` has looked
+        self.sizes, self.strides = sizes, strides
         slab = slabs.Slab(shape, dtype.itemsize)
         slab.arguments.count = slab.count
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -87,6 +95,12 @@ class Plan:
         self._gradients = _template(slab, *slab.plan.backward())
         self._gradient_of_x = _template(slab, loops.MAP)
         self._inference = _template(mapping, loops.DECIDE, loops.MAP)
+
+    def empty_sums(self) -> Tensor | None:
+        """Memory for the sums of a reduction in parts, if it is one."""
+        return (
+            torch.empty(self.partial, dtype=torch.float64, device="cpu") if self.partial else None
+        )
 
     def fits(self, call: Call) -> bool:
         """Whether parameters and running statistics are as these kernels read and write them."""
@@ -115,8 +129,8 @@ class Plan:
         if residual is not None:
             residual = slabs.alike(residual, x, "residual")
         y = self.empty_like(x)
-        rows = torch.empty(self.size_of_rows, dtype=torch.int16)
-        partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
+        rows = torch.empty(self.size_of_rows, dtype=torch.int16, device="cpu")
+        partial_sums = self.empty_sums()
         a = Arguments.from_buffer_copy(template)
         first = rows.data_ptr()
         end = first + self.rows_bytes
@@ -145,7 +159,7 @@ class Plan:
         """Normalize by the running statistics, where no backward can follow."""
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
         y = self.empty_like(x)
-        rows = torch.empty((2, self.channels), dtype=self.real)
+        rows = torch.empty((2, self.channels), dtype=self.real, device="cpu")
         a = Arguments.from_buffer_copy(self._inference)
         a.x, a.y, a.eps = x.data_ptr(), y.data_ptr(), call.eps
         a.residual, a.weight, a.bias = map(_address, (residual, call.weight, call.bias))
@@ -157,7 +171,7 @@ class Plan:
 
     def backward(self, tensors: Any, rest: Rest, grad: Tensor, needs: Any) -> Gradients:
         """The gradients, that of x included; all per-channel work inside the kernel."""
-        x, rows, y, residual, *_ = tensors
+        x, rows, y, residual = self._as_saved(*tensors[:4])
         grad = slabs.alike(grad, x, "grad")
         want = needs[3] and self.activation is not None
         dx = self.empty_like(x)
@@ -165,9 +179,9 @@ class Plan:
         template, dweight, dbias = self._gradient_of_x, None, None
         if rest.share or needs[1] or needs[2]:
             template = self._gradients
-            dweight = torch.empty(self.channels, dtype=self.real)
-            dbias = torch.empty(self.channels, dtype=self.real)
-        partial_sums = torch.empty(self.partial, dtype=torch.float64) if self.partial else None
+            dweight = torch.empty(self.channels, dtype=self.real, device="cpu")
+            dbias = torch.empty(self.channels, dtype=self.real, device="cpu")
+        partial_sums = self.empty_sums()
         a = Arguments.from_buffer_copy(template)
         first = rows.data_ptr()
         end = first + self.rows_bytes
@@ -196,6 +210,18 @@ class Plan:
             dresidual if want else (grad if needs[3] else None),
         )
 
+    def _as_saved(
+        self, x: Tensor, rows: Tensor, y: Tensor | None, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The forward's tensors in the layout that the kernels read."""
+        of_x = (self.sizes, self.strides, self.dtype)
+        return (
+            as_saved(x, *of_x),
+            as_saved(rows, (self.size_of_rows,), (1,), torch.int16),
+            y if y is None else as_saved(y, *of_x),
+            residual if residual is None else as_saved(residual, *of_x),
+        )
+
     def _load(self, *, want: bool) -> Any:
         """The kernel of the backward, at its first call: inference never compiles it."""
         kernel = backward_kernel(self.dtype, self.activation, want=want, **self.options)
@@ -204,7 +230,8 @@ class Plan:
 
     def unpack(self, tensors: Any, rest: Rest) -> Saved:
         """What a forward left, as the stages leave it."""
-        x, rows, y, residual, weight, bias = tensors
+        x, rows, y, residual = self._as_saved(*tensors[:4])
+        weight, bias = tensors[4:]
         words = self.rows_bytes // 2
         named = dict(zip(ROWS, rows[:words].view(self.real).view(len(ROWS), -1), strict=True))
         center, gap = named["center"], named["mean_gap"]
@@ -244,6 +271,4 @@ def prepared(
     why = unsupported(sizes, strides, dtype, residual)
     if why is not None:
         return why
-    shape = slabs.shape_of(torch.empty_strided(sizes, strides, dtype=dtype, device="meta"))
-    assert shape is not None
-    return Plan(shape, dtype, activation, residual is not None)
+    return Plan(sizes, strides, dtype, activation, residual is not None)

@@ -18,7 +18,20 @@ def name_of(dtype: torch.dtype) -> str:
 
 def readable(t: Tensor) -> bool:
     """Whether it is sure to be: a plain strided tensor in this machine's memory."""
-    return t.__class__ in PLAIN and t.is_cpu and t.layout is STRIDED and not t.is_neg()
+    return (
+        t.__class__ in PLAIN
+        and t.is_cpu
+        and t.layout is STRIDED
+        and not t.is_neg()
+        and not t._is_zerotensor()
+    )
+
+
+def as_saved(t: Tensor, sizes: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor as it lay in memory when it was saved: hooks may give a copy of another layout."""
+    if t.stride() == strides and t.dtype is dtype and readable(t):
+        return t
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu").copy_(t)
 
 
 def unreadable(*tensors: Tensor | None) -> tuple[int, str] | None:
@@ -38,4 +51,4 @@ def _why(t: Tensor) -> str | None:
         return f"has layout {t.layout}"
     if not t.is_cpu:
         return f"is on {t.device.type}"
-    return "is a view whose values are not in memory" if t.is_neg() else None
+    return "has values that are not in memory" if t.is_neg() or t._is_zerotensor() else None

@@ -37,7 +37,8 @@ def gate_of(code: int) -> tuple[float, float]:
 
 def empty_signs(x: Tensor, groups: Groups = None) -> Tensor:
     """Uninitialized memory for one bit for each output."""
-    return torch.empty(sum(slab.words for slab in slabs(x, groups)), dtype=torch.int16)
+    words = sum(slab.words for slab in slabs(x, groups))
+    return torch.empty(words, dtype=torch.int16, device="cpu")
 
 
 def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
@@ -45,7 +46,7 @@ def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
 
     For derivatives of the backward, which run in plain PyTorch operations; laid out as x is.
     """
-    flat = torch.empty(x.numel(), dtype=x.dtype)
+    flat = torch.empty(x.numel(), dtype=x.dtype, device="cpu")
     bits = np.unpackbits(signs.numpy().view(np.uint8), bitorder="little").reshape(-1, LANES)
     done = 0
     for slab in slabs(x, groups):

@@ -65,7 +65,6 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
         t.dtype is x.dtype
         and (t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()))
         and (readable(t) or unreadable(t) is None)
-        and not t._is_zerotensor()
     ):
         return t
     return torch.empty_like(x).copy_(t)
@@ -86,7 +85,7 @@ def per_channel(t: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
         )
     if t.dtype is statistics_dtype(x) and t.is_contiguous() and unreadable(t) is None:
         return t
-    return torch.empty(t.shape, dtype=statistics_dtype(x)).copy_(t)
+    return torch.empty(t.shape, dtype=statistics_dtype(x), device="cpu").copy_(t)
 
 
 def given(out: Tensor, x: Tensor) -> Tensor:
@@ -258,7 +257,7 @@ class Slab:
         a.taken = a.done = padded(())
         a.pivot_moved = 0
         if loops.MERGE in passes:
-            partial = torch.empty(self.sums, dtype=torch.float64)
+            partial = torch.empty(self.sums, dtype=torch.float64, device="cpu")
             a.partial = partial.data_ptr()
         kernel(a, self.plan.threads)
 

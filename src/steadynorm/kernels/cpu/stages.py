@@ -71,14 +71,16 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
 
 def _results_per_channel(number: int, x: Tensor, groups: Groups) -> tuple[Tensor, ...]:
     sizes = (number, x.shape[1]) if groups is None else (number, len(groups), x.shape[1])
-    return torch.empty(sizes, dtype=statistics_dtype(x)).unbind()
+    return torch.empty(sizes, dtype=statistics_dtype(x), device="cpu").unbind()
 
 
 def _counts(counts: list[int], x: Tensor, groups: Groups, mask: Tensor | None) -> Any:
     """As the reference gives it: a number if all channels and groups have the same."""
     if groups is not None:
-        return torch.tensor(counts, dtype=statistics_dtype(x))[:, None]
-    return counts[0] if mask is None else torch.tensor(counts, dtype=statistics_dtype(x))
+        return torch.tensor(counts, dtype=statistics_dtype(x), device="cpu")[:, None]
+    return (
+        counts[0] if mask is None else torch.tensor(counts, dtype=statistics_dtype(x), device="cpu")
+    )
 
 
 def apply(

@@ -57,7 +57,9 @@ class ClosedForm(Backend):
             y if kept is Keep.OUTPUT else None, signs,
         )  # fmt: skip
         dtype = None if residual is None else residual.dtype
-        settings = (call.eps, call.activation, call.groups, call.replicas, dtype, call.memory)
+        settings = (
+            call.eps, call.activation, call.groups, call.replicas, dtype, call.memory, x.stride(),
+        )  # fmt: skip
         return y, (tensors, (batch, normalizer, known, *settings))
 
     def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
