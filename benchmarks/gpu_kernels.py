@@ -4,8 +4,9 @@
     python benchmarks/gpu_kernels.py --network            torchvision's ResNet-50, if installed
 
 `steadynorm bench --device cuda` times calls, the host included, which decides for small tensors.
-Here torch.profiler tells how long each kernel runs. Inputs take turns, more than 250 MB in all, so
-that no step finds its own in the cache. `copies`: times of `y.copy_(x)` in the same run.
+Here torch.profiler tells how long each kernel of the bench's contenders runs. Inputs take turns,
+more than 250 MB in all, so that no step finds its own in the cache. `copies`: times of `y.copy_(x)`
+in the same run.
 """
 
 from __future__ import annotations
@@ -18,77 +19,46 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import steadynorm as sn
-from steadynorm.evidence.bench.workloads import RESNET50
+from steadynorm.evidence.bench.contenders import CONTENDERS, Inputs, make_inputs
+from steadynorm.evidence.bench.workloads import RESNET50, Workload
 
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 SHAPES = (*RESNET50, (256, 256, 56, 56), (256, 512, 14, 14))
 OURS = ("normalize_grad", "normalize", "moments", "apply_grad", "reduce_grad", "apply")
 CACHE = 250e6
 
-Step = Callable[[Tensor, Tensor, Tensor], Any]
-Data = Sequence[tuple[Tensor, Tensor, Tensor]]
+
+def drawn(load: Workload) -> list[Inputs]:
+    """The bench's inputs, and copies of them, so many that they exceed the cache together."""
+    first = make_inputs(load, "cuda")
+    number = max(2, min(12, int(CACHE / (3 * first.x.nbytes)) + 1))
+    return [first, *(Inputs(*(t.clone() for t in first)) for _ in range(number - 1))]
 
 
-def drawn(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Data:
-    """Inputs, residuals and gradients, so many that they exceed the cache together."""
-    random = torch.Generator("cuda").manual_seed(0)
-
-    def tensor(mean: float = 0.0) -> Tensor:
-        values = torch.randn(shape, device="cuda", generator=random) + mean
-        return values.to(dtype).contiguous(memory_format=LAYOUTS[layout])
-
-    size = 3 * dtype.itemsize * torch.Size(shape).numel()
-    number = max(2, min(12, int(CACHE / size) + 1))
-    return [
-        (tensor(1.0).requires_grad_(), tensor().requires_grad_(), tensor()) for _ in range(number)
-    ]
-
-
-def kernels(step: Step, data: Data, repeats: int = 3) -> dict[str, float]:
+def kernels(steps: Sequence[Callable[[], object]], repeats: int = 3) -> dict[str, float]:
     """Microseconds that a step spends in each kernel."""
-    for each in data:
-        step(*each)
+    for step in steps:
+        step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(repeats):
-            for each in data:
-                step(*each)
+            for step in steps:
+                step()
         torch.cuda.synchronize()
     times = defaultdict(list)
     for event in found.events():
         if event.device_type == DeviceType.CUDA:
             times[event.name].append(event.device_time)
-    steps = repeats * len(data)
-    return {name: statistics.median(t) * len(t) / steps for name, t in times.items()}
-
-
-def copied(x: Tensor, residual: Tensor, grad: Tensor) -> None:
-    """One copy of the input."""
-    with torch.no_grad():
-        grad.copy_(x)
-
-
-def steps(channels: int) -> dict[str, Step]:
-    """BN + add + ReLU, forward and backward."""
-    theirs = torch.nn.BatchNorm2d(channels).cuda()
-    ours = sn.BatchNorm2d(channels, activation="relu").cuda()
-
-    def differentiated(y: Tensor, layer: Any, x: Tensor, residual: Tensor, grad: Tensor) -> Any:
-        return torch.autograd.grad(y, [x, residual, *layer.parameters()], grad)
-
-    return {
-        "eager": lambda x, r, g: differentiated(torch.relu(theirs(x) + r), theirs, x, r, g),
-        "ours": lambda x, r, g: differentiated(ours(x, residual=r), ours, x, r, g),
-    }
+    number = repeats * len(steps)
+    return {name: statistics.median(t) * len(t) / number for name, t in times.items()}
 
 
 def short(name: str) -> str:
@@ -96,14 +66,16 @@ def short(name: str) -> str:
     return next((ours for ours in OURS if name.startswith(ours)), name[:40])
 
 
-def measure(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Any]:
+def measure(shape: tuple[int, ...], dtype: str, layout: str) -> dict[str, Any]:
     """One row: microseconds of a copy, of eager PyTorch and of ours, kernel by kernel."""
-    data = drawn(shape, dtype, layout)
-    row: dict[str, Any] = {"shape": "x".join(map(str, shape)), "layout": layout}
-    row |= {"dtype": str(dtype).removeprefix("torch."), "copy": sum(kernels(copied, data).values())}
-    for who, step in steps(shape[1]).items():
+    load = Workload("resnet50", shape, layout, dtype, "bn+add+relu", training=True)
+    data = drawn(load)
+    copies = [partial(inputs.y.copy_, inputs.x) for inputs in data]
+    row: dict[str, Any] = {"shape": load.size, "layout": layout, "dtype": dtype}
+    row["copy"] = sum(kernels(copies).values())
+    for who in ("eager", "ours"):
         sn.kernels.use("gpu", on=who == "ours")
-        found = kernels(step, data)
+        found = kernels([CONTENDERS[who](load, inputs) for inputs in data])
         row[who] = {short(name): round(t, 1) for name, t in found.items()}
         row[f"{who}_total"] = sum(found.values())
     sn.kernels.use("gpu", on=False)
@@ -182,7 +154,7 @@ def main() -> int:
     for dtype in options.dtypes.split(","):
         for layout in options.layouts.split(","):
             for shape in SHAPES:
-                rows.append(measure(shape, getattr(torch, dtype), layout))
+                rows.append(measure(shape, dtype, layout))
                 print(line(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
