@@ -7,14 +7,15 @@ cannot run here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.activations import ACTIVATIONS
-from steadynorm.kernels.spec import Groups, Keep, statistics_dtype
+from steadynorm.kernels.reference.gradient_sources import GradientSources, Kept
+from steadynorm.kernels.spec import Groups, statistics_dtype
 from steadynorm.statistics.moments import Moments
 
 from . import loops
@@ -22,7 +23,10 @@ from .kernels import SCALARS, backward_kernel, forward_kernel, gradient_options
 from .readable import name_of
 from .results import like
 from .signs import empty_signs, outputs_for
-from .slabs import MOMENTS, alike, given, per_channel, residual_alike, shape_of, slabs
+from .slabs import MOMENTS, Slab, alike, given, per_channel, residual_alike, shape_of, slabs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "apply", "apply_grad", "empty_signs", "moments", "normalize", "normalize_grad", "outputs_for",
@@ -146,54 +150,27 @@ def normalize(
 
 
 class _Backward:
-    """What both stages of the backward direction read and write, laid out as x is.
-
-    The activation's derivative is taken from `signs` if there are any, from z if the activation
-    needs it or no y is given, else from y.
-    """
+    """What both stages of the backward direction read, and the kernel that reads it."""
 
     def __init__(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        maps: tuple[Tensor, Tensor, Tensor],
-        *,
-        y: Tensor | None,
-        residual: Tensor | None,
-        signs: Tensor | None,
-        activation: str | None,
-        groups: Groups,
+        self, grad: Tensor, x: Tensor, maps: tuple[Tensor, Tensor, Tensor], **kept: Unpack[Kept]
     ) -> None:
-        source = "nothing" if activation is None else ACTIVATIONS[activation].source
-        if y is None and signs is None and source == "output":
-            raise ValueError(
-                f"`y` must be the output, for the gradient of {activation} is taken from it; "
-                f"got None."
-            )
-        self.kept = (
-            Keep.NOTHING if activation is None
-            else Keep.SIGNS if signs is not None
-            else Keep.REBUILT if source == "input" or y is None
-            else Keep.OUTPUT
-        )  # fmt: skip
-        self.x, self.activation, self.groups, self.signs = x, activation, groups, signs
-        self.grad = alike(grad, x, "grad")
-        self.y = alike(y, x, "y") if self.kept is Keep.OUTPUT and y is not None else None
-        rebuilt = self.kept is Keep.REBUILT
-        self.residual = residual_alike(residual, x) if rebuilt else None
-        self.maps = tuple(per_channel(t, x, groups) for t in maps)
+        self.x, self.sources = x, GradientSources.of(alike, grad, x, **kept)
+        self.maps = tuple(per_channel(t, x, self.sources.groups) for t in maps)
 
     def kernel(self, *, want: bool = False, masked: bool = False) -> Any:
         """The compiled kernel for these options."""
-        options = gradient_options(self.kept, residual=self.residual is not None)
-        return backward_kernel(self.x.dtype, self.activation, want=want, masked=masked, **options)
+        keep, activation = self.sources.keep, self.sources.activation
+        options = gradient_options(keep, residual=self.sources.residual is not None)
+        return backward_kernel(self.x.dtype, activation, want=want, masked=masked, **options)
 
-    def slabs(self) -> Any:
+    def slabs(self) -> Iterator[Slab]:
         """The groups, each with what is read handed over."""
         center, scale, shift = self.maps
-        for slab in slabs(self.x, self.groups):
-            slab.values(grad=self.grad, y=self.y, residual=self.residual)
-            slab.signs(self.signs)
+        read = self.sources
+        for slab in slabs(self.x, read.groups):
+            slab.values(grad=read.grad, y=read.y, residual=read.residual)
+            slab.signs(read.signs)
             slab.by_channel(center=center, scale=scale, shift=shift)
             yield slab
 
@@ -211,24 +188,11 @@ class _Backward:
 
 
 def reduce_grad(
-    grad: Tensor,
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    y: Tensor | None = None,
-    residual: Tensor | None = None,
-    signs: Tensor | None = None,
-    activation: str | None = None,
-    groups: Groups = None,
+    grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, **kept: Unpack[Kept]
 ) -> tuple[Tensor, Tensor]:
     """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
-    read = _Backward(
-        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
-        activation=activation, groups=groups,
-    )  # fmt: skip
-    sum_grad, sum_grad_x = _results_per_channel(2, x, groups)
+    read = _Backward(grad, x, (center, scale, shift), **kept)
+    sum_grad, sum_grad_x = _results_per_channel(2, x, read.sources.groups)
     kernel = read.kernel()
     for slab in read.slabs():
         slab.by_channel(sum_grad=sum_grad, sum_grad_x=sum_grad_x)
@@ -245,35 +209,28 @@ def apply_grad(
     slope: Tensor,
     constant: Tensor,
     *,
-    y: Tensor | None = None,
-    residual: Tensor | None = None,
-    signs: Tensor | None = None,
-    activation: str | None = None,
     mask: Tensor | None = None,
-    groups: Groups = None,
     want_residual: bool = False,
     out: tuple[Tensor, Tensor | None] | None = None,
+    **kept: Unpack[Kept],
 ) -> tuple[Tensor, Tensor | None]:
     """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted.
 
     Without an activation g is `grad`, and no copy of it is made.
     """
-    want = want_residual and activation is not None
-    read = _Backward(
-        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
-        activation=activation, groups=groups,
-    )  # fmt: skip
-    dx, dresidual = read.results(want, out)
-    slope, constant = (per_channel(t, x, groups) for t in (slope, constant))
+    read = _Backward(grad, x, (center, scale, shift), **kept)
+    writes = read.sources.is_written(want_residual)
+    dx, dresidual = read.results(writes, out)
+    slope, constant = (per_channel(t, x, read.sources.groups) for t in (slope, constant))
     mask = None if mask is None else mask.contiguous()
-    kernel = read.kernel(want=want, masked=mask is not None)
+    kernel = read.kernel(want=writes, masked=mask is not None)
     for slab in read.slabs():
         slab.values(dx=dx, dresidual=dresidual)
         slab.by_channel(slope=slope, constant=constant)
         if mask is not None:
             slab.shared(mask=mask.view(-1)[slab.first * slab.length :])
         slab.run(kernel, loops.MAP)
-    return dx, dresidual if want else (grad if want_residual else None)
+    return dx, dresidual if writes or not want_residual else grad
 
 
 def normalize_grad(
@@ -287,13 +244,9 @@ def normalize_grad(
     mean_low: Tensor,
     mean_gap: Tensor,
     *,
-    y: Tensor | None = None,
-    residual: Tensor | None = None,
-    signs: Tensor | None = None,
-    activation: str | None = None,
-    groups: Groups = None,
     want_residual: bool = False,
     out: tuple[Tensor, Tensor | None] | None = None,
+    **kept: Unpack[Kept],
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """`reduce_grad` and `apply_grad` by its sums, in one visit of each block of channels.
 
@@ -303,17 +256,14 @@ def normalize_grad(
 
     Returns dx, g or None, Σg, Σg·(x - center). Without an activation g is `grad`, not a copy.
     """
-    want = want_residual and activation is not None
-    read = _Backward(
-        grad, x, (center, scale, shift), y=y, residual=residual, signs=signs,
-        activation=activation, groups=groups,
-    )  # fmt: skip
-    dx, dresidual = read.results(want, out)
+    read = _Backward(grad, x, (center, scale, shift), **kept)
+    groups, writes = read.sources.groups, read.sources.is_written(want_residual)
+    dx, dresidual = read.results(writes, out)
     slope_factor, constant_factor, mean_low, mean_gap = (
         per_channel(t, x, groups) for t in (slope_factor, constant_factor, mean_low, mean_gap)
     )
     sum_grad, sum_grad_x, slope, constant = _results_per_channel(4, x, groups)
-    kernel = read.kernel(want=want)
+    kernel = read.kernel(want=writes)
     for slab in read.slabs():
         slab.values(dx=dx, dresidual=dresidual)
         slab.by_channel(
@@ -322,4 +272,4 @@ def normalize_grad(
             mean_gap=mean_gap,
         )  # fmt: skip
         slab.run(kernel, *slab.plan.backward())
-    return dx, dresidual if want else (grad if want_residual else None), sum_grad, sum_grad_x
+    return dx, dresidual if writes or not want_residual else grad, sum_grad, sum_grad_x
