@@ -116,6 +116,7 @@ def record(config: Config) -> list[Launch]:
     replay.launch = launch
     plans.multiprocessors = lambda device: MULTIPROCESSORS
     try:
+        call.plan = prepared.Kind(call)
         y, saved = prepared.forward(call)
         prepared.backward(saved, torch.empty_like(y), (True, True, True, config.residual))
     finally:
@@ -257,6 +258,14 @@ def predictions(target: str) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
+def put(name: str, body: str) -> None:
+    """Write what stands between the marks of this name in docs/gpu.md."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(f"<!-- {name} -->")
+    after = rest.partition("<!-- end -->")[2]
+    text = f"{before}<!-- {name} -->\n\n{body}\n\n<!-- end -->{after}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
 def write(rows: list[Row]) -> None:
     """The tables between the marks of the page."""
     shown = [r for r in rows if r.report.target == "sm_90" and r.what.startswith(("fp32", "bf16"))]
@@ -267,13 +276,8 @@ def write(rows: list[Row]) -> None:
         "sm_90": f"{HEAD}\n" + "\n".join(map(line, shown)),
         "prediction": "\n".join(predictions("sm_90")),
     }
-    text = PAGE.read_text(encoding="utf-8")
     for name, body in parts.items():
-        before, rest = text.split(f"<!-- {name} -->")
-        text = (
-            f"{before}<!-- {name} -->\n\n{body}\n\n<!-- end -->" + rest.partition("<!-- end -->")[2]
-        )
-    PAGE.write_text(text, encoding="utf-8")
+        put(name, body)
 
 
 def main() -> int:

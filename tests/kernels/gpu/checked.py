@@ -35,11 +35,12 @@ class Memory:
     """The bytes of one tensor: by whom and when each was last written in this launch."""
 
     def __init__(self, tensor: torch.Tensor, label: str) -> None:
-        storage = tensor.untyped_storage()
-        self.begin, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        far = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        size = (far + 1) * tensor.element_size() if tensor.numel() else 0
+        self.begin, self.end = tensor.data_ptr(), tensor.data_ptr() + size
         self.label = label
-        self.writer = np.full(storage.nbytes(), -1, np.int64)
-        self.time = np.zeros(storage.nbytes(), np.int64)
+        self.writer = np.full(size, -1, np.int64)
+        self.time = np.zeros(size, np.int64)
 
 
 class Watch:

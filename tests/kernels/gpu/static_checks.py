@@ -1,18 +1,14 @@
 """The GPU kernels compiled for devices that are not here, and what their machine code tells."""
 
-from types import SimpleNamespace
-from typing import ClassVar
-
 import pytest
 import torch
 import triton
 from benchmarks import gpu_static
 from benchmarks.gpu_static import Config, compile_all, record
 from benchmarks.machine_code import TARGETS, Report, releases_partials
+from benchmarks.no_device import no_device
 
 import steadynorm as sn
-from steadynorm.kernels.gpu import plan as plans
-from steadynorm.kernels.gpu import prepared
 
 
 @pytest.fixture(scope="module")
@@ -77,50 +73,27 @@ def test_what_was_pinned():
 # Launches, by a driver that notes them ------------------------------------------------------------
 
 
-class Driver:
-    """Of a device that is not here: compiled kernels are loaded and launched in name alone."""
+class Launched(list):
+    """Every launch of this process since a test began: kernel, grid, arguments by name."""
 
-    launched: ClassVar[list] = []  # Triton keeps launchers, and so the list, from test to test
+    def note(self, *launch):
+        self.append(launch)
 
-    def __init__(self):
-        self.launched.clear()
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (1, 1, 32, 0, 1024),
-            get_device_properties=lambda _: {"max_shared_mem": 232448},
-        )
 
-    def launcher_cls(self, source, _):
-        """What launches one compiled kernel: notes its arguments by name."""
-        names, noted = source.fn.arg_names, self.launched
-
-        def launch(x, y, z, stream, function, *rest):
-            noted.append((source.fn.__name__, (x, y, z), dict(zip(names, rest[4:], strict=True))))
-
-        return launch
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _):
-        return 0
-
-    def get_current_target(self):
-        return TARGETS["sm_90"]
+LAUNCHED = Launched()  # Triton keeps launchers, and so what they note to, from test to test
 
 
 @pytest.fixture
-def driver(gpu, monkeypatch):
-    """Triton's driver, and the kernels for tensors in this machine's memory."""
-    noting = Driver()
-    monkeypatch.setattr(triton.runtime.driver, "_active", noting)
-    monkeypatch.setattr(plans, "raw_stream", lambda _: 0)
-    monkeypatch.setattr(prepared, "_kinds", {})
-    return noting
+def launched():
+    """What a driver that launches nothing was asked for, the kernels switched on."""
+    LAUNCHED.clear()
+    with no_device(LAUNCHED.note):
+        yield LAUNCHED
 
 
 @pytest.mark.parametrize("shape", [(8, 64, 16, 16), (2, 32, 7, 7)], ids=["in parts", "whole"])
 @pytest.mark.parametrize("policy", [sn.Batch(), sn.Steady(), sn.Ghost(1)], ids=str)
-def test_a_step_repeats_the_launches_of_the_first_with_its_own_addresses(driver, policy, shape):
+def test_a_step_repeats_the_launches_of_the_first_with_its_own_addresses(launched, policy, shape):
     layer = sn.BatchNorm2d(shape[1], activation="relu", statistics=policy)
     steps = []
     for _ in range(3):
@@ -132,11 +105,11 @@ def test_a_step_repeats_the_launches_of_the_first_with_its_own_addresses(driver,
         given |= dict(zip(("dx", "dresidual", "dweight", "dbias"), found, strict=True))
         given |= {"bias": layer.bias, "state": layer._buffers.get("gradient_memory")}
         given |= {n: getattr(layer, n) for n in ("running_mean", "running_var")}
-        steps.append(({k: t for k, t in given.items() if t is not None}, driver.launched[:]))
-        driver.launched.clear()
+        steps.append(({k: t for k, t in given.items() if t is not None}, launched[:]))
+        launched.clear()
     assert all(isinstance(launch[2]["x"], torch.Tensor) for launch in steps[0][1])
-    for given, launched in steps[1:]:
-        for (kernel, grid, arguments), first in zip(launched, steps[0][1], strict=True):
+    for given, noted in steps[1:]:
+        for (kernel, grid, arguments), first in zip(noted, steps[0][1], strict=True):
             assert (kernel, grid) == first[:2]
             for name, value in arguments.items():
                 before = first[2][name]
@@ -148,7 +121,7 @@ def test_a_step_repeats_the_launches_of_the_first_with_its_own_addresses(driver,
                     assert value == before, f"{kernel}: {name}"
 
 
-def test_an_address_that_is_not_aligned_is_left_to_triton(driver):
+def test_an_address_that_is_not_aligned_is_left_to_triton(launched):
     layer = sn.BatchNorm2d(32)
     layer(torch.randn(2, 32, 7, 7))
     x = torch.randn(2 * 32 * 49 + 1)[1:].view(2, 32, 7, 7)
@@ -156,18 +129,18 @@ def test_an_address_that_is_not_aligned_is_left_to_triton(driver):
     for _ in range(2):
         layer(x)
     layer(torch.randn(2, 32, 7, 7))
-    kinds = [type(launch[2]["x"]) for launch in driver.launched]
+    kinds = [type(launch[2]["x"]) for launch in launched]
     assert kinds == [torch.Tensor, torch.Tensor, torch.Tensor, int]
 
 
-def test_a_tensor_that_is_two_arguments_is_told_apart_in_the_next_call(driver):
+def test_a_tensor_that_is_two_arguments_is_told_apart_in_the_next_call(launched):
     layer = sn.BatchNorm2d(32, activation="relu")
     x, other = torch.randn(2, 2, 32, 7, 7)
     for residual in (x, x, other, other):
         layer(x, residual=residual)
-        _, _, arguments = driver.launched[-1]
+        _, _, arguments = launched[-1]
         for name, right in (("x", x), ("residual", residual)):
             value = arguments[name]
             found = value.data_ptr() if isinstance(value, torch.Tensor) else value
             assert found == right.data_ptr()
-    assert isinstance(driver.launched[-1][2]["x"], int)
+    assert isinstance(launched[-1][2]["x"], int)

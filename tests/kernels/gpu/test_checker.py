@@ -119,6 +119,7 @@ HELD = Case((6, 3, 20), mask="some", mean=3.0, activation="relu", residual=True)
 FAR = Case((64, 2, 16), mean=1e6, tile=(2, 16), split=1, spoil="first_far")
 FAULTS = [
     # (file, what stands there, what stands there instead, the case that must notice)
+    ("prepared", "ROWS + MAPS) * row", "ROWS) * row", PLAIN),
     ("tiles", "(columns < LV * VEC)[None, :]", "(columns <= LV * VEC)[None, :]", PLAIN),
     ("tiles", "(r < length)[:, None] &", "(r <= length)[:, None] &", ODD),
     ("tiles", 'sem="acq_rel"', 'sem="relaxed"', PLAIN),
@@ -179,7 +180,7 @@ def run(case, backend, name, monkeypatch):
     monkeypatch.setattr(theirs, "planned", cases.cut(case))
     monkeypatch.setattr(stages, "planned", cases.cut(case))
     monkeypatch.setattr(dispatch, "BACKENDS", (backend.GPU,))
-    for kept in ("_tickets", "tickets", "starts"):
+    for kept in ("_workspaces", "workspace", "starts"):
         monkeypatch.setattr(plans, kept, getattr(sys.modules[f"{name}.plan"], kept))
     check(case)
 

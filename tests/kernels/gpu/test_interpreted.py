@@ -1,6 +1,7 @@
 """The GPU kernels in the checked interpreter against float64: policies, options, hard inputs."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,27 +283,25 @@ def test_the_stages_are_the_references(groups, layout):
     torch.testing.assert_close(mapped, right, rtol=2e-6, atol=5e-6)
 
 
-def test_a_graph_capture_gets_tickets_of_its_own(monkeypatch):
-    device = torch.device("cuda", 0)
-    made = []
+def test_a_graph_capture_gets_a_workspace_of_its_own(monkeypatch):
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    capturing, made = [False], []
 
-    def zeros(number, dtype, device):
-        made.append(number)
-        return torch.empty(number, dtype=dtype, device="meta")
+    def fresh(device, *sizes):
+        made.append(sizes)
+        return plans.Workspace(None, None, sizes, (0, 0))
 
-    stream = type("Stream", (), {"cuda_stream": 7})
-    monkeypatch.setattr(torch, "zeros", zeros)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    capturing = [False]
+    monkeypatch.setattr(plans, "_made", fresh)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(plans, "_tickets", {})
-    one = plans.tickets(5, device)
-    assert plans.tickets(9, device) is one
-    stream.cuda_stream = 8
-    other = plans.tickets(5, device)
+    monkeypatch.setattr(plans, "_workspaces", {})
+    one = plans.workspace(x, 7, 5, 30)
+    assert plans.workspace(x, 7, 9, 20) is one
+    other = plans.workspace(x, 8, 5, 30)
     assert other is not one
     capturing[0] = True
-    assert plans.tickets(5, device) is not other
+    assert plans.workspace(x, 8, 5, 20) is not other
     capturing[0] = False
-    assert plans.tickets(5, device) is other
-    assert made == [4096, 4096, 5]
+    assert plans.workspace(x, 8, 5, 30) is other
+    assert plans.workspace(x, 8, 5000, 10).sizes == (5000, 30)
+    assert plans.workspace(x, 8, 5, 31).sizes == (5000, 31)
+    assert made == [(4096, 30), (4096, 30), (5, 20), (5000, 30), (5000, 31)]

@@ -1,7 +1,7 @@
 """The GPU kernels as a backend: policies decided in the kernel where they can be, else by stages.
 
-They serve only after `steadynorm.kernels.use("gpu")`: they have run on one card, and where tensors
-are small the host takes longer to launch them than PyTorch for its own operators (docs/gpu.md).
+They serve only after `steadynorm.kernels.use("gpu")`: they have run on one card, where the host
+took longer to launch them on small tensors than PyTorch for its own operators (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -48,11 +48,23 @@ class GpuKernels(ClosedForm):
 
     def supports(self, call: Call) -> str | None:
         """Plain tensors on a GPU, of types and a layout that the kernels take."""
-        if not (call.x.is_cuda or self.interpreted):  # first: CPU calls pass here too
+        if not (call.x.is_cuda or self.interpreted):  # asked first: CPU calls come here too
             return NOT_ON_A_GPU
         if not self.on:
             return NOT_SWITCHED_ON
-        return self.load() or self._unreadable(call) or self._unsupported(call)
+        if self.prepared is None and self.load() is not None:
+            return self.refusal
+        prepared = self.prepared
+        decidable = prepared is not None and prepared.decidable(call)
+        if decidable and call.mask is None and _is_strided(call):
+            known = prepared.KINDS.get(prepared.key_of(call))
+            if known is not None and _fits(call):
+                call.plan = known
+                return None
+        why = self._unreadable(call) or self._unsupported(call)
+        if why is None and decidable:
+            call.plan = prepared.kind_of(call)
+        return why
 
     def _unreadable(self, call: Call) -> str | None:
         """Whether every tensor is nothing but memory on the input's device."""
@@ -102,7 +114,7 @@ class GpuKernels(ClosedForm):
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """With the decision in the kernel where the policy alone takes it, else by stages."""
-        if not self.prepared.decidable(call):
+        if call.plan is None:
             return super().forward(call)
         result: tuple[Tensor, Packed] = self.prepared.forward(call)
         return result
@@ -121,6 +133,46 @@ class GpuKernels(ClosedForm):
             return super().unpack(saved)
         expanded: Saved = self.prepared.unpack(tensors, rest)
         return expanded
+
+
+def _is_strided(call: Call) -> bool:
+    """Whether input and residual have strides to ask for."""
+    strided, residual = torch.strided, call.residual
+    return call.x.layout is strided and (residual is None or residual.layout is strided)
+
+
+def _fits(call: Call) -> bool:
+    """Whether the tensors of a call of a known kind are memory that its kernels can use.
+
+    What the kind does not say: `_unreadable` and `_unsupported`, in the time that a small call has.
+    """
+    x, residual, batches = call.x, call.residual, call.num_batches_tracked
+    device = x.get_device()
+    if x.__class__ not in PLAIN or x.is_neg():
+        return False
+    if residual is not None and not (
+        residual.dtype is x.dtype
+        and residual.__class__ in PLAIN
+        and residual.get_device() == device
+        and not residual.is_neg()
+    ):
+        return False
+    for t in (call.weight, call.bias, call.running_mean, call.running_var):
+        if t is not None and not (
+            t.is_contiguous()
+            and t.__class__ in PLAIN
+            and t.get_device() == device
+            and not t.is_neg()
+        ):
+            return False
+    if call.running_var is not None and call.running_var.dtype is not torch.float32:
+        return False
+    return batches is None or (
+        batches.dtype is torch.int64
+        and batches.__class__ in PLAIN
+        and batches.get_device() == device
+        and not batches.is_neg()
+    )
 
 
 def _name(call: Call, tensor: Tensor) -> str:

@@ -200,30 +200,52 @@ raw_stream: Callable[[int], int] = getattr(
     lambda device: torch.cuda.current_stream(device).cuda_stream,
 )
 
-_tickets: dict[Any, Tensor] = {}
+
+class Workspace(NamedTuple):
+    """Memory that programs of one launch share, and no later launch reads."""
+
+    tickets: Tensor
+    """int32 zeros, and zeros again after every launch."""
+    partials: Tensor
+    """float32, uninitialized: what the programs of a reduction leave for the last one."""
+    sizes: tuple[int, int]
+    addresses: tuple[int, int]
 
 
-def tickets(number: int, device: torch.device) -> Tensor:
-    """Zeros, and zeros again after every launch; one tensor for each stream of a device.
+MOST_TICKETS = 4096
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
-    In a graph capture fresh ones: the graph may later run beside the stream it was captured on.
+
+def workspace(x: Tensor, stream: int, tickets: int, partials: int) -> Workspace:
+    """Of at least these sizes; one for each stream of a device, whose launches follow one another.
+
+    In a graph capture a fresh one: the graph may later run beside the stream it was captured on.
     """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(number, dtype=torch.int32, device=device)
-        stream = raw_stream(torch.cuda.current_device() if device.index is None
-                                   else device.index)  # fmt: skip
-    found = _tickets.get((device, stream))
-    if found is None or found.numel() < number:
-        with torch.inference_mode(False):
-            found = torch.zeros(max(number, 4096), dtype=torch.int32, device=device)
-        _tickets[device, stream] = found
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _made(x.device, tickets, partials)
+    key = x.device, stream
+    found = _workspaces.get(key)
+    if found is None or found.sizes[0] < tickets or found.sizes[1] < partials:
+        before = (MOST_TICKETS, 0) if found is None else found.sizes
+        with torch.inference_mode(False):  # kept: must serve outside of it, too
+            found = _made(x.device, max(tickets, before[0]), max(partials, before[1]))
+        _workspaces[key] = found
     return found
 
 
+def _made(device: torch.device, tickets: int, partials: int) -> Workspace:
+    zeros = torch.zeros(tickets, dtype=torch.int32, device=device)
+    fresh = torch.empty(partials, dtype=torch.float32, device=device)
+    return Workspace(zeros, fresh, (tickets, partials), (zeros.data_ptr(), fresh.data_ptr()))
+
+
+def stream_of(x: Tensor) -> int:
+    """The current stream of x's device; 0 where there is no device."""
+    return raw_stream(x.get_device()) if x.is_cuda else 0
+
+
 def alike(t: Tensor, x: Tensor) -> Tensor:
-    """`t` in x's type and layout; itself if it has both."""
+    """`t`, of x's shape, in x's type and layout; itself if it has both."""
     if t.dtype is x.dtype and t.stride() == x.stride() and not t.is_neg():
         return t
     return torch.empty_like(x).copy_(t)

@@ -30,16 +30,11 @@ from . import plan as plans
 from . import policies, replay, visit
 from .plan import alike
 from .policies import ROWS
-from .replay import Replay
-from .stages import (
-    KEPT,
-    Read,
-    new_rows,
-    parts_and_tickets,
-    plan_of,
-    run_apply,
-    run_moments,
-)
+from .replay import ALIGNED, Replay, is_current
+from .stages import KEPT, Read, partial_values, plan_of, run_apply, run_moments
+
+FLOAT, MAPS = 4, 2
+"""Bytes of a value of the rows; rows of the backward's map, slope and constant."""
 
 NAMES: dict[type[Policy], str] = {
     Batch: "batch", Ghost: "batch", Steady: "steady", Running: "running", Renorm: "renorm",
@@ -48,43 +43,79 @@ NAMES: dict[type[Policy], str] = {
 
 
 class Kind:
-    """What calls have in common that differ in nothing but values and addresses."""
+    """What calls have in common that differ in nothing but values and addresses.
+
+    A forward keeps one tensor for its backward, of x's type: the rows that policies.py names, two
+    more for the map of the backward, then the sign bits where they serve.
+    """
 
     def __init__(self, call: Call) -> None:
         x, residual = call.x, call.residual
-        self.plan = plan_of(x, call.groups)
+        self.plan = p = plan_of(x, call.groups)
         self.groups: Groups = call.groups
-        self.starts = plans.starts(self.plan.groups, x.device)
+        self.starts = plans.starts(p.groups, x.device)
         self.eps, self.activation = call.eps, call.activation
         self.residual_dtype = None if residual is None else residual.dtype
+        self.copies_residual = residual is not None and residual.stride() != x.stride()
         self.measured = not call.by_running
         """Whether gradient flows through the statistics."""
         self.kept = Keep.needed(call.activation, residual=residual is not None, compiled=True)
         self.decision = None if call.by_running else _decision(call)
-        self.forward: Replay | None = None
+        row = len(call.groups or (0,)) * x.shape[1]
+        self.maps_at = ROWS * row * FLOAT
+        self.signs_at = -(-(ROWS + MAPS) * row * FLOAT // ALIGNED) * ALIGNED
+        self.sign_bytes = p.sign_bytes if self.kept is Keep.SIGNS else 0
+        self.values = -(-(self.signs_at + self.sign_bytes) // x.element_size())
+        self.shape = (len(call.groups or (0,)), x.shape[1])
+        self.tickets, self.partials = self._workspace(x)
+        """What a reduction of the forward needs; no tickets where no program waits for others."""
+        self.partials_of_backward = partial_values(x, p, 2)
+        self.forward: list[Replay | None] = [None, None]  # without and with a backward to follow
         self.backward: dict[Any, Replay | None] = {}
 
+    def _workspace(self, x: Tensor) -> tuple[int, int]:
+        if self.decision is None:
+            return 0, 0
+        if self.plan.whole:  # one program waits for the others where these may read what it moves
+            waits = self.decision.constants["COUNTS"] or self.decision.constants["FIRST"]
+            return int(waits), 0
+        return (0, 0) if self.plan.alone else (self.plan.blocks, partial_values(x, self.plan, 4))
 
-_kinds: dict[Any, Kind] = {}
+    def parts(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows (ROWS, G, C), the map's rows (2, G, C) and the sign bits of what a forward keeps."""
+        raw = kept.view(torch.uint8)
+        rows = raw[: self.maps_at].view(torch.float32).view(ROWS, *self.shape)
+        maps = raw[self.maps_at :][: self.maps_at // ROWS * MAPS].view(torch.float32)
+        signs = raw[self.signs_at :][: self.sign_bytes] if self.sign_bytes else None
+        return rows, maps.view(MAPS, *self.shape), signs
+
+
+KINDS: dict[Any, Kind] = {}
+"""By `key_of`."""
 MOST_KINDS = 4096
+
+
+def key_of(call: Call) -> tuple[Any, ...]:
+    """What tells a call's kind."""
+    x, residual = call.x, call.residual
+    weight, bias, mean, memory = call.weight, call.bias, call.running_mean, call.memory
+    return (
+        x.shape, x.stride(), x.dtype, x.device, call.groups, call.policy, call.activation,
+        call.momentum, call.eps, None if residual is None else residual.stride(),
+        call.mask is None, None if mean is None else mean.dtype, call.num_batches_tracked is None,
+        None if weight is None else weight.dtype, None if bias is None else bias.dtype,
+        None if memory is None else memory.state.dtype,
+    )  # fmt: skip
 
 
 def kind_of(call: Call) -> Kind:
     """The kind of a call that the backend supports."""
-    x, residual, mask = call.x, call.residual, call.mask
-    weight, bias, memory = call.weight, call.bias, call.memory
-    key = (
-        x.shape, x.stride(), x.dtype, x.device, call.groups, call.policy, call.activation,
-        call.momentum, call.eps, call.gradient, None if residual is None else residual.stride(),
-        mask is None, call.running_mean is None, call.num_batches_tracked is None,
-        None if weight is None else weight.dtype, None if bias is None else bias.dtype,
-        None if memory is None else memory.state.dtype,
-    )  # fmt: skip
-    found = _kinds.get(key)
+    key = key_of(call)
+    found = KINDS.get(key)
     if found is None:
-        if len(_kinds) >= MOST_KINDS:
-            _kinds.clear()
-        found = _kinds[key] = Kind(call)
+        if len(KINDS) >= MOST_KINDS:
+            KINDS.clear()
+        found = KINDS[key] = Kind(call)
     return found
 
 
@@ -141,41 +172,56 @@ def _decision(call: Call) -> _Decision:
 
 def forward(call: Call) -> tuple[Tensor, Packed]:
     """y, and what the backward needs; a training call moves the running statistics."""
-    kind, x = kind_of(call), call.x
-    residual = None if call.residual is None else alike(call.residual, x)
-    mask = None if call.mask is None else call.mask.contiguous()
-    p, y = kind.plan, torch.empty_like(x)
-    signs = None
-    if kind.kept is Keep.SIGNS and call.gradient:
-        signs = torch.empty(kind.plan.sign_bytes, dtype=torch.uint8, device=x.device)
-    keeps = call.gradient or kind.measured
-    rows = new_rows(x, ROWS, call.groups) if keeps else None
-    running = (call.running_mean, call.running_var, call.num_batches_tracked)
-    parts = tickets = None
+    kind, x, residual, mask = call.plan, call.x, call.residual, call.mask
+    if kind.copies_residual and residual is not None:
+        residual = alike(residual, x)
+    if mask is not None:
+        mask = mask.contiguous()
+    gradient = call.gradient
+    y = torch.empty_like(x)
+    kept = x.new_empty(kind.values) if gradient or kind.measured else None
+    weight, bias, mean, var = call.weight, call.bias, call.running_mean, call.running_var
+    batches, stream, space = call.num_batches_tracked, plans.stream_of(x), None
+    if kind.tickets:
+        space = plans.workspace(x, stream, kind.tickets, kind.partials)
+    again = kind.forward[gradient]
+    # Written out: a loop over the tensors takes 0.8 µs more.
+    if again is None or not (is_current(x) and again(stream, (
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(),
+        0 if mask is None else mask.data_ptr(), y.data_ptr(),
+        0 if kept is None else kept.data_ptr() + kind.signs_at,
+        0 if kind.starts is None else kind.starts.data_ptr(),
+        *((0, 0) if space is None else space.addresses),
+        0 if kept is None else kept.data_ptr(),
+        0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        0 if mean is None else mean.data_ptr(), 0 if var is None else var.data_ptr(),
+        0 if batches is None else batches.data_ptr(),
+    ))):  # fmt: skip
+        rows, _, signs = (None,) * 3 if kept is None else kind.parts(kept)
+        tensors = (
+            x, residual, mask, y, signs if gradient else None, kind.starts,
+            *((None, None) if space is None else space[:2]), rows, weight, bias, mean, var, batches,
+        )  # fmt: skip
+        if again is None:
+            kind.forward[gradient] = replay.note(tensors, _launch_forward, kind, *tensors)
+        else:
+            _launch_forward(kind, *tensors)
     if kind.measured:
-        parts, tickets = parts_and_tickets(x, p, 4)
-        if p.whole:
-            tickets = plans.tickets(1, x.device)
-    tensors = (
-        x, residual, mask, y, signs, kind.starts, parts, tickets, rows, call.weight, call.bias,
-        *running,
-    )  # fmt: skip
-    kind.forward = replay.run(kind.forward, tensors, x, _launch_forward, kind, *tensors)
-    if kind.measured:
-        torch.autograd.graph.increment_version([t for t in running if t is not None])
+        if mean is not None and var is not None:
+            written = (mean, var) if batches is None else (mean, var, batches)
+            torch.autograd.graph.increment_version(written)
         if call.memory is not None and call.policy is not None:
             call.memory.rate = call.policy.gradient_rate(x.shape[0])
-    kept = kind.kept
     saved = (
-        x, call.weight, call.bias, residual if kept is Keep.REBUILT else None, mask,
-        y if kept is Keep.OUTPUT else None, signs, rows,
+        x, weight, bias, residual if kind.kept is Keep.REBUILT else None, mask,
+        y if kind.kept is Keep.OUTPUT else None, kept,
     )  # fmt: skip
     return y, (saved, Rest(kind, call.memory))
 
 
 def _launch_forward(
     kind: Kind, x: Tensor, residual: Tensor | None, mask: Tensor | None, y: Tensor,
-    signs: Tensor | None, starts: Tensor | None, parts: Tensor | None, tickets: Tensor | None,
+    signs: Tensor | None, starts: Tensor | None, tickets: Tensor | None, parts: Tensor | None,
     rows: Tensor | None, *parameters: Tensor | None,
 ) -> None:  # fmt: skip
     p, fixed = kind.plan, kind.decision is None
@@ -197,38 +243,50 @@ def _launch_forward(
 
 def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
     """The gradients, all work per channel inside the kernels."""
-    (x, weight, bias, residual, mask, y, signs, rows), (kind, memory) = saved
+    (x, weight, bias, residual, mask, y, kept), (kind, memory) = saved
     need_x, need_weight, need_bias, need_residual = needs
-    p, groups, activation = kind.plan, kind.groups, kind.activation
-    grad = alike(grad, x)
+    p, grad = kind.plan, alike(grad, x)
     through = need_x and kind.measured
     whole, sums = through and p.whole, through or need_weight or need_bias
     dx = torch.empty_like(x) if need_x else None
-    dresidual = torch.empty_like(x) if need_residual and activation is not None else None
+    dresidual = torch.empty_like(x) if need_residual and kind.activation is not None else None
     dweight = torch.empty_like(weight) if need_weight else None
     dbias = torch.empty_like(bias) if need_bias else None
     before, state, rate, first = _memory(memory if through else None)
-    parts = tickets = maps = None
+    stream, space, extra = plans.stream_of(x), None, y if residual is None else residual
     if sums and not whole:
-        parts, tickets = parts_and_tickets(x, p, 2, backward=True)
-        maps = new_rows(x, 2, groups) if through else None
-    tensors = (
-        grad, x, y if residual is None else residual, signs, mask, dx, dresidual, kind.starts,
-        parts, tickets, rows, maps, dweight, dbias, before, state,
-    )  # fmt: skip
-    key = (needs, first, rate)
-    kind.backward[key] = replay.run(
-        kind.backward.get(key), tensors, x, _launch_backward, kind, whole, sums, first, rate,
-        *tensors,
-    )  # fmt: skip
-    same = need_residual and activation is None
+        space = plans.workspace(x, stream, p.blocks, kind.partials_of_backward)
+    first_kept, has_maps = kept.data_ptr(), through and not whole
+    key = needs if memory is None else (needs, first, rate)
+    again = kind.backward.get(key)
+    if again is None or not (is_current(x) and again(stream, (
+        grad.data_ptr(), x.data_ptr(), 0 if extra is None else extra.data_ptr(),
+        first_kept + kind.signs_at, 0 if mask is None else mask.data_ptr(),
+        0 if dx is None else dx.data_ptr(), 0 if dresidual is None else dresidual.data_ptr(),
+        0 if kind.starts is None else kind.starts.data_ptr(),
+        *((0, 0) if space is None else space.addresses), first_kept, first_kept + kind.maps_at,
+        0 if dweight is None else dweight.data_ptr(), 0 if dbias is None else dbias.data_ptr(),
+        0 if before is None else before.data_ptr(), 0 if state is None else state.data_ptr(),
+    ))):  # fmt: skip
+        rows, maps, signs = kind.parts(kept)
+        tensors = (
+            grad, x, extra, signs, mask, dx, dresidual, kind.starts,
+            *((None, None) if space is None else space[:2]), rows, maps if has_maps else None,
+            dweight, dbias, before, state,
+        )  # fmt: skip
+        launches = (kind, whole, sums, first, rate, *tensors)
+        if again is None:
+            kind.backward[key] = replay.note(tensors, _launch_backward, *launches)
+        else:
+            _launch_backward(*launches)
+    same = need_residual and kind.activation is None
     return dx, dweight, dbias, grad if same else dresidual
 
 
 def _launch_backward(
     kind: Kind, whole: bool, sums: bool, first: bool, rate: float, grad: Tensor, x: Tensor,
     extra: Tensor | None, signs: Tensor | None, mask: Tensor | None, dx: Tensor | None,
-    dresidual: Tensor | None, starts: Tensor | None, parts: Tensor | None, tickets: Tensor | None,
+    dresidual: Tensor | None, starts: Tensor | None, tickets: Tensor | None, parts: Tensor | None,
     rows: Tensor, maps: Tensor | None, *results: Tensor | None,
 ) -> None:  # fmt: skip
     p = kind.plan
@@ -258,8 +316,9 @@ def _memory(memory: Memory | None) -> tuple[Tensor | None, Tensor | None, float,
 
 def unpack(tensors: Any, rest: Rest) -> Saved:
     """What a forward left, as the stages leave it."""
-    x, weight, bias, residual, mask, y, signs, rows = tensors
+    x, weight, bias, residual, mask, y, kept = tensors
     kind = rest.kind
+    rows, _, signs = kind.parts(kept)
     rows = rows if kind.groups is not None else rows[:, 0]
 
     def row(k: Any) -> Tensor:

@@ -1,21 +1,21 @@
 """Launches, noted when a kind of call first runs and repeated with other addresses.
 
-At every launch Triton decides anew what each of some forty arguments is: 28 µs of a processor at
-3 GHz, four times a training step, longer than the kernels run. Calls of one kind differ in
-addresses alone, and a compiled kernel takes these as integers.
+At every launch Triton decides anew what each of some forty arguments is, which takes the host
+twenty times as long as to repeat the launch (benchmarks/host_time.py), and longer than small
+kernels run. Calls of one kind differ in addresses alone, which compiled kernels take as integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from operator import itemgetter
+from functools import reduce
+from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import plan as plans
 from .plan import Plan
 
 ALIGNED = 16
@@ -48,16 +48,15 @@ def launch(kernel: Any, p: Plan, x: Tensor, *arguments: Any, **constants: Any) -
 
 
 class Replay:
-    """The launches of one kind of call.
+    """The launches of one kind of call, with the addresses of its tensors left open.
 
-    `tensors` are all that a launch reads or writes, in the same order at every call; which of them
-    are None, their types and their strides are the kind's.
+    `tensors` are all that the launches read or write, in the same order at every call; which of
+    them are None, their types and their strides are the kind's.
     """
 
     def __init__(self, noted: list[_Noted], tensors: Sequence[Tensor | None]) -> None:
-        self.present = [k for k, t in enumerate(tensors) if t is not None]
-        place = {id(tensors[k]): n for n, k in enumerate(self.present)}
-        self.constants: list[Any] = []
+        place = {id(t): k for k, t in enumerate(tensors) if t is not None}
+        constants: list[Any] = []
         self.launches: list[tuple[Any, ...]] = []
         for compiled, grid, arguments in noted:
             picked = []
@@ -65,50 +64,39 @@ class Replay:
                 if isinstance(value, Tensor):
                     picked.append(place[id(value)])
                 else:
-                    picked.append(len(self.present) + len(self.constants))
-                    self.constants.append(value)
+                    picked.append(len(tensors) + len(constants))
+                    constants.append(value)
             run, pick = compiled.run, itemgetter(*picked)  # reading `run` loads `function`
             self.launches.append((run, grid, compiled.function, compiled.packed_metadata, pick))
+        self.constants = tuple(constants)
 
-    def __call__(self, tensors: Sequence[Tensor | None], device: int) -> bool:
-        """Launch; False, and nothing done, where an address is not aligned."""
-        pool: list[Any] = [tensors[k].data_ptr() for k in self.present]  # type: ignore[union-attr]
-        low = 0
-        for address in pool:
-            low |= address
-        if low % ALIGNED:
+    def __call__(self, stream: int, addresses: tuple[int, ...]) -> bool:
+        """Launch; False, and nothing done, where an address is not aligned. 0 is no tensor."""
+        if reduce(or_, addresses) % ALIGNED:
             return False
-        pool += self.constants
-        stream = plans.raw_stream(device)
-        for run, grid, function, metadata, pick in self.launches:
-            run(*grid, stream, function, metadata, None, None, None, *pick(pool))
+        values = addresses + self.constants
+        for run, (x, y, z), function, metadata, pick in self.launches:
+            run(x, y, z, stream, function, metadata, None, None, None, *pick(values))
         return True
 
 
-def run(
-    replay: Replay | None,
-    tensors: Sequence[Tensor | None],
-    x: Tensor,
-    launches: Callable[..., None],
-    *arguments: Any,
+def note(
+    tensors: Sequence[Tensor | None], launches: Callable[..., None], *arguments: Any
 ) -> Replay | None:
-    """Repeat what was noted, or call `launches(*arguments)` and note. Returns what to repeat."""
-    device = x.get_device()
-    if (
-        replay is not None
-        and (device < 0 or device == torch.cuda.current_device())
-        and replay(tensors, device)
-    ):
-        return replay
+    """Call `launches(*arguments)`. Returns how to repeat it, if it can be repeated."""
     noted: list[_Noted] = []
     token = _noted.set(noted)
     try:
         launches(*arguments)
     finally:
         _noted.reset(token)
-    if replay is None and noted and _can_be_noted([t for t in tensors if t is not None]):
-        return Replay(noted, tensors)
-    return replay
+    can = noted and _can_be_noted([t for t in tensors if t is not None])
+    return Replay(noted, tensors) if can else None
+
+
+def is_current(x: Tensor) -> bool:
+    """Whether x lies on the current device, to which launches are made."""
+    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 
 
 def _can_be_noted(tensors: list[Tensor]) -> bool:

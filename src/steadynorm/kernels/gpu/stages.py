@@ -5,12 +5,13 @@ Each is one launch. `prepared.py` has calls whose policy is decided inside the r
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.reference.gradient_sources import GradientSources, Kept
 from steadynorm.kernels.spec import Groups, Keep
 from steadynorm.statistics.moments import Moments
 
@@ -18,6 +19,9 @@ from . import backward, forward, replay
 from . import plan as plans
 from .plan import Plan, alike
 from .policies import COUNT, ROWS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 KEPT = {
     Keep.NOTHING: None,
@@ -68,16 +72,22 @@ def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(flat, 0, x.shape, x.stride())
 
 
-def parts_and_tickets(
-    x: Tensor, p: Plan, number: int, *, backward: bool = False
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the programs of a reduction leave, `number` values each, and how the last one is told.
+def partial_values(x: Tensor, p: Plan, number: int) -> int:
+    """How many values the programs of a reduction leave, `number` each for a channel."""
+    return number * p.parts * len(p.groups or (0,)) * x.shape[1]
 
-    None where a channel has one program alone; the backward does not look.
-    """
-    if p.alone and not backward:
-        return None, None
-    return new_rows(x, number * p.parts, p.groups), plans.tickets(p.blocks, x.device)
+
+def workspace_for(x: Tensor, p: Plan, number: int) -> tuple[Tensor, Tensor]:
+    """Partials of `number` values a program, and the tickets that tell the last program."""
+    space = plans.workspace(x, plans.stream_of(x), p.blocks, partial_values(x, p, number))
+    return space.partials, space.tickets
+
+
+def laid_out(t: Tensor, x: Tensor, name: str) -> Tensor:
+    """`t` in x's type and layout, if it has x's shape."""
+    if t.shape != x.shape:
+        raise ValueError(f"`{name}` must have x's shape {tuple(x.shape)}; got {tuple(t.shape)}.")
+    return alike(t, x)
 
 
 def run_moments(
@@ -97,7 +107,7 @@ def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> 
     rows = new_rows(x, ROWS, groups)
     p = plan_of(x, groups)
     mask = None if mask is None else mask.contiguous()
-    scratch = parts_and_tickets(x, p, 4)
+    scratch = (None, None) if p.alone else workspace_for(x, p, 4)
     starts = plans.starts(p.groups, x.device)
     run_moments(
         x, p, *scratch, starts, rows, mask, None, None, None, None, None, 1.0, 0.0, 0.0, -1.0
@@ -137,7 +147,7 @@ def apply(
 ) -> Tensor:
     """`activation((x - center)·scale + shift + residual)`; the sign bits into `signs`."""
     y, rows = torch.empty_like(x), stacked(x, center, scale, shift)
-    residual = None if residual is None else alike(residual, x)
+    residual = None if residual is None else laid_out(residual, x, "residual")
     p, nothing = plan_of(x, groups), (None,) * 5
     starts = plans.starts(p.groups, x.device)
     run_apply(x, p, y, starts, rows, residual, activation, signs, *nothing, 1.0)
@@ -163,21 +173,13 @@ class Read(NamedTuple):
     kept: str | None
 
     @classmethod
-    def of(
-        cls, grad: Tensor, x: Tensor, *, y: Tensor | None, residual: Tensor | None,
-        signs: Tensor | None, activation: str | None, groups: Groups,
-    ) -> Read:  # fmt: skip
-        """From what a forward kept; what is laid out otherwise than x is copied."""
-        p = plan_of(x, groups)
-        kept = (
-            None if activation is None
-            else "signs" if signs is not None
-            else "rebuilt" if y is None
-            else "output"
-        )  # fmt: skip
-        extra = {"output": y, "rebuilt": residual}.get(kept or "")
-        tensors = (alike(grad, x), x, None if extra is None else alike(extra, x), signs)
-        return cls(x, p, tensors, plans.starts(p.groups, x.device), activation, kept)
+    def of(cls, sources: GradientSources, x: Tensor) -> Read:
+        """What a stage was given, as arguments of the kernels."""
+        p = plan_of(x, sources.groups)
+        extra = sources.y if sources.residual is None else sources.residual
+        tensors = (sources.grad, x, extra, sources.signs)
+        starts = plans.starts(p.groups, x.device)
+        return cls(x, p, tensors, starts, sources.activation, KEPT[sources.keep])
 
     def constants(self) -> dict[str, Any]:
         """ACT, KEPT and the tile's."""
@@ -211,22 +213,12 @@ class Read(NamedTuple):
 
 
 def reduce_grad(
-    grad: Tensor,
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    y: Tensor | None = None,
-    residual: Tensor | None = None,
-    signs: Tensor | None = None,
-    activation: str | None = None,
-    groups: Groups = None,
+    grad: Tensor, x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, **kept: Unpack[Kept]
 ) -> tuple[Tensor, ...]:
     """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
-    kept: Any = {"y": y, "residual": residual, "signs": signs}
-    read = Read.of(grad, x, **kept, activation=activation, groups=groups)
-    sums, scratch = new_rows(x, 2, groups), parts_and_tickets(x, read.p, 2, backward=True)
+    sources = GradientSources.of(laid_out, grad, x, **kept)
+    read, groups = Read.of(sources, x), sources.groups
+    sums, scratch = new_rows(x, 2, groups), workspace_for(x, read.p, 2)
     read.reduce(*scratch, stacked(x, center, scale, shift), sums, *(None,) * 5, 0.0)
     return tuple(sums.unbind() if groups is not None else sums[:, 0].unbind())
 
@@ -240,20 +232,15 @@ def apply_grad(
     slope: Tensor,
     constant: Tensor,
     *,
-    y: Tensor | None = None,
-    residual: Tensor | None = None,
-    signs: Tensor | None = None,
-    activation: str | None = None,
     mask: Tensor | None = None,
-    groups: Groups = None,
     want_residual: bool = False,
+    **kept: Unpack[Kept],
 ) -> tuple[Tensor, Tensor | None]:
     """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted."""
-    kept: Any = {"y": y, "residual": residual, "signs": signs}
-    read = Read.of(grad, x, **kept, activation=activation, groups=groups)
+    sources = GradientSources.of(laid_out, grad, x, **kept)
     rows, maps = stacked(x, center, scale, shift), stacked(x, slope, constant)
-    dx, own = torch.empty_like(x), want_residual and activation is not None
-    dresidual = torch.empty_like(x) if own else None
+    dx, writes = torch.empty_like(x), sources.is_written(want_residual)
+    dresidual = torch.empty_like(x) if writes else None
     mask = None if mask is None else mask.contiguous()
-    read.map(rows, maps, mask, dx, dresidual)
-    return dx, dresidual if own or not want_residual else grad
+    Read.of(sources, x).map(rows, maps, mask, dx, dresidual)
+    return dx, dresidual if writes or not want_residual else grad
