@@ -96,7 +96,7 @@ def record(config: Config) -> list[Launch]:
     """What the host launches for a call and its backward."""
     launched: list[Launch] = []
 
-    def launch(kernel: Any, p: Any, x: Any, *arguments: Any, **constants: Any) -> None:
+    def launch(kernel: Any, plan: Any, x: Any, *arguments: Any, **constants: Any) -> None:
         launched.append(Launch(kernel, arguments, constants))
 
     n, c, *sizes = config.shape

@@ -74,9 +74,9 @@ def launches() -> dict[str, Call]:
     noted: list[Call] = []
     launch = replay.launch
 
-    def noting(kernel: Any, p: Any, x: Any, *arguments: Any, **constants: Any) -> None:
-        noted.append(lambda: kernel[p.grid](*arguments, **constants))
-        launch(kernel, p, x, *arguments, **constants)
+    def noting(kernel: Any, plan: Any, x: Any, *arguments: Any, **constants: Any) -> None:
+        noted.append(lambda: kernel[plan.grid](*arguments, **constants))
+        launch(kernel, plan, x, *arguments, **constants)
 
     with mock.patch.object(replay, "launch", noting):
         ours(PARTS)

@@ -169,15 +169,21 @@ def test_tiles_cover_the_input(shape, itemsize):
     for last in (False, True):
         like = torch.empty(shape, device="meta")
         like = like.movedim(1, -1).contiguous().movedim(-1, 1) if last else like
-        p = plans.plan(like.shape, like.stride(), itemsize, None, 132)
-        across = p.blocks * p.B if p.last else p.SQ * p.B
-        assert across >= p.columns > across - p.B * (1 if p.last else p.SQ)
-        assert p.rows <= p.RB * p.A
-        assert 1 <= p.SR <= p.RB
-        assert p.columns % p.VEC == 0
-        assert p.VEC * itemsize <= 16
-        assert p.A * p.B <= 16384
-        assert p.sign_bytes * 8 >= like.numel()
+        plan = plans.plan(like.shape, like.stride(), itemsize, None, 132)
+        across = (
+            plan.blocks * plan.tile_columns if plan.last else plan.column_splits * plan.tile_columns
+        )
+        assert (
+            across
+            >= plan.columns
+            > across - plan.tile_columns * (1 if plan.last else plan.column_splits)
+        )
+        assert plan.rows <= plan.row_blocks * plan.tile_rows
+        assert 1 <= plan.row_splits <= plan.row_blocks
+        assert plan.columns % plan.VEC == 0
+        assert plan.VEC * itemsize <= 16
+        assert plan.tile_rows * plan.tile_columns <= 16384
+        assert plan.sign_bytes * 8 >= like.numel()
 
 
 def test_a_grid_that_no_device_has():

@@ -244,9 +244,11 @@ def check_cost(case: Case, step: Step, tensors: Tensors) -> None:
     size = tensors.x.numel() * tensors.x.element_size()
     bits = 0
     if kept is Keep.SIGNS:
-        p = step.plan
-        row_blocks = sum(-(-rows // p.A) for rows in p.groups or (p.rows,))
-        bits = row_blocks * p.blocks * p.SQ * p.A * p.B // 8
+        plan = step.plan
+        row_blocks = sum(-(-rows // plan.tile_rows) for rows in plan.groups or (plan.rows,))
+        bits = (
+            row_blocks * plan.blocks * plan.column_splits * plan.tile_rows * plan.tile_columns // 8
+        )
     forward = {"x": (2, 0), "y": (0, 1), "residual": (1, 0), "signs": (0, 1)}
     backward = {"x": (2, 0), "grad": (2, 0), "dx": (0, 1), "dresidual": (0, 1), "signs": (2, 0)}
     backward |= {"residual": (2, 0), "extra": (2, 0)}  # where z is rebuilt, or y read

@@ -58,7 +58,7 @@ def test_a_launch_is_specialized_as_triton_does():
     assert [launch.name for launch in launches] == ["moments", "apply", "reduce_grad", "apply_grad"]
     apply = launches[1]
     assert apply.signature["x"] == "*bf16"
-    assert apply.constants["SQ"] == 1
+    assert apply.constants["column_splits"] == 1
     assert "signs" not in apply.aligned
     assert "x" in apply.aligned
     assert apply.options == {"num_warps": 8, "enable_fp_fusion": False}

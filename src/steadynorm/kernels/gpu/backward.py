@@ -22,37 +22,43 @@ from .tiles import (
 
 
 @triton.jit
-def before_activation(grad, x, extra, signs, at, ok, center, scale, shift, row_block, block, part,
-                      g, RB, SQ, A: tl.constexpr, B: tl.constexpr, FOUR: tl.constexpr,
-                      ACT: tl.constexpr, KEPT: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+def before_activation(grad, x, extra, signs, offsets, in_bounds, center, scale, shift, row_block,
+                      block, part, group, row_blocks, column_splits, TILE_ROWS: tl.constexpr,
+                      TILE_COLUMNS: tl.constexpr, FOUR: tl.constexpr, ACT: tl.constexpr,
+                      KEPT: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
     """The gradient at z, and x - center.
 
     KEPT, what its derivative is taken from: "signs"; "output", which is `extra`; "rebuilt", from x,
     and from the residual `extra` where there is one; None for no activation.
     """
-    d = tl.load(grad + at, mask=ok, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    v = tl.load(x + at, mask=ok, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    centered = v - center[None, :]
+    g = tl.load(grad + offsets, mask=in_bounds, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    values = tl.load(x + offsets, mask=in_bounds, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    centered = values - center[None, :]
     if KEPT == "signs":
-        to = bits_at(signs, row_block, block, tl.num_programs(0), part, g, RB, SQ, A, B, FOUR)
-        d = tl.where(spread_bits(tl.load(to), A, B, FOUR), d, 0.0)
+        sign_places = bits_at(
+            signs, row_block, block, tl.num_programs(0), part, group, row_blocks, column_splits,
+            TILE_ROWS, TILE_COLUMNS, FOUR,
+        )  # fmt: skip
+        g = tl.where(spread_bits(tl.load(sign_places), TILE_ROWS, TILE_COLUMNS, FOUR), g, 0.0)
     if KEPT == "output":
-        y = tl.load(extra + at, mask=ok, other=0.0, eviction_policy=EVICT).to(tl.float32)
-        d = tl.where(ok, through(d, y, ACT), 0.0)
+        y = tl.load(extra + offsets, mask=in_bounds, other=0.0, eviction_policy=EVICT)
+        y = y.to(tl.float32)
+        g = tl.where(in_bounds, through(g, y, ACT), 0.0)
     if KEPT == "rebuilt":
         z = tl.fma(centered, scale[None, :], shift[None, :])
         if extra is not None:
-            added = tl.load(extra + at, mask=ok, other=0.0, eviction_policy=EVICT)
+            added = tl.load(extra + offsets, mask=in_bounds, other=0.0, eviction_policy=EVICT)
             z += added.to(tl.float32)
-        d = tl.where(ok, through(d, z, ACT), 0.0)  # z there may be infinite
-    return d, centered
+        g = tl.where(in_bounds, through(g, z, ACT), 0.0)  # z there may be infinite
+    return g, centered
 
 
 @triton.jit(do_not_specialize_on_alignment=["signs"])
-def reduce_grad(grad, x, extra, signs, starts, parts, tickets, rows, sums, maps, dweight, dbias,
-                before, state, rate, N, C, LV, SR, SQ, RB, A: tl.constexpr, B: tl.constexpr,
-                WIDTH: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr, BIG: tl.constexpr,
-                FOUR: tl.constexpr, UNROLL: tl.constexpr, SP: tl.constexpr, ACT: tl.constexpr,
+def reduce_grad(grad, x, extra, signs, starts, partials, tickets, rows, sums, maps, dweight, dbias,
+                before, state, rate, N, C, vectors, row_splits, column_splits, row_blocks,
+                TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+                VEC: tl.constexpr, LAST: tl.constexpr, BIG: tl.constexpr, FOUR: tl.constexpr,
+                UNROLL: tl.constexpr, PARTS_AT_ONCE: tl.constexpr, ACT: tl.constexpr,
                 KEPT: tl.constexpr, FIRST: tl.constexpr = True):  # fmt: skip
     """Σg and Σg·(x - center) of every group, into `sums` (2, G, C) where given.
 
@@ -61,48 +67,58 @@ def reduce_grad(grad, x, extra, signs, starts, parts, tickets, rows, sums, maps,
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
-    group = tl.program_id(2)
-    G = tl.num_programs(2)
-    S = SR * SQ
-    begin, length = span_of(starts, N, group)
+    own_group = tl.program_id(2)
+    groups = tl.num_programs(2)
+    parts = row_splits * column_splits
+    begin, length = span_of(starts, N, own_group)
     c = channels_of(block, WIDTH)
     inside = c < C
-    center = tl.load(row(rows, CENTER, group, G, c, C), mask=inside, other=0.0)
-    scale = tl.load(row(rows, SCALE, group, G, c, C), mask=inside, other=0.0)
-    shift = tl.load(row(rows, SHIFT, group, G, c, C), mask=inside, other=0.0)
-    columns = columns_of(block, part, SQ, B, LAST)
-    total = tl.zeros((A, B), tl.float32)
-    moved = tl.zeros((A, B), tl.float32)
-    for i in tl.range(0, turns_of(length, part, SR, SQ, A), loop_unroll_factor=UNROLL):
-        row_block = (part // SQ) + i * SR
-        r = row_block * A + tl.arange(0, A)
-        at, n, ok = tile_at(begin, length, r, columns, block, C, LV, VEC, LAST, BIG)
-        d, centered = before_activation(
-            grad, x, extra, signs, at, ok, center, scale, shift, row_block, block, part, group, RB,
-            SQ, A, B, FOUR, ACT, KEPT, "",
+    center = tl.load(row(rows, CENTER, own_group, groups, c, C), mask=inside, other=0.0)
+    scale = tl.load(row(rows, SCALE, own_group, groups, c, C), mask=inside, other=0.0)
+    shift = tl.load(row(rows, SHIFT, own_group, groups, c, C), mask=inside, other=0.0)
+    columns = columns_of(block, part, column_splits, TILE_COLUMNS, LAST)
+    lane_grad = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
+    lane_grad_x = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
+    for i in tl.range(
+        0, turns_of(length, part, row_splits, column_splits, TILE_ROWS), loop_unroll_factor=UNROLL
+    ):
+        row_block = (part // column_splits) + i * row_splits
+        group_rows = row_block * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        offsets, all_rows, in_bounds = tile_at(
+            begin, length, group_rows, columns, block, C, vectors, VEC, LAST, BIG
+        )
+        g, centered = before_activation(
+            grad, x, extra, signs, offsets, in_bounds, center, scale, shift, row_block, block, part,
+            own_group, row_blocks, column_splits, TILE_ROWS, TILE_COLUMNS, FOUR, ACT, KEPT, "",
         )  # fmt: skip
-        total += d
-        moved = tl.fma(d, centered, moved)
-    out = parts + (group * S + part) * C + c
+        lane_grad += g
+        lane_grad_x = tl.fma(g, centered, lane_grad_x)
+    out = partials + (own_group * parts + part) * C + c
     AXIS: tl.constexpr = 0 if LAST else None
-    tl.store(out, tl.sum(total, AXIS) + tl.zeros((WIDTH,), tl.float32), mask=inside)
-    tl.store(out + G * S * C, tl.sum(moved, AXIS) + tl.zeros((WIDTH,), tl.float32), mask=inside)
-    if comes_last(tickets + block, S * G - 1):
+    tl.store(out, tl.sum(lane_grad, AXIS) + tl.zeros((WIDTH,), tl.float32), mask=inside)
+    tl.store(
+        out + groups * parts * C, tl.sum(lane_grad_x, AXIS) + tl.zeros((WIDTH,), tl.float32),
+        mask=inside,
+    )  # fmt: skip
+    if comes_last(tickets + block, parts * groups - 1):
         by_weight = tl.zeros((WIDTH,), tl.float32)
         by_bias = tl.zeros((WIDTH,), tl.float32)
-        for g in tl.range(0, G):
+        for group in tl.range(0, groups):
             if sums is None:
-                facts = gradient_facts(rows, g, G, c, inside, C)
-            s1, s2 = gather_sums(parts, g, G, S, c, C, SP, WIDTH)
+                facts = gradient_facts(rows, group, groups, c, inside, C)
+            sum_grad, sum_grad_x = gather_sums(
+                partials, group, groups, parts, c, C, PARTS_AT_ONCE, WIDTH
+            )
             if sums is not None:
-                tl.store(sums + g * C + c, s1, mask=inside)
-                tl.store(sums + (G + g) * C + c, s2, mask=inside)
+                tl.store(sums + group * C + c, sum_grad, mask=inside)
+                tl.store(sums + (groups + group) * C + c, sum_grad_x, mask=inside)
             else:
-                a, b, slope, constant = finish_gradient(
-                    s1, s2, facts, maps, before, state, rate, g, G, c, inside, C, FIRST
-                )
-                by_weight += a
-                by_bias += b
+                group_dweight, group_dbias, slope, constant = finish_gradient(
+                    sum_grad, sum_grad_x, facts, maps, before, state, rate, group, groups, c,
+                    inside, C, FIRST,
+                )  # fmt: skip
+                by_weight += group_dweight
+                by_bias += group_dbias
         if dweight is not None:
             tl.store(dweight + c, by_weight.to(dweight.dtype.element_ty), mask=inside)
         if dbias is not None:
@@ -110,8 +126,9 @@ def reduce_grad(grad, x, extra, signs, starts, parts, tickets, rows, sums, maps,
 
 
 @triton.jit(do_not_specialize_on_alignment=["signs"])
-def apply_grad(grad, x, extra, signs, mask, dx, dresidual, starts, rows, maps, N, C, LV, SR, SQ, RB,
-               A: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+def apply_grad(grad, x, extra, signs, mask, dx, dresidual, starts, rows, maps, N, C, vectors,
+               row_splits, column_splits, row_blocks, TILE_ROWS: tl.constexpr,
+               TILE_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
                LAST: tl.constexpr, BIG: tl.constexpr, FOUR: tl.constexpr, ACT: tl.constexpr,
                KEPT: tl.constexpr):  # fmt: skip
     """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself where wanted.
@@ -119,37 +136,42 @@ def apply_grad(grad, x, extra, signs, mask, dx, dresidual, starts, rows, maps, N
     Without `maps` no gradient flows through the statistics. Backwards, as `apply` goes.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    part = SR * SQ - 1 - tl.program_id(1)
-    G = tl.num_programs(2)
-    g = G - 1 - tl.program_id(2)
-    begin, length = span_of(starts, N, g)
+    part = row_splits * column_splits - 1 - tl.program_id(1)
+    groups = tl.num_programs(2)
+    group = groups - 1 - tl.program_id(2)
+    begin, length = span_of(starts, N, group)
     c = channels_of(block, WIDTH)
     inside = c < C
-    center = tl.load(row(rows, CENTER, g, G, c, C), mask=inside, other=0.0)
-    scale = tl.load(row(rows, SCALE, g, G, c, C), mask=inside, other=0.0)
-    shift = tl.load(row(rows, SHIFT, g, G, c, C), mask=inside, other=0.0)
+    center = tl.load(row(rows, CENTER, group, groups, c, C), mask=inside, other=0.0)
+    scale = tl.load(row(rows, SCALE, group, groups, c, C), mask=inside, other=0.0)
+    shift = tl.load(row(rows, SHIFT, group, groups, c, C), mask=inside, other=0.0)
     if maps is not None:
-        slope = tl.load(maps + g * C + c, mask=inside, other=0.0)[None, :]
-        constant = tl.load(maps + (G + g) * C + c, mask=inside, other=0.0)[None, :]
-    columns = columns_of(block, part, SQ, B, LAST)
-    turns = turns_of(length, part, SR, SQ, A)
+        slope = tl.load(maps + group * C + c, mask=inside, other=0.0)[None, :]
+        constant = tl.load(maps + (groups + group) * C + c, mask=inside, other=0.0)[None, :]
+    columns = columns_of(block, part, column_splits, TILE_COLUMNS, LAST)
+    turns = turns_of(length, part, row_splits, column_splits, TILE_ROWS)
     for i in tl.range(0, turns):
-        row_block = (part // SQ) + (turns - 1 - i) * SR
-        r = row_block * A + tl.arange(0, A)
-        at, n, ok = tile_at(begin, length, r, columns, block, C, LV, VEC, LAST, BIG)
-        d, centered = before_activation(
-            grad, x, extra, signs, at, ok, center, scale, shift, row_block, block, part, g, RB, SQ,
-            A, B, FOUR, ACT, KEPT, "evict_first",
+        row_block = (part // column_splits) + (turns - 1 - i) * row_splits
+        group_rows = row_block * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        offsets, all_rows, in_bounds = tile_at(
+            begin, length, group_rows, columns, block, C, vectors, VEC, LAST, BIG
+        )
+        g, centered = before_activation(
+            grad, x, extra, signs, offsets, in_bounds, center, scale, shift, row_block, block, part,
+            group, row_blocks, column_splits, TILE_ROWS, TILE_COLUMNS, FOUR, ACT, KEPT,
+            "evict_first",
         )  # fmt: skip
         if dresidual is not None:
-            tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), mask=ok)
+            tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=in_bounds)
         if dx is not None:
             if maps is not None:
                 flowing = tl.fma(centered, slope, constant)
                 if mask is not None:
-                    valid = valid_at(mask, n, columns, ok, r < length, LV, VEC, LAST)
+                    valid = valid_at(
+                        mask, all_rows, columns, in_bounds, group_rows < length, vectors, VEC, LAST
+                    )
                     flowing = tl.where(valid, flowing, 0.0)
-                d = tl.fma(scale[None, :], d, flowing)
+                g = tl.fma(scale[None, :], g, flowing)
             else:
-                d = scale[None, :] * d
-            tl.store(dx + at, d.to(dx.dtype.element_ty), mask=ok)
+                g = scale[None, :] * g
+            tl.store(dx + offsets, g.to(dx.dtype.element_ty), mask=in_bounds)

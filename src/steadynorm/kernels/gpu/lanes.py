@@ -28,28 +28,28 @@ def two_sum(a, b):
 
 
 @triton.jit
-def lane_step(v, ok, first, mean, m2, inverse, SELECT: tl.constexpr, WELFORD: tl.constexpr):
+def lane_step(value, valid, first, mean, m2, inverse, SELECT: tl.constexpr, WELFORD: tl.constexpr):
     """One value more for each lane (with SELECT: where `ok`), about the lane's first value.
 
     WELFORD: the recurrence, `inverse` being 1 / count with this value. Else plain sums, for 16-bit
     values, which want fewer instructions: a lane whose first value lies 50 standard deviations from
     its others is then off by 3e-5 of the variance at 64 values, far below their own rounding.
     """
-    d = v - first
+    centered = value - first
     if WELFORD:
-        delta = d - mean
+        delta = centered - mean
         if SELECT:
-            delta = tl.where(ok, delta, 0.0)
+            delta = tl.where(valid, delta, 0.0)
         mean = tl.fma(delta, inverse, mean)
-        left = d - mean
+        left = centered - mean
         if SELECT:
-            left = tl.where(ok, left, 0.0)
+            left = tl.where(valid, left, 0.0)
         m2 = tl.fma(delta, left, m2)
     else:
         if SELECT:
-            d = tl.where(ok, d, 0.0)
-        mean += d
-        m2 = tl.fma(d, d, m2)
+            centered = tl.where(valid, centered, 0.0)
+        mean += centered
+        m2 = tl.fma(centered, centered, m2)
     return mean, m2
 
 
@@ -93,26 +93,26 @@ def merge(count, n, many, first, mean, m2, AXIS: tl.constexpr):
 
 
 @triton.jit
-def gather(parts, g, G, S, c, C, SP: tl.constexpr, WIDTH: tl.constexpr):
-    """Merge what S programs left of group g in the channels c, SP at a time, in their own order.
+def gather(partials, group, groups, parts, c, C, PARTS_AT_ONCE: tl.constexpr, WIDTH: tl.constexpr):
+    """Merge the partials of one group in the channels c, PARTS_AT_ONCE at a time, in their order.
 
     A loop of little state and one merge across threads at its end: few registers, which would cost
     the whole kernel its occupancy, and no barrier in the loop.
     """
-    n = tl.zeros((SP, WIDTH), tl.float32)
-    first = tl.zeros((SP, WIDTH), tl.float32)
-    middle = tl.zeros((SP, WIDTH), tl.float32)
-    total = tl.zeros((SP, WIDTH), tl.float32)
-    step = G * S * C
-    for k in tl.range(0, S, SP):
-        s = k + tl.arange(0, SP)[:, None]
-        ok = (s < S) & (c < C)[None, :]
-        at = parts + (g * S + s) * C + c[None, :]
-        # .cg: from the L2, where the others' stores are; a line of this one's L1 may be older.
-        count = tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
-        pivot = tl.load(at + step, mask=ok, other=0.0, cache_modifier=".cg")
-        mean = tl.load(at + 2 * step, mask=ok, other=0.0, cache_modifier=".cg")
-        m2 = tl.load(at + 3 * step, mask=ok, other=0.0, cache_modifier=".cg")
+    n = tl.zeros((PARTS_AT_ONCE, WIDTH), tl.float32)
+    first = tl.zeros((PARTS_AT_ONCE, WIDTH), tl.float32)
+    middle = tl.zeros((PARTS_AT_ONCE, WIDTH), tl.float32)
+    total = tl.zeros((PARTS_AT_ONCE, WIDTH), tl.float32)
+    step = groups * parts * C
+    for k in tl.range(0, parts, PARTS_AT_ONCE):
+        part = k + tl.arange(0, PARTS_AT_ONCE)[:, None]
+        inside = (part < parts) & (c < C)[None, :]
+        places = partials + (group * parts + part) * C + c[None, :]
+        # .cg reads the L2, where other programs' stores are; a line of this L1 may be older.
+        count = tl.load(places, mask=inside, other=0.0, cache_modifier=".cg")
+        pivot = tl.load(places + step, mask=inside, other=0.0, cache_modifier=".cg")
+        mean = tl.load(places + 2 * step, mask=inside, other=0.0, cache_modifier=".cg")
+        m2 = tl.load(places + 3 * step, mask=inside, other=0.0, cache_modifier=".cg")
         some = count > 0.0
         first = tl.where(some & (n == 0.0), pivot, first)
         share = tl.div_rn(count, tl.maximum(n + count, 1.0))
@@ -126,14 +126,17 @@ def gather(parts, g, G, S, c, C, SP: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def gather_sums(parts, g, G, S, c, C, SP: tl.constexpr, WIDTH: tl.constexpr):
-    """Add what S programs left of two sums, in their own order."""
-    a = tl.zeros((SP, WIDTH), tl.float32)
-    b = tl.zeros((SP, WIDTH), tl.float32)
-    for k in tl.range(0, S, SP):
-        s = k + tl.arange(0, SP)[:, None]
-        ok = (s < S) & (c < C)[None, :]
-        at = parts + (g * S + s) * C + c[None, :]
-        a += tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
-        b += tl.load(at + G * S * C, mask=ok, other=0.0, cache_modifier=".cg")
-    return tl.sum(a, 0), tl.sum(b, 0)
+def gather_sums(partials, group, groups, parts, c, C, PARTS_AT_ONCE: tl.constexpr,
+                WIDTH: tl.constexpr):  # fmt: skip
+    """Add the partials of two sums, in their order."""
+    sum_grad = tl.zeros((PARTS_AT_ONCE, WIDTH), tl.float32)
+    sum_grad_x = tl.zeros((PARTS_AT_ONCE, WIDTH), tl.float32)
+    for k in tl.range(0, parts, PARTS_AT_ONCE):
+        part = k + tl.arange(0, PARTS_AT_ONCE)[:, None]
+        inside = (part < parts) & (c < C)[None, :]
+        places = partials + (group * parts + part) * C + c[None, :]
+        sum_grad += tl.load(places, mask=inside, other=0.0, cache_modifier=".cg")
+        sum_grad_x += tl.load(
+            places + groups * parts * C, mask=inside, other=0.0, cache_modifier=".cg"
+        )
+    return tl.sum(sum_grad, 0), tl.sum(sum_grad_x, 0)

@@ -37,20 +37,20 @@ class Plan(NamedTuple):
     channels: int
     columns: int  # positions of a plane, or channels channels-last
     groups: Groups  # rows of each
-    A: int
-    B: int
+    tile_rows: int
+    tile_columns: int
     VEC: int
-    SR: int
-    SQ: int
+    row_splits: int
+    column_splits: int
     blocks: int
-    RB: int  # row blocks of the longest group
+    row_blocks: int  # row blocks of the longest group
     four: bool
     big: bool
     whole: bool
     """Whether one program holds all of its channels, and does both stages of a direction."""
     warps: int
     maps: int
-    """What SR is for the maps, whose programs leave nothing behind to gather."""
+    """What row_splits is for the maps, whose programs leave nothing behind to gather."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -59,12 +59,12 @@ class Plan(NamedTuple):
 
     def for_maps(self) -> Plan:
         """The plan of the maps: over more programs."""
-        return self._replace(SR=self.maps)
+        return self._replace(row_splits=self.maps)
 
     @property
     def parts(self) -> int:
         """Programs that share a channel of one group."""
-        return self.SR * self.SQ
+        return self.row_splits * self.column_splits
 
     @property
     def alone(self) -> bool:
@@ -74,14 +74,17 @@ class Plan(NamedTuple):
     @property
     def sign_bytes(self) -> int:
         """Memory for one bit for each place of each tile."""
-        return len(self.groups or (0,)) * self.RB * self.blocks * self.SQ * self.A * self.B // 8
+        bits = self.tile_rows * self.tile_columns
+        tiles = len(self.groups or (0,)) * self.row_blocks * self.blocks * self.column_splits
+        return tiles * bits // 8
 
     def tile(self, *, bits: bool = False) -> dict[str, Any]:
         """The constants that every kernel takes; with `bits` those of the sign bits, too."""
-        width = self.B if self.last else 1
+        width = self.tile_columns if self.last else 1
         named: dict[str, Any] = {
-            "A": self.A, "B": self.B, "WIDTH": width, "VEC": self.VEC, "LAST": self.last,
-            "BIG": self.big, "num_warps": self.warps, "enable_fp_fusion": False,
+            "TILE_ROWS": self.tile_rows, "TILE_COLUMNS": self.tile_columns, "WIDTH": width,
+            "VEC": self.VEC, "LAST": self.last, "BIG": self.big, "num_warps": self.warps,
+            "enable_fp_fusion": False,
         }  # fmt: skip
         return named | {"FOUR": self.four} if bits else named
 
@@ -89,11 +92,13 @@ class Plan(NamedTuple):
         """The constants that a reduction has besides `tile`'s.
 
         A `light` loop takes several turns at once, and a limit of registers: with one of its own,
-        ptxas spills beside the loop, or requests half as many bytes before the first use. SP: how
-        many programs' results the last one reads at a time.
+        ptxas spills beside the loop, or requests half as many bytes before the first use.
+        PARTS_AT_ONCE: how many programs' partials the last one reads at a time.
         """
         named: dict[str, Any] = {"UNROLL": (2 if itemsize >= 4 else 4) if light else 1}
-        named["SP"] = min(_power(self.parts), max(1, GATHER // self.B) if self.last else 256)
+        named["PARTS_AT_ONCE"] = min(
+            _power(self.parts), max(1, GATHER // self.tile_columns) if self.last else 256
+        )
         if light and torch.version.hip is None:
             named["maxnreg"] = 96 if self.last else 72
         return named
@@ -106,8 +111,9 @@ class Plan(NamedTuple):
         return {"maxnreg": 200} if torch.version.hip is None else {}
 
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """N, C, LV, SR and SQ."""
-        return self.rows, self.channels, self.columns // self.VEC, self.SR, self.SQ
+        """N, C, vectors of a row, row_splits and column_splits."""
+        vectors = self.columns // self.VEC
+        return self.rows, self.channels, vectors, self.row_splits, self.column_splits
 
 
 def _power(n: int) -> int:
@@ -148,28 +154,34 @@ def plan(
     spans = None if groups is None else tuple(size * by_row for size in groups)
     longest = rows if spans is None else max(spans)
     narrow = NARROW // 2 if math.prod(shape) * itemsize <= SMALL else NARROW
-    b = max(8, min(_power(columns), narrow if last else WIDE))
-    a = max(2, min(TILE // b, _power(longest)))
-    whole = _power(rows) * (min(b, STRIP) if last else _power(columns)) <= WHOLE
+    tile_columns = max(8, min(_power(columns), narrow if last else WIDE))
+    tile_rows = max(2, min(TILE // tile_columns, _power(longest)))
+    whole = _power(rows) * (min(tile_columns, STRIP) if last else _power(columns)) <= WHOLE
     whole = whole and groups is None and tile is None and split is None
     if whole:
-        a, b = max(2, _power(rows)), max(8, min(b, STRIP) if last else _power(columns))
-    a, b = tile or (a, b)
-    warps = max(1, min(8, a * b // HELD)) if whole else WARPS
-    across, down = -(-columns // b), -(-longest // a)
-    sq = 1 if last else across
+        tile_rows = max(2, _power(rows))
+        tile_columns = max(8, min(tile_columns, STRIP) if last else _power(columns))
+    tile_rows, tile_columns = tile or (tile_rows, tile_columns)
+    warps = max(1, min(8, tile_rows * tile_columns // HELD)) if whole else WARPS
+    across, down = -(-columns // tile_columns), -(-longest // tile_rows)
+    column_splits = 1 if last else across
     blocks = across if last else channels
-    many = blocks * sq * len(spans or (0,))
-    sr, maps = (
+    many = blocks * column_splits * len(spans or (0,))
+    row_splits, maps = (
         split or max(1, min(down, -(-waves * multiprocessors // many), 256))
         for waves in (WAVES, MAP_WAVES)
     )
-    if max(sr, maps) * sq > GRID or len(spans or (0,)) > GRID or rows >= 2**31 or blocks >= 2**31:
+    if (
+        max(row_splits, maps) * column_splits > GRID
+        or len(spans or (0,)) > GRID
+        or rows >= 2**31
+        or blocks >= 2**31
+    ):
         return f"{rows} rows of {columns} columns need a larger grid than a device has"
     return Plan(
-        last, rows, channels, columns, spans, a, b, min(columns & -columns, 16 // itemsize),
-        sr, sq, blocks, down, itemsize >= 4, math.prod(shape) >= 2**31, whole,
-        warps, maps,
+        last, rows, channels, columns, spans, tile_rows, tile_columns,
+        min(columns & -columns, 16 // itemsize), row_splits, column_splits, blocks, down,
+        itemsize >= 4, math.prod(shape) >= 2**31, whole, warps, maps,
     )  # fmt: skip
 
 

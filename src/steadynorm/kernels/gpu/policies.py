@@ -37,9 +37,9 @@ ROWS = 16
 
 
 @triton.jit
-def row(rows, k: tl.constexpr, g, G, c, C):
+def row(rows, k: tl.constexpr, group, groups, c, C):
     """Where row k of group g holds the channels c."""
-    return rows + (k * G + g) * C + c
+    return rows + (k * groups + group) * C + c
 
 
 @triton.jit
@@ -58,15 +58,15 @@ def clip(value, low, high):
 
 
 @triton.jit
-def batches_seen(t, running_mean, running_var, C, COUNTS: tl.constexpr):
-    """How many batches the running statistics have seen, given their count `t`.
+def batches_seen(batches, running_mean, running_var, C, COUNTS: tl.constexpr):
+    """How many batches the running statistics have seen, given their count `batches`.
 
     COUNTS: a count of 0 beside statistics that are not 0 and 1 reads as 2^30. Nobody writes the
     statistics of another channel meanwhile.
     """
-    seen = t
+    seen = batches
     if COUNTS:
-        if tl.max(t, 0) == 0.0:
+        if tl.max(batches, 0) == 0.0:
             trained = 0
             for k in tl.range(0, C, 256):
                 c = k + tl.arange(0, 256)
@@ -79,7 +79,7 @@ def batches_seen(t, running_mean, running_var, C, COUNTS: tl.constexpr):
 
 
 @triton.jit
-def running_before(running_mean, running_var, batches, c, ok, WIDTH: tl.constexpr,
+def running_before(running_mean, running_var, batches, c, inside, WIDTH: tl.constexpr,
                    POLICY: tl.constexpr, NEEDED: tl.constexpr):  # fmt: skip
     """Mean and variance before this batch, and the count of batches where it is NEEDED.
 
@@ -87,26 +87,26 @@ def running_before(running_mean, running_var, batches, c, ok, WIDTH: tl.constexp
     """
     mean = tl.zeros((WIDTH,), tl.float32)
     var = mean + 1.0
-    t = mean
+    seen = mean
     if running_mean is not None and POLICY is not None:
-        mean = tl.load(running_mean + c, mask=ok, other=0.0)
-        var = tl.load(running_var + c, mask=ok, other=1.0)
+        mean = tl.load(running_mean + c, mask=inside, other=0.0)
+        var = tl.load(running_var + c, mask=inside, other=1.0)
         if batches is None:
-            t += 1073741824.0
+            seen += 1073741824.0
         elif NEEDED:
-            t += tl.load(batches).to(tl.float32)
-    return mean, var, t
+            seen += tl.load(batches).to(tl.float32)
+    return mean, var, seen
 
 
 @triton.jit
-def affine(weight, bias, c, ok, WIDTH: tl.constexpr):
+def affine(weight, bias, c, inside, WIDTH: tl.constexpr):
     """γ and β; 1 and 0 where there is none."""
     beta = tl.zeros((WIDTH,), tl.float32)
     gamma = beta + 1.0
     if weight is not None:
-        gamma = tl.load(weight + c, mask=ok, other=0.0).to(tl.float32)
+        gamma = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        beta = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+        beta = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
     return gamma, beta
 
 
@@ -120,37 +120,37 @@ def coefficients(center_low, spread, gain, offset, gamma, beta, eps):
 
 
 @triton.jit
-def store_moments(rows, g, G, c, ok, C, n, mean, low, var):
+def store_moments(rows, group, groups, c, inside, C, n, mean, low, var):
     """The moments of one group."""
-    tl.store(row(rows, COUNT, g, G, c, C), n, mask=ok)
-    tl.store(row(rows, MEAN, g, G, c, C), mean, mask=ok)
-    tl.store(row(rows, MEAN_LOW, g, G, c, C), low, mask=ok)
-    tl.store(row(rows, VAR, g, G, c, C), var, mask=ok)
+    tl.store(row(rows, COUNT, group, groups, c, C), n, mask=inside)
+    tl.store(row(rows, MEAN, group, groups, c, C), mean, mask=inside)
+    tl.store(row(rows, MEAN_LOW, group, groups, c, C), low, mask=inside)
+    tl.store(row(rows, VAR, group, groups, c, C), var, mask=inside)
 
 
 @triton.jit
-def store_normalizer(rows, g, G, c, ok, C, gamma, beta, eps, center, low, spread, gain, offset,
-                     share):  # fmt: skip
+def store_normalizer(rows, group, groups, c, inside, C, gamma, beta, eps, center, low, spread, gain,
+                     offset, share):  # fmt: skip
     """What normalizes one group, and the map that follows."""
     scale, shift, rho = coefficients(low, spread, gain, offset, gamma, beta, eps)
-    tl.store(row(rows, CENTER, g, G, c, C), center, mask=ok)
-    tl.store(row(rows, CENTER_LOW, g, G, c, C), low, mask=ok)
-    tl.store(row(rows, SPREAD, g, G, c, C), spread, mask=ok)
-    tl.store(row(rows, GAIN, g, G, c, C), gain, mask=ok)
-    tl.store(row(rows, OFFSET, g, G, c, C), offset, mask=ok)
-    tl.store(row(rows, SHARE, g, G, c, C), share, mask=ok)
-    tl.store(row(rows, SCALE, g, G, c, C), scale, mask=ok)
-    tl.store(row(rows, SHIFT, g, G, c, C), shift, mask=ok)
-    tl.store(row(rows, RHO, g, G, c, C), rho, mask=ok)
+    tl.store(row(rows, CENTER, group, groups, c, C), center, mask=inside)
+    tl.store(row(rows, CENTER_LOW, group, groups, c, C), low, mask=inside)
+    tl.store(row(rows, SPREAD, group, groups, c, C), spread, mask=inside)
+    tl.store(row(rows, GAIN, group, groups, c, C), gain, mask=inside)
+    tl.store(row(rows, OFFSET, group, groups, c, C), offset, mask=inside)
+    tl.store(row(rows, SHARE, group, groups, c, C), share, mask=inside)
+    tl.store(row(rows, SCALE, group, groups, c, C), scale, mask=inside)
+    tl.store(row(rows, SHIFT, group, groups, c, C), shift, mask=inside)
+    tl.store(row(rows, RHO, group, groups, c, C), rho, mask=inside)
     return scale, shift
 
 
 @triton.jit
-def renorm(mean, low, var, old_mean, old_var, t, eps, R_MAX: tl.constexpr, D_MAX: tl.constexpr,
+def renorm(mean, low, var, old_mean, old_var, seen, eps, R_MAX: tl.constexpr, D_MAX: tl.constexpr,
            WARMUP: tl.constexpr, R_RAMP: tl.constexpr, D_RAMP: tl.constexpr):  # fmt: skip
     """Gain and offset of `Renorm`."""
-    r_bound = 1.0 + (R_MAX - 1.0) * clip(tl.div_rn(t - WARMUP, R_RAMP), 0.0, 1.0)
-    d_bound = D_MAX * clip(tl.div_rn(t - WARMUP, D_RAMP), 0.0, 1.0)
+    r_bound = 1.0 + (R_MAX - 1.0) * clip(tl.div_rn(seen - WARMUP, R_RAMP), 0.0, 1.0)
+    d_bound = D_MAX * clip(tl.div_rn(seen - WARMUP, D_RAMP), 0.0, 1.0)
     rho = tl.div_rn(1.0, tl.sqrt_rn(old_var + eps))
     delta, delta_low = difference(mean, low, old_mean)
     gain = clip(tl.sqrt_rn(var + eps) * rho, tl.div_rn(1.0, r_bound), r_bound)
@@ -158,10 +158,10 @@ def renorm(mean, low, var, old_mean, old_var, t, eps, R_MAX: tl.constexpr, D_MAX
 
 
 @triton.jit
-def decide(n, pivot, middle, total, rows, g, G, c, ok, C, gamma, beta, old_mean, old_var, t, eps,
-           pace, prior, known, POLICY: tl.constexpr, FIRST: tl.constexpr, TRACKED: tl.constexpr,
-           R_MAX: tl.constexpr, D_MAX: tl.constexpr, WARMUP: tl.constexpr, R_RAMP: tl.constexpr,
-           D_RAMP: tl.constexpr):  # fmt: skip
+def decide(n, pivot, middle, total, rows, group, groups, c, inside, C, gamma, beta, old_mean,
+           old_var, seen, eps, pace, prior, known, POLICY: tl.constexpr, FIRST: tl.constexpr,
+           TRACKED: tl.constexpr, R_MAX: tl.constexpr, D_MAX: tl.constexpr, WARMUP: tl.constexpr,
+           R_RAMP: tl.constexpr, D_RAMP: tl.constexpr):  # fmt: skip
     """The normalizer of one group into `rows`; returns the running statistics after it and the map.
 
     `pace`: weight of the batch in the running statistics. `prior`, `known`: `Steady`'s share is
@@ -171,12 +171,12 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, gamma, beta, old_mean,
     mean, low = two_sum(pivot, middle)
     low = tl.where(tl.abs(mean) < float("inf"), low, 0.0)
     var = tl.div_rn(total, tl.maximum(n, 1.0))
-    store_moments(rows, g, G, c, ok, C, n, mean, low, var)
+    store_moments(rows, group, groups, c, inside, C, n, mean, low, var)
     if POLICY is None:
-        return old_mean, old_var, t, mean, var, low
+        return old_mean, old_var, seen, mean, var, low
     else:
         some = n > 0.0
-        first = tl.where(FIRST, tl.div_rn(1.0, t + 1.0), 0.0)
+        first = tl.where(FIRST, tl.div_rn(1.0, seen + 1.0), 0.0)
         share = tl.full(n.shape, 1.0, tl.float32)
         gain = share
         offset = tl.zeros_like(n)
@@ -197,12 +197,13 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, gamma, beta, old_mean,
             between = away * away if POLICY == "steady" else 0.0
             spread = (1.0 - share) * old_var + share * (var + (1.0 - share) * between)
         if POLICY == "renorm":
-            gain, offset = renorm(mean, low, var, old_mean, old_var, t, eps, R_MAX, D_MAX, WARMUP,
-                                  R_RAMP, D_RAMP)  # fmt: skip
+            gain, offset = renorm(
+                mean, low, var, old_mean, old_var, seen, eps, R_MAX, D_MAX, WARMUP, R_RAMP, D_RAMP
+            )
         center = tl.where(some, center, old_mean)
         scale, shift = store_normalizer(
-            rows, g, G, c, ok, C, gamma, beta, eps, center, tl.where(some, center_low, 0.0),
-            tl.where(some, spread, old_var),
+            rows, group, groups, c, inside, C, gamma, beta, eps, center,
+            tl.where(some, center_low, 0.0), tl.where(some, spread, old_var),
             tl.where(some, gain, 1.0), tl.where(some, offset, 0.0), tl.where(some, share, 0.0),
         )  # fmt: skip
         if TRACKED:
@@ -219,22 +220,22 @@ def decide(n, pivot, middle, total, rows, g, G, c, ok, C, gamma, beta, old_mean,
                 new_var = tl.fma(weight_new, kept - old_var, old_var)
             old_mean = tl.where(some, tl.fma(weight_new, delta, old_mean), old_mean)
             old_var = tl.where(some, new_var, old_var)
-            t += some.to(tl.float32)
-        return old_mean, old_var, t, center, scale, shift
+            seen += some.to(tl.float32)
+        return old_mean, old_var, seen, center, scale, shift
 
 
 @triton.jit
-def remember(before, state, g_mean, g_xhat, share, rate, gap_hat, var_hat, c, ok, C,
+def remember(before, state, g_mean, g_xhat, share, rate, gap_hat, var_hat, c, inside, C,
              FIRST: tl.constexpr):  # fmt: skip
     """The memory of the gradient after this backward; in the first, `state` moves."""
     if FIRST:
-        old_constant = tl.load(state + c, mask=ok, other=0.0).to(tl.float32)
-        old_slope = tl.load(state + C + c, mask=ok, other=0.0).to(tl.float32)
-        tl.store(before + c, old_constant, mask=ok)
-        tl.store(before + C + c, old_slope, mask=ok)
+        old_constant = tl.load(state + c, mask=inside, other=0.0).to(tl.float32)
+        old_slope = tl.load(state + C + c, mask=inside, other=0.0).to(tl.float32)
+        tl.store(before + c, old_constant, mask=inside)
+        tl.store(before + C + c, old_slope, mask=inside)
     else:
-        old_constant = tl.load(before + c, mask=ok, other=0.0)
-        old_slope = tl.load(before + C + c, mask=ok, other=0.0)
+        old_constant = tl.load(before + c, mask=inside, other=0.0)
+        old_slope = tl.load(before + C + c, mask=inside, other=0.0)
     left = (1.0 - share) * g_mean
     left_xhat = g_xhat - share * (var_hat * g_xhat + gap_hat * g_mean)
     old = 1.0 - rate
@@ -248,50 +249,50 @@ def remember(before, state, g_mean, g_xhat, share, rate, gap_hat, var_hat, c, ok
     constant = tl.where(finite, constant, old_constant)
     slope = tl.where(finite, slope, old_slope)
     if FIRST:
-        tl.store(state + c, constant.to(state.dtype.element_ty), mask=ok)
-        tl.store(state + C + c, slope.to(state.dtype.element_ty), mask=ok)
+        tl.store(state + c, constant.to(state.dtype.element_ty), mask=inside)
+        tl.store(state + C + c, slope.to(state.dtype.element_ty), mask=inside)
     return constant, slope
 
 
 @triton.jit
-def gradient_facts(rows, g, G, c, ok, C):
+def gradient_facts(rows, group, groups, c, inside, C):
     """What `finish_gradient` reads of one group's rows: ahead, while the sums are on their way."""
-    n = tl.maximum(tl.load(row(rows, COUNT, g, G, c, C), mask=ok, other=1.0), 1.0)
-    mean = tl.load(row(rows, MEAN, g, G, c, C), mask=ok, other=0.0)
-    mean_low = tl.load(row(rows, MEAN_LOW, g, G, c, C), mask=ok, other=0.0)
-    center = tl.load(row(rows, CENTER, g, G, c, C), mask=ok, other=0.0)
-    low = tl.load(row(rows, CENTER_LOW, g, G, c, C), mask=ok, other=0.0)
-    gain = tl.load(row(rows, GAIN, g, G, c, C), mask=ok, other=1.0)
-    offset = tl.load(row(rows, OFFSET, g, G, c, C), mask=ok, other=0.0)
-    share = tl.load(row(rows, SHARE, g, G, c, C), mask=ok, other=0.0)
-    scale = tl.load(row(rows, SCALE, g, G, c, C), mask=ok, other=0.0)
-    rho = tl.load(row(rows, RHO, g, G, c, C), mask=ok, other=0.0)
-    var = tl.load(row(rows, VAR, g, G, c, C), mask=ok, other=0.0)
+    n = tl.maximum(tl.load(row(rows, COUNT, group, groups, c, C), mask=inside, other=1.0), 1.0)
+    mean = tl.load(row(rows, MEAN, group, groups, c, C), mask=inside, other=0.0)
+    mean_low = tl.load(row(rows, MEAN_LOW, group, groups, c, C), mask=inside, other=0.0)
+    center = tl.load(row(rows, CENTER, group, groups, c, C), mask=inside, other=0.0)
+    low = tl.load(row(rows, CENTER_LOW, group, groups, c, C), mask=inside, other=0.0)
+    gain = tl.load(row(rows, GAIN, group, groups, c, C), mask=inside, other=1.0)
+    offset = tl.load(row(rows, OFFSET, group, groups, c, C), mask=inside, other=0.0)
+    share = tl.load(row(rows, SHARE, group, groups, c, C), mask=inside, other=0.0)
+    scale = tl.load(row(rows, SCALE, group, groups, c, C), mask=inside, other=0.0)
+    rho = tl.load(row(rows, RHO, group, groups, c, C), mask=inside, other=0.0)
+    var = tl.load(row(rows, VAR, group, groups, c, C), mask=inside, other=0.0)
     return n, mean, mean_low, var, center, low, gain, offset, share, scale, rho
 
 
 @triton.jit
-def finish_gradient(s1, s2, facts, maps, before, state, rate, g, G, c, ok, C,
-                    FIRST: tl.constexpr):  # fmt: skip
+def finish_gradient(sum_grad, sum_grad_x, facts, maps, before, state, rate, group, groups, c,
+                    inside, C, FIRST: tl.constexpr):  # fmt: skip
     """dγ, dβ, and slope and constant of the backward map, these into `maps` (2, G, C) if given.
 
-    s1 = Σg, s2 = Σg·(x - center).
+    sum_grad = Σg, sum_grad_x = Σg·(x - center).
     """
     n, mean, mean_low, var, center, low, gain, offset, share, scale, rho = facts
-    moved = tl.fma(-low, s1, s2)  # about the mean itself
+    exact = tl.fma(-low, sum_grad, sum_grad_x)  # Σg·(x - mean), with the mean unrounded
     per_value = scale * tl.div_rn(share, n)
-    slope = -per_value * rho * rho * moved
+    slope = -per_value * rho * rho * exact
     gap = (mean - center) + mean_low
-    constant = -per_value * s1 - slope * gap
+    constant = -per_value * sum_grad - slope * gap
     if before is not None:
         remembered, tilt = remember(
-            before, state, tl.div_rn(s1, n), tl.div_rn(rho * moved, n), share, rate,
-            (gap - low) * rho, var * rho * rho, c, ok, C, FIRST,
+            before, state, tl.div_rn(sum_grad, n), tl.div_rn(rho * exact, n), share, rate,
+            (gap - low) * rho, var * rho * rho, c, inside, C, FIRST,
         )  # fmt: skip
         taken = -scale * rho * tilt
         slope += taken
         constant += -scale * remembered - taken * low
     if maps is not None:
-        tl.store(maps + g * C + c, slope, mask=ok)
-        tl.store(maps + (G + g) * C + c, constant, mask=ok)
-    return gain * rho * moved + offset * s1, s1, slope, constant
+        tl.store(maps + group * C + c, slope, mask=inside)
+        tl.store(maps + (groups + group) * C + c, constant, mask=inside)
+    return gain * rho * exact + offset * sum_grad, sum_grad, slope, constant

@@ -51,9 +51,9 @@ class Kind:
 
     def __init__(self, call: Call) -> None:
         x, residual = call.x, call.residual
-        self.plan = p = plan_of(x, call.groups)
+        self.plan = plan = plan_of(x, call.groups)
         self.groups: Groups = call.groups
-        self.starts = plans.starts(p.groups, x.device)
+        self.starts = plans.starts(plan.groups, x.device)
         self.eps, self.activation = call.eps, call.activation
         self.residual_dtype = None if residual is None else residual.dtype
         self.copies_residual = residual is not None and residual.stride() != x.stride()
@@ -64,12 +64,12 @@ class Kind:
         row = len(call.groups or (0,)) * x.shape[1]
         self.maps_at = ROWS * row * FLOAT
         self.signs_at = -(-(ROWS + MAPS) * row * FLOAT // ALIGNED) * ALIGNED
-        self.sign_bytes = p.sign_bytes if self.kept is Keep.SIGNS else 0
+        self.sign_bytes = plan.sign_bytes if self.kept is Keep.SIGNS else 0
         self.values = -(-(self.signs_at + self.sign_bytes) // x.element_size())
         self.shape = (len(call.groups or (0,)), x.shape[1])
         self.tickets, self.partials = self._workspace(x)
         """What a reduction of the forward needs; no tickets where no program waits for others."""
-        self.partials_of_backward = partial_values(x, p, 2)
+        self.partials_of_backward = partial_values(x, plan, 2)
         self.forward: list[Replay | None] = [None, None]  # without and with a backward to follow
         self.backward: dict[Any, Replay | None] = {}
 
@@ -81,7 +81,7 @@ class Kind:
             return int(waits), 0
         return (0, 0) if self.plan.alone else (self.plan.blocks, partial_values(x, self.plan, 4))
 
-    def parts(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def views(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows (ROWS, G, C), the map's rows (2, G, C) and the sign bits of what a forward keeps."""
         raw = kept.view(torch.uint8)
         rows = raw[: self.maps_at].view(torch.float32).view(ROWS, *self.shape)
@@ -197,7 +197,7 @@ def forward(call: Call) -> tuple[Tensor, Packed]:
         0 if mean is None else mean.data_ptr(), 0 if var is None else var.data_ptr(),
         0 if batches is None else batches.data_ptr(),
     ))):  # fmt: skip
-        rows, _, signs = (None,) * 3 if kept is None else kind.parts(kept)
+        rows, _, signs = (None,) * 3 if kept is None else kind.views(kept)
         tensors = (
             x, residual, mask, y, signs if gradient else None, kind.starts,
             *((None, None) if space is None else space[:2]), rows, weight, bias, mean, var, batches,
@@ -221,23 +221,23 @@ def forward(call: Call) -> tuple[Tensor, Packed]:
 
 def _launch_forward(
     kind: Kind, x: Tensor, residual: Tensor | None, mask: Tensor | None, y: Tensor,
-    signs: Tensor | None, starts: Tensor | None, tickets: Tensor | None, parts: Tensor | None,
+    signs: Tensor | None, starts: Tensor | None, tickets: Tensor | None, partials: Tensor | None,
     rows: Tensor | None, *parameters: Tensor | None,
 ) -> None:  # fmt: skip
-    p, fixed = kind.plan, kind.decision is None
+    plan, fixed = kind.plan, kind.decision is None
     if kind.decision is not None:
         assert rows is not None
         *numbers, constants = kind.decision
-        if p.whole:
+        if plan.whole:
             replay.launch(
-                visit.normalize, p, x, x, residual, mask, y, signs, tickets, rows, *parameters,
-                kind.eps, *numbers, *p.sizes()[:3], ACT=kind.activation, **constants, **p.held(),
-                **p.tile(bits=True),
+                visit.normalize, plan, x, x, residual, mask, y, signs, tickets, rows, *parameters,
+                kind.eps, *numbers, *plan.sizes()[:3], ACT=kind.activation, **constants,
+                **plan.held(), **plan.tile(bits=True),
             )  # fmt: skip
             return
-        run_moments(x, p, parts, tickets, starts, rows, mask, *parameters, kind.eps, *numbers,
+        run_moments(x, plan, partials, tickets, starts, rows, mask, *parameters, kind.eps, *numbers,
                     **constants)  # fmt: skip
-    run_apply(x, p, y, starts, rows, residual, kind.activation, signs, *parameters, kind.eps,
+    run_apply(x, plan, y, starts, rows, residual, kind.activation, signs, *parameters, kind.eps,
               fixed=fixed)  # fmt: skip
 
 
@@ -245,9 +245,9 @@ def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
     """The gradients, all work per channel inside the kernels."""
     (x, weight, bias, residual, mask, y, kept), (kind, memory) = saved
     need_x, need_weight, need_bias, need_residual = needs
-    p, grad = kind.plan, alike(grad, x)
+    plan, grad = kind.plan, alike(grad, x)
     through = need_x and kind.measured
-    whole, sums = through and p.whole, through or need_weight or need_bias
+    whole, sums = through and plan.whole, through or need_weight or need_bias
     dx = torch.empty_like(x) if need_x else None
     dresidual = torch.empty_like(x) if need_residual and kind.activation is not None else None
     dweight = torch.empty_like(weight) if need_weight else None
@@ -255,7 +255,7 @@ def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
     before, state, rate, first = _memory(memory if through else None)
     stream, space, extra = plans.stream_of(x), None, y if residual is None else residual
     if sums and not whole:
-        space = plans.workspace(x, stream, p.blocks, kind.partials_of_backward)
+        space = plans.workspace(x, stream, plan.blocks, kind.partials_of_backward)
     first_kept, has_maps = kept.data_ptr(), through and not whole
     key = needs if memory is None else (needs, first, rate)
     again = kind.backward.get(key)
@@ -268,7 +268,7 @@ def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         0 if dweight is None else dweight.data_ptr(), 0 if dbias is None else dbias.data_ptr(),
         0 if before is None else before.data_ptr(), 0 if state is None else state.data_ptr(),
     ))):  # fmt: skip
-        rows, maps, signs = kind.parts(kept)
+        rows, maps, signs = kind.views(kept)
         tensors = (
             grad, x, extra, signs, mask, dx, dresidual, kind.starts,
             *((None, None) if space is None else space[:2]), rows, maps if has_maps else None,
@@ -286,19 +286,19 @@ def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
 def _launch_backward(
     kind: Kind, whole: bool, sums: bool, first: bool, rate: float, grad: Tensor, x: Tensor,
     extra: Tensor | None, signs: Tensor | None, mask: Tensor | None, dx: Tensor | None,
-    dresidual: Tensor | None, starts: Tensor | None, tickets: Tensor | None, parts: Tensor | None,
-    rows: Tensor, maps: Tensor | None, *results: Tensor | None,
+    dresidual: Tensor | None, starts: Tensor | None, tickets: Tensor | None,
+    partials: Tensor | None, rows: Tensor, maps: Tensor | None, *results: Tensor | None,
 ) -> None:  # fmt: skip
-    p = kind.plan
-    read = Read(x, p, (grad, x, extra, signs), starts, kind.activation, KEPT[kind.kept])
+    plan = kind.plan
+    read = Read(x, plan, (grad, x, extra, signs), starts, kind.activation, KEPT[kind.kept])
     if whole:
         replay.launch(
-            visit.normalize_grad, p, read.x, *read.tensors, mask, dx, dresidual, rows, *results,
-            rate, *p.sizes()[:3], FIRST=first, **read.constants(),
+            visit.normalize_grad, plan, read.x, *read.tensors, mask, dx, dresidual, rows, *results,
+            rate, *plan.sizes()[:3], FIRST=first, **read.constants(),
         )  # fmt: skip
         return
     if sums:
-        read.reduce(parts, tickets, rows, None, maps, *results, rate, first=first)
+        read.reduce(partials, tickets, rows, None, maps, *results, rate, first=first)
     if dx is not None or dresidual is not None:
         read.map(rows, maps, mask, dx, dresidual)
 
@@ -318,7 +318,7 @@ def unpack(tensors: Any, rest: Rest) -> Saved:
     """What a forward left, as the stages leave it."""
     x, weight, bias, residual, mask, y, kept = tensors
     kind = rest.kind
-    rows, _, signs = kind.parts(kept)
+    rows, _, signs = kind.views(kept)
     rows = rows if kind.groups is not None else rows[:, 0]
 
     def row(k: Any) -> Tensor:

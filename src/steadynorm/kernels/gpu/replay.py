@@ -33,18 +33,18 @@ class _Noted(NamedTuple):
 _noted: ContextVar[list[_Noted] | None] = ContextVar("noted", default=None)
 
 
-def launch(kernel: Any, p: Plan, x: Tensor, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, plan: Plan, x: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel on x's device, which need not be the current one."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            compiled = kernel[p.grid](*arguments, **constants)
+            compiled = kernel[plan.grid](*arguments, **constants)
     else:
-        compiled = kernel[p.grid](*arguments, **constants)
+        compiled = kernel[plan.grid](*arguments, **constants)
     noted = _noted.get()
     if noted is not None and compiled is not None:  # interpreted kernels leave nothing to repeat
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        bound = [given.get(q.name, q.default) for q in kernel.params]
-        noted.append(_Noted(compiled, p.grid, bound))
+        bound = [given.get(parameter.name, parameter.default) for parameter in kernel.params]
+        noted.append(_Noted(compiled, plan.grid, bound))
 
 
 class Replay:

@@ -59,27 +59,37 @@ def empty_signs(x: Tensor, groups: Groups = None) -> Tensor:
 
 def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
     """1 where the signs let a gradient through, else 0: as good as y to the derivative."""
-    p = plan_of(x, groups)
+    plan = plan_of(x, groups)
     bits = (signs[:, None] >> torch.arange(8, device=signs.device)) & 1
-    lines = (p.A // 2, p.B // 4, 2, 4) if p.four else (p.A, p.B // 8, 1, 8)
-    tiles = bits.view(-1, p.RB, p.blocks, p.SQ, *lines)
+    lines = (
+        (plan.tile_rows // 2, plan.tile_columns // 4, 2, 4)
+        if plan.four
+        else (plan.tile_rows, plan.tile_columns // 8, 1, 8)
+    )
+    tiles = bits.view(-1, plan.row_blocks, plan.blocks, plan.column_splits, *lines)
     # (group, row block, half, line | block, column block, byte, bit)
     tiles = tiles.permute(0, 1, 6, 4, 2, 3, 5, 7)
-    across = (p.blocks * p.SQ * p.B,) if p.last else (p.blocks, p.SQ * p.B)
-    spread = tiles.reshape(len(p.groups or (0,)), p.RB * p.A, *across)[..., : p.columns]
-    parts = [spread[g, :n] for g, n in enumerate(p.groups or (p.rows,))]
-    flat = torch.cat(parts).to(x.dtype).contiguous().untyped_storage()
+    across = (
+        (plan.blocks * plan.column_splits * plan.tile_columns,)
+        if plan.last
+        else (plan.blocks, plan.column_splits * plan.tile_columns)
+    )
+    spread = tiles.reshape(len(plan.groups or (0,)), plan.row_blocks * plan.tile_rows, *across)[
+        ..., : plan.columns
+    ]
+    partials = [spread[g, :n] for g, n in enumerate(plan.groups or (plan.rows,))]
+    flat = torch.cat(partials).to(x.dtype).contiguous().untyped_storage()
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(flat, 0, x.shape, x.stride())
 
 
-def partial_values(x: Tensor, p: Plan, number: int) -> int:
+def partial_values(x: Tensor, plan: Plan, number: int) -> int:
     """How many values the programs of a reduction leave, `number` each for a channel."""
-    return number * p.parts * len(p.groups or (0,)) * x.shape[1]
+    return number * plan.parts * len(plan.groups or (0,)) * x.shape[1]
 
 
-def workspace_for(x: Tensor, p: Plan, number: int) -> tuple[Tensor, Tensor]:
+def workspace_for(x: Tensor, plan: Plan, number: int) -> tuple[Tensor, Tensor]:
     """Partials of `number` values a program, and the tickets that tell the last program."""
-    space = plans.workspace(x, plans.stream_of(x), p.blocks, partial_values(x, p, number))
+    space = plans.workspace(x, plans.stream_of(x), plan.blocks, partial_values(x, plan, number))
     return space.partials, space.tickets
 
 
@@ -91,46 +101,47 @@ def laid_out(t: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 def run_moments(
-    x: Tensor, p: Plan, parts: Tensor | None, tickets: Tensor | None, starts: Tensor | None,
+    x: Tensor, plan: Plan, partials: Tensor | None, tickets: Tensor | None, starts: Tensor | None,
     rows: Tensor, mask: Tensor | None, *decided: Any, **policy: Any,
 ) -> None:  # fmt: skip
     """The kernel `moments`; `decided` are its arguments from `weight` to `known`."""
     replay.launch(
-        forward.moments, p, x,
-        x, mask, starts, parts, tickets, rows, *decided, *p.sizes(), WELFORD=p.four, ALONE=p.alone,
-        **p.tile(), **p.reduction(x.element_size(), light=mask is None), **policy,
+        forward.moments, plan, x,
+        x, mask, starts, partials, tickets, rows, *decided, *plan.sizes(), WELFORD=plan.four,
+        ALONE=plan.alone, **plan.tile(), **plan.reduction(x.element_size(), light=mask is None),
+        **policy,
     )  # fmt: skip
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, groups: Groups = None) -> Moments:
     """Count, mean and biased variance per channel, over valid positions where a mask is given."""
     rows = new_rows(x, ROWS, groups)
-    p = plan_of(x, groups)
+    plan = plan_of(x, groups)
     mask = None if mask is None else mask.contiguous()
-    scratch = (None, None) if p.alone else workspace_for(x, p, 4)
-    starts = plans.starts(p.groups, x.device)
+    scratch = (None, None) if plan.alone else workspace_for(x, plan, 4)
+    starts = plans.starts(plan.groups, x.device)
     run_moments(
-        x, p, *scratch, starts, rows, mask, None, None, None, None, None, 1.0, 0.0, 0.0, -1.0
+        x, plan, *scratch, starts, rows, mask, None, None, None, None, None, 1.0, 0.0, 0.0, -1.0
     )
     measured = rows[COUNT.value : COUNT.value + 4]
     count, mean, low, var = measured if groups is not None else measured[:, 0]
     values: Any = count[..., :1]
     if groups is None:
-        values = p.rows * (1 if p.last else p.columns) if mask is None else values
+        values = plan.rows * (1 if plan.last else plan.columns) if mask is None else values
     return Moments(values, mean, var, low)
 
 
 def run_apply(
-    x: Tensor, p: Plan, y: Tensor, starts: Tensor | None, rows: Tensor | None,
+    x: Tensor, plan: Plan, y: Tensor, starts: Tensor | None, rows: Tensor | None,
     residual: Tensor | None, activation: str | None, signs: Tensor | None, *running: Any,
     fixed: bool = False,
 ) -> None:  # fmt: skip
     """The kernel `apply`; `running` are its arguments from `weight` to `eps`."""
-    p = p.for_maps()
+    plan = plan.for_maps()
     replay.launch(
-        forward.apply, p, x,
-        x, residual, y, signs, starts, rows, *running, *p.sizes(), p.RB,
-        ACT=activation, FIXED=fixed, **p.tile(bits=True),
+        forward.apply, plan, x,
+        x, residual, y, signs, starts, rows, *running, *plan.sizes(), plan.row_blocks,
+        ACT=activation, FIXED=fixed, **plan.tile(bits=True),
     )  # fmt: skip
 
 
@@ -148,9 +159,9 @@ def apply(
     """`activation((x - center)·scale + shift + residual)`; the sign bits into `signs`."""
     y, rows = torch.empty_like(x), stacked(x, center, scale, shift)
     residual = None if residual is None else laid_out(residual, x, "residual")
-    p, nothing = plan_of(x, groups), (None,) * 5
-    starts = plans.starts(p.groups, x.device)
-    run_apply(x, p, y, starts, rows, residual, activation, signs, *nothing, 1.0)
+    plan, nothing = plan_of(x, groups), (None,) * 5
+    starts = plans.starts(plan.groups, x.device)
+    run_apply(x, plan, y, starts, rows, residual, activation, signs, *nothing, 1.0)
     return y
 
 
@@ -165,7 +176,7 @@ class Read(NamedTuple):
     """What both backward kernels read, and what they take the activation's derivative from."""
 
     x: Tensor
-    p: Plan
+    plan: Plan
     tensors: tuple[Tensor | None, ...]
     """grad, x, `extra` and the sign bits."""
     starts: Tensor | None
@@ -175,27 +186,28 @@ class Read(NamedTuple):
     @classmethod
     def of(cls, sources: GradientSources, x: Tensor) -> Read:
         """What a stage was given, as arguments of the kernels."""
-        p = plan_of(x, sources.groups)
+        plan = plan_of(x, sources.groups)
         extra = sources.y if sources.residual is None else sources.residual
         tensors = (sources.grad, x, extra, sources.signs)
-        starts = plans.starts(p.groups, x.device)
-        return cls(x, p, tensors, starts, sources.activation, KEPT[sources.keep])
+        starts = plans.starts(plan.groups, x.device)
+        return cls(x, plan, tensors, starts, sources.activation, KEPT[sources.keep])
 
     def constants(self) -> dict[str, Any]:
         """ACT, KEPT and the tile's."""
-        return {"ACT": self.activation, "KEPT": self.kept, **self.p.tile(bits=True)}
+        return {"ACT": self.activation, "KEPT": self.kept, **self.plan.tile(bits=True)}
 
     def reduce(
-        self, parts: Tensor | None, tickets: Tensor | None, rows: Tensor, sums: Tensor | None,
+        self, partials: Tensor | None, tickets: Tensor | None, rows: Tensor, sums: Tensor | None,
         *finished: Any, first: bool = True,
     ) -> None:  # fmt: skip
         """The kernel `reduce_grad`; `finished` are its arguments from `maps` to `rate`."""
         row = ACTIVATIONS.get(self.activation or "")
         light = row is None or row.source != "input"  # else z, and often an exponential, of each
+        plan, itemsize = self.plan, self.x.element_size()
         replay.launch(
-            backward.reduce_grad, self.p, self.x,
-            *self.tensors, self.starts, parts, tickets, rows, sums, *finished, *self.p.sizes(),
-            self.p.RB, FIRST=first, **self.p.reduction(self.x.element_size(), light=light),
+            backward.reduce_grad, plan, self.x,
+            *self.tensors, self.starts, partials, tickets, rows, sums, *finished, *plan.sizes(),
+            plan.row_blocks, FIRST=first, **plan.reduction(itemsize, light=light),
             **self.constants(),
         )  # fmt: skip
 
@@ -204,11 +216,11 @@ class Read(NamedTuple):
         dresidual: Tensor | None,
     ) -> None:  # fmt: skip
         """The kernel `apply_grad`, into `dx` and `dresidual`."""
-        p = self.p.for_maps()
+        plan = self.plan.for_maps()
         replay.launch(
-            backward.apply_grad, p, self.x,
-            *self.tensors, mask, dx, dresidual, self.starts, rows, maps, *p.sizes(), p.RB,
-            **self.constants(),
+            backward.apply_grad, plan, self.x,
+            *self.tensors, mask, dx, dresidual, self.starts, rows, maps, *plan.sizes(),
+            plan.row_blocks, **self.constants(),
         )  # fmt: skip
 
 
@@ -218,7 +230,7 @@ def reduce_grad(
     """`Σg` and `Σg·(x - center)` over all positions, with g the gradient before the activation."""
     sources = GradientSources.of(laid_out, grad, x, **kept)
     read, groups = Read.of(sources, x), sources.groups
-    sums, scratch = new_rows(x, 2, groups), workspace_for(x, read.p, 2)
+    sums, scratch = new_rows(x, 2, groups), workspace_for(x, read.plan, 2)
     read.reduce(*scratch, stacked(x, center, scale, shift), sums, *(None,) * 5, 0.0)
     return tuple(sums.unbind() if groups is not None else sums[:, 0].unbind())
 

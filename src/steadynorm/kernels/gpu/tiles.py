@@ -1,10 +1,11 @@
 """Where the values of a tile lie, the sign bits beside them, and which program comes last.
 
-One tile is A rows by B columns. Channels-first, rows are samples and columns run along a plane: the
-tile belongs to one channel. Channels-last (LAST), rows are positions and columns are channels.
-Program (block, part, group): `block` is a channel, or B of them; part s is (s // SQ, s % SQ) and
-takes the row blocks s // SQ, s // SQ + SR, ... of one column block. LV is the number of columns
-divided by VEC, so that the compiler knows that strides are multiples of a vector.
+One tile is TILE_ROWS by TILE_COLUMNS. Channels-first, rows are samples and columns run along a
+plane: the tile belongs to one channel. Channels-last (LAST), rows are positions and columns are
+channels. Program (block, part, group): `block` is a channel, or TILE_COLUMNS of them. A channel's
+rows are split `row_splits` times and its columns `column_splits` times: part s takes the row blocks
+s // column_splits, that + row_splits, ... of the column block s % column_splits. `vectors` is the
+number of columns divided by VEC, so that the compiler knows that strides are multiples of a vector.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import triton.language as tl
 
 
 @triton.jit
-def span_of(starts, N, g):
+def span_of(starts, N, group):
     """First row and number of rows of a group."""
     if starts is None:
         return 0, N
     else:
-        begin = tl.load(starts + g)
-        return begin, tl.load(starts + g + 1) - begin
+        begin = tl.load(starts + group)
+        return begin, tl.load(starts + group + 1) - begin
 
 
 @triton.jit
-def columns_of(block, part, SQ, B: tl.constexpr, LAST: tl.constexpr):
+def columns_of(block, part, column_splits, TILE_COLUMNS: tl.constexpr, LAST: tl.constexpr):
     """The columns of this program's tiles."""
     if LAST:
-        return block * B + tl.arange(0, B)
+        return block * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     else:
-        return (part % SQ) * B + tl.arange(0, B)
+        return (part % column_splits) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
 
 
 @triton.jit
@@ -39,34 +40,37 @@ def channels_of(block, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def turns_of(length, part, SR, SQ, A: tl.constexpr):
+def turns_of(length, part, row_splits, column_splits, TILE_ROWS: tl.constexpr):
     """How many tiles this program visits."""
-    return tl.maximum(tl.cdiv(length - (part // SQ) * A, SR * A), 0)
+    return tl.maximum(
+        tl.cdiv(length - (part // column_splits) * TILE_ROWS, row_splits * TILE_ROWS), 0
+    )
 
 
 @triton.jit
-def tile_at(begin, length, r, columns, block, C, LV, VEC: tl.constexpr, LAST: tl.constexpr,
-            BIG: tl.constexpr):  # fmt: skip
+def tile_at(begin, length, group_rows, columns, block, C, vectors, VEC: tl.constexpr,
+            LAST: tl.constexpr, BIG: tl.constexpr):  # fmt: skip
     """Offsets of a tile's values, its rows from the first of all on, and which places are real."""
-    n = begin + r
+    all_rows = begin + group_rows
     if BIG:
-        n = n.to(tl.int64)
-    ok = (r < length)[:, None] & (columns < LV * VEC)[None, :]
+        all_rows = all_rows.to(tl.int64)
+    in_bounds = (group_rows < length)[:, None] & (columns < vectors * VEC)[None, :]
     if LAST:
-        start = n * LV * VEC
+        start = all_rows * vectors * VEC
     else:
-        start = (n * C + block) * LV * VEC
-    return start[:, None] + columns[None, :], n, ok
+        start = (all_rows * C + block) * vectors * VEC
+    return start[:, None] + columns[None, :], all_rows, in_bounds
 
 
 @triton.jit
-def valid_at(mask, n, columns, ok, within, LV, VEC: tl.constexpr, LAST: tl.constexpr):
+def valid_at(mask, all_rows, columns, in_bounds, within, vectors, VEC: tl.constexpr,
+             LAST: tl.constexpr):  # fmt: skip
     """Which places of a tile the mask leaves valid; `within`: which rows are real."""
     if LAST:
-        return ok & (tl.load(mask + n, mask=within, other=0) != 0)[:, None]
+        return in_bounds & (tl.load(mask + all_rows, mask=within, other=0) != 0)[:, None]
     else:
-        at = (n * LV * VEC)[:, None] + columns[None, :]
-        return ok & (tl.load(mask + at, mask=ok, other=0) != 0)
+        offsets = (all_rows * vectors * VEC)[:, None] + columns[None, :]
+        return in_bounds & (tl.load(mask + offsets, mask=in_bounds, other=0) != 0)
 
 
 @triton.jit
@@ -97,38 +101,40 @@ def comes_last(ticket, others):
 
 
 @triton.jit
-def pack_bits(gate, A: tl.constexpr, B: tl.constexpr, FOUR: tl.constexpr):
+def pack_bits(gate, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FOUR: tl.constexpr):
     """One byte for eight values of a tile."""
     if FOUR:
-        bits = tl.reshape(gate.to(tl.int32), (2, A // 2, B // 4, 4))
+        bits = tl.reshape(gate.to(tl.int32), (2, TILE_ROWS // 2, TILE_COLUMNS // 4, 4))
         place = 4 * tl.arange(0, 2)[:, None, None, None] + tl.arange(0, 4)[None, None, None, :]
         return tl.sum(tl.sum(bits << place, 3), 0).to(tl.uint8)
     else:
-        bits = tl.reshape(gate.to(tl.int32), (A, B // 8, 8))
+        bits = tl.reshape(gate.to(tl.int32), (TILE_ROWS, TILE_COLUMNS // 8, 8))
         return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
 
 
 @triton.jit
-def spread_bits(packed, A: tl.constexpr, B: tl.constexpr, FOUR: tl.constexpr):
+def spread_bits(packed, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FOUR: tl.constexpr):
     """The inverse."""
     if FOUR:
         place = 4 * tl.arange(0, 2)[:, None, None, None] + tl.arange(0, 4)[None, None, None, :]
         wide = packed.to(tl.int32)[None, :, :, None] >> place
     else:
         wide = packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]
-    return tl.reshape(wide & 1, (A, B)) != 0
+    return tl.reshape(wide & 1, (TILE_ROWS, TILE_COLUMNS)) != 0
 
 
 @triton.jit
-def bits_at(signs, row_block, block, blocks, part, g, RB, SQ, A: tl.constexpr, B: tl.constexpr,
-            FOUR: tl.constexpr):  # fmt: skip
-    """Addresses of the bytes of one tile; a group has RB row blocks."""
+def bits_at(signs, row_block, block, blocks, part, group, row_blocks, column_splits,
+            TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FOUR: tl.constexpr):  # fmt: skip
+    """Addresses of the bytes of one tile; a group has `row_blocks` row blocks."""
     if FOUR:
-        ROW: tl.constexpr = B // 4
-        LINES: tl.constexpr = A // 2
+        ROW: tl.constexpr = TILE_COLUMNS // 4
+        LINES: tl.constexpr = TILE_ROWS // 2
     else:
-        ROW: tl.constexpr = B // 8
-        LINES: tl.constexpr = A
-    tile = ((g * RB + row_block).to(tl.int64) * blocks + block) * SQ + part % SQ
+        ROW: tl.constexpr = TILE_COLUMNS // 8
+        LINES: tl.constexpr = TILE_ROWS
+    tile = (
+        (group * row_blocks + row_block).to(tl.int64) * blocks + block
+    ) * column_splits + part % column_splits
     inside = tl.arange(0, LINES)[:, None] * ROW + tl.arange(0, ROW)[None, :]
-    return signs + tile * (A * B // 8) + inside
+    return signs + tile * (TILE_ROWS * TILE_COLUMNS // 8) + inside
