@@ -37,7 +37,7 @@ from steadynorm.evidence.timing import in_turns
 from steadynorm.kernels.gpu import prepared, replay
 
 CALLS = 100
-PARTS, WHOLE, FEW = (2048, 8), (4, 8, 2, 2), (4, 8, 2, 2)
+PARTS, WHOLE, FEW = (2048, 2), (4, 8, 2, 2), (4, 8, 2, 2)
 """A channel in several programs, a channel in one, and torch's operators."""
 HEAD = ("", "forward", "backward", "both", "both, against torch.nn's")
 
