@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,10 @@ from rich import progress as bars
 from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder with MNIST's IDX files, instead of scikit-learn's digits."),
+]
 
 verbose = False
 """Whether `--verbose` was given."""

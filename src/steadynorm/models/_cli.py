@@ -6,13 +6,12 @@ Heavy imports stay inside, so that `--help` is quick.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from steadynorm.command import Json, errors_in_one_line, print_json, show
 
-# typer reads these at run time, where Python 3.10 needs Optional.
 MODEL = "package.module:factory, or a call with literals: \"timm.create_model('resnet18')\"."
 DATA = (
     "Batches: package.module:batches, an iterable or a function that makes one; or a file that "
@@ -20,17 +19,12 @@ DATA = (
 )
 Model = Annotated[str, typer.Argument(help=MODEL)]
 Weights = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="A state dict to load: .safetensors, or a .pt of tensors only."),
+    Path | None, typer.Option(help="A state dict to load: .safetensors, or a .pt of tensors only.")
 ]
-Example = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help=f"{DATA} The first is what to check by."),
-]
+Example = Annotated[str | None, typer.Option(help=f"{DATA} The first is what to check by.")]
 Batches = Annotated[str, typer.Option(help=DATA)]
 Out = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="Where to write the state dict: .safetensors or .pt."),
+    Path | None, typer.Option(help="Where to write the state dict: .safetensors or .pt.")
 ]
 
 
@@ -39,8 +33,7 @@ def convert(
     weights: Weights = None,
     data: Example = None,
     statistics: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Policy for every layer, such as steady; none keeps each."),
+        str | None, typer.Option(help="Policy for every layer, such as steady; none keeps each.")
     ] = None,
     fuse: Annotated[bool, typer.Option(help="Fuse activations and residuals.")] = True,
     to: Annotated[str, typer.Option(help="steadynorm or torch.")] = "steadynorm",
@@ -65,8 +58,7 @@ def fold(
     data: Example = None,
     out: Out = None,
     onnx: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Also export to this file, checked with onnxruntime."),
+        Path | None, typer.Option(help="Also export to this file, checked with onnxruntime.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -97,12 +89,9 @@ def calibrate(
     passes: Annotated[
         str, typer.Option(help="one, or layerwise: one pass per layer, exact for any batch size.")
     ] = "one",
-    max_batches: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Stop after so many batches."),
-    ] = None,
+    max_batches: Annotated[int | None, typer.Option(help="Stop after so many batches.")] = None,
     prior: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(help="Adapt instead: samples that the model's own statistics count for."),
     ] = None,
     json: Json = False,
@@ -129,7 +118,7 @@ def convert_weights(
     source: Annotated[str, typer.Option(help="torch, keras or flax.")],
     target: Annotated[str, typer.Option(help="torch, keras or flax.")],
     values_per_channel: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             min=1, help="Values per channel in a training batch (N·H·W): the variance's factor."
         ),

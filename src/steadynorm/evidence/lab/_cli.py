@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from steadynorm._extras import require
-from steadynorm.command import GroupBars, Json, errors_in_one_line, print_json, say
+from steadynorm.command import DataDir, GroupBars, Json, errors_in_one_line, print_json, say
 
 lab = typer.Typer(
     help="Small experiments on real digits: what is claimed for batch normalization, tested.",
@@ -50,20 +50,15 @@ def list_experiments(json: Json = False) -> None:
 
 @lab.command()
 def run(
-    names: Annotated[Optional[list[str]], typer.Argument(metavar="NAME...")] = None,  # noqa: UP045
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All experiments.")] = False,
     profile: Annotated[ProfileOption, typer.Option(help="How thorough.")] = ProfileOption.quick,
-    data_dir: Annotated[
-        Optional[Path],  # noqa: UP045  typer reads it at run time
-        typer.Option(help="Folder with MNIST's IDX files, instead of scikit-learn's digits."),
-    ] = None,
+    data_dir: DataDir = None,
     seeds: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="How many, by default what an experiment declares."),
+        int | None, typer.Option(min=1, help="How many, by default what an experiment declares.")
     ] = None,
     workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Processes, by default one for each core."),
+        int | None, typer.Option(min=1, help="Processes, by default one for each core.")
     ] = None,
     out: Out = Path("lab"),
     json: Json = False,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from steadynorm._extras import require
-from steadynorm.command import GroupBars, Json, errors_in_one_line, print_json, say
+from steadynorm.command import DataDir, GroupBars, Json, errors_in_one_line, print_json, say
 
 NEEDED = {"torch": ("torch",), "keras": ("torch", "keras"), "jax": ("torch", "jax", "flax")}
 
@@ -20,10 +20,7 @@ def tour(
     ),
     seed: Annotated[int, typer.Option(min=0, help="First of the seeds.")] = 0,
     short: Annotated[bool, typer.Option("--short", help="Under half a minute.")] = False,
-    data_dir: Annotated[
-        Optional[Path],  # noqa: UP045  typer reads it at run time
-        typer.Option(help="Folder with MNIST's IDX files, instead of scikit-learn's digits."),
-    ] = None,
+    data_dir: DataDir = None,
     framework: Annotated[
         str, typer.Option(help="torch for the whole tour; keras or jax for one part in that.")
     ] = "torch",
@@ -34,34 +31,28 @@ def tour(
         if framework not in NEEDED:
             raise ValueError(f"--framework must be torch, keras or jax; got {framework}")
         require("altair", "vl_convert", *NEEDED[framework], *(() if data_dir else ("sklearn",)))
-        _visit(out, seed, short, data_dir, framework, json)
+        from steadynorm.evidence.digits import load
+        from steadynorm.evidence.tour.demo import TourOptions
+        from steadynorm.evidence.tour.demos import DEMOS, frameworks
+        from steadynorm.evidence.tour.visit import run
+        from steadynorm.report.terminal import to_rich
 
-
-def _visit(
-    out: Path, seed: int, short: bool, data_dir: Path | None, framework: str, json: bool
-) -> None:
-    from steadynorm.evidence.digits import load
-    from steadynorm.evidence.tour.demo import TourOptions
-    from steadynorm.evidence.tour.demos import DEMOS, frameworks
-    from steadynorm.evidence.tour.visit import run
-    from steadynorm.report.terminal import to_rich
-
-    seeds = (seed,) if short else (seed, seed + 1, seed + 2)
-    options = TourOptions(None if data_dir is None else str(data_dir), seeds, short)
-    load(options.data_dir)  # broken files are reported before any bar is drawn
-    with GroupBars() as bars:
-        visited = run(
-            DEMOS if framework == "torch" else (frameworks.demo(framework),), options,
-            begin=lambda demo, steps: bars.begin(demo.name, steps, title=demo.title),
-            progress=bars.reached,
-        )  # fmt: skip
-    page, record = visited.write(out)
-    if json:
-        print_json(visited.record())
-        return
-    say(f"Digits: {visited.data}\n")
-    for _, shown in visited.results:
-        for table in shown.tables:
-            Console().print(to_rich(table))
-        say(f"{shown.sentence}\n")
-    say(f"Charts: {page}\nFigures: {record}")
+        seeds = (seed,) if short else (seed, seed + 1, seed + 2)
+        options = TourOptions(None if data_dir is None else str(data_dir), seeds, short)
+        load(options.data_dir)  # broken files are reported before any bar is drawn
+        with GroupBars() as bars:
+            visited = run(
+                DEMOS if framework == "torch" else (frameworks.demo(framework),), options,
+                begin=lambda demo, steps: bars.begin(demo.name, steps, title=demo.title),
+                progress=bars.reached,
+            )  # fmt: skip
+        page, record = visited.write(out)
+        if json:
+            print_json(visited.record())
+            return
+        say(f"Digits: {visited.data}\n")
+        for _, shown in visited.results:
+            for table in shown.tables:
+                Console().print(to_rich(table))
+            say(f"{shown.sentence}\n")
+        say(f"Charts: {page}\nFigures: {record}")
