@@ -18,6 +18,7 @@ from steadynorm.models.layers import (
     is_host,
     named,
     recognize,
+    require_module,
     why_untouchable,
 )
 from steadynorm.statistics import Running, Steady
@@ -65,10 +66,7 @@ def drop_redundant_bias(
 
     Neither torch, Keras nor flax offers this.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"drop_redundant_bias: `model` must be a torch.nn.Module; got {type(model).__name__}."
-        )
+    require_module(model, "drop_redundant_bias")
     expected = None if example_inputs is None else answers(model, example_inputs, training=False)
     model = model if inplace else copied(model, "drop_redundant_bias")
     graphs = [trace(model, example_inputs, training=training) for training in (False, True)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from steadynorm.models import batches as feeding
 from steadynorm.models.batches import Forward
-from steadynorm.models.layers import batch_norms, unwrapped
+from steadynorm.models.layers import batch_norms, require_module, unwrapped
 from steadynorm.models.population import Mixture, Population
 from steadynorm.models.progress import Progress
 from steadynorm.models.replicas import ReplicaGroup
@@ -163,8 +163,7 @@ def _run(
     progress: bool,
     mixture: Mixture,
 ) -> CalibrationReport:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner}: `model` must be a torch.nn.Module; got {type(model).__name__}.")
+    require_module(model, owner)
     if passes not in ("one", "layerwise"):
         raise ValueError(f"{owner}: `passes` must be 'one' or 'layerwise'; got {passes!r}.")
     model = unwrapped(model)

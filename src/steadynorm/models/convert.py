@@ -21,7 +21,15 @@ from steadynorm.models.equivalence import (
 )
 from steadynorm.models.fuse import fuse as fuse_calls
 from steadynorm.models.fuse import unfuse, unfused
-from steadynorm.models.layers import Norm, activation_name, behaves, describe, named, recognize
+from steadynorm.models.layers import (
+    Norm,
+    activation_name,
+    behaves,
+    describe,
+    named,
+    recognize,
+    require_module,
+)
 from steadynorm.nn import batchnorm as ours
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.nn.synchronize import Synchronize
@@ -98,8 +106,7 @@ def convert(
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes torch's layers of ours, and so loses their
     policy: for replicas use `synchronize=True`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: `model` must be a torch.nn.Module; got {type(model).__name__}.")
+    require_module(model, "convert")
     if to not in ("steadynorm", "torch"):
         raise ValueError(f"convert: `to` must be 'steadynorm' or 'torch'; got {to!r}.")
     policy = None if statistics is None else policy_from(statistics)

@@ -21,6 +21,7 @@ from steadynorm.models.layers import (
     named,
     recognize,
     replace,
+    require_module,
     why_untouchable,
 )
 from steadynorm.models.weights import pads, scale_input, scale_output
@@ -74,8 +75,7 @@ def fold(
     `torch.nn.utils.fusion` folds one given pair, fails on grouped transposed convolutions and on
     `affine=False` after a linear layer, and does not ask where else a tensor goes.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fold: `model` must be a torch.nn.Module; got {type(model).__name__}.")
+    require_module(model, "fold")
     if model.training:
         raise ValueError(
             "fold: `model` must be in inference, since a batch norm in training normalizes with "

@@ -8,7 +8,7 @@ from torch import nn
 
 from steadynorm.models.changes import Change, Changes
 from steadynorm.models.convert import OURS_ALONE, adopt
-from steadynorm.models.layers import Norm, describe, named, recognize
+from steadynorm.models.layers import Norm, describe, named, recognize, require_module
 from steadynorm.statistics import Frozen, Policy
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,8 +52,9 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
     torchvision's and detectron2's `FrozenBatchNorm2d` do the same by another class without a way
     back; Keras's `trainable = False` freezes both halves, flax's `use_running_average` statistics.
     """
+    require_module(model, "freeze")
     changes = Changes()
-    for name, module in named(_checked(model, "freeze")):
+    for name, module in named(model):
         norm = recognize(module)
         if norm is None or hasattr(module, MEMORY):
             continue
@@ -85,8 +86,9 @@ def unfreeze(model: Model) -> tuple[Model, Changes]:
     >>> print(unfreeze(nn.BatchNorm1d(3))[1])
     nothing to do
     """
+    require_module(model, "unfreeze")
     changes = Changes()
-    for name, module in named(_checked(model, "unfreeze")):
+    for name, module in named(model):
         memory: BeforeFreeze | None = getattr(module, MEMORY, None)
         if memory is None:
             continue
@@ -102,12 +104,6 @@ def unfreeze(model: Model) -> tuple[Model, Changes]:
         delattr(module, MEMORY)
         changes.append(Change("unfrozen", name, before, describe(module), "as before freeze"))
     return model, changes
-
-
-def _checked(model: nn.Module, owner: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner}: `model` must be a torch.nn.Module; got {type(model).__name__}.")
-    return model
 
 
 def _why_not(module: nn.Module, norm: Norm) -> str | None:

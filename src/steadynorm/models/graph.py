@@ -221,7 +221,8 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
             nodes[entry] = nodes[entry.args[0]]
             continue
         if entry.op == "get_attr":
-            touched.update(id(tensor) for tensor in tensors(_attribute(model, str(entry.target))))
+            found = operator.attrgetter(str(entry.target))(model)
+            touched.update(id(tensor) for tensor in tensors(found))
         node = Node(str(entry.target), module if module and atom(module) else None)
         node.plain = len(entry.args) == 1 and not entry.kwargs
         nodes[entry] = node
@@ -233,13 +234,6 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
                 node.inputs.append(nodes[source])
                 nodes[source].users.append(node)
     return Graph(order, touched)
-
-
-def _attribute(model: nn.Module, path: str) -> Any:
-    value: Any = model
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _reads_only_metadata(entry: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from steadynorm.models.layers import recognize
+from steadynorm.models.layers import recognize, require_module
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
@@ -36,10 +36,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
     Source: He et al. 2019, "Bag of Tricks for Image Classification", section 3.1 (no bias decay).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"parameter_groups: `model` must be a torch.nn.Module; got {type(model).__name__}."
-        )
+    require_module(model, "parameter_groups")
     if not weight_decay >= 0:
         raise ValueError(
             f"parameter_groups: `weight_decay` must be at least 0; got {weight_decay!r}."

@@ -205,6 +205,12 @@ def describe(module: nn.Module) -> str:
     return f"{type(module).__name__}({size})"
 
 
+def require_module(model: object, owner: str) -> None:
+    """Raises TypeError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{owner}: `model` must be a torch.nn.Module; got {type(model).__name__}.")
+
+
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, by its first name in the model; the model itself is "(model)"."""
     for name, module in model.named_modules():

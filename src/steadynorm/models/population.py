@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -86,27 +87,21 @@ def _without_nonfinite(part: LayerMoments) -> LayerMoments:
     return part._replace(moments=Moments(*(torch.where(finite, v, 0.0) for v in part.moments)))
 
 
+@dataclass
 class Population:
     """One call: the layers to move, what is known of each, and what they will keep."""
 
-    def __init__(
-        self,
-        owner: str,
-        model: nn.Module,
-        feed: Batches,
-        layers: Sequence[NormLayer],
-        mixture: Mixture,
-        replicas: ReplicaGroup,
-    ) -> None:
-        self.owner = owner
-        self.model = model
-        self.feed = feed
-        self.layers = layers
-        self.mixture = mixture
-        self.replicas = replicas
-        self.movable = {layer.name: layer for layer in layers if layer.left is None}
-        self.before: dict[str, RunningStatistics] = {}
-        self.measured: dict[str, LayerMoments] = {}
+    owner: str
+    model: nn.Module
+    feed: Batches
+    layers: Sequence[NormLayer]
+    mixture: Mixture
+    replicas: ReplicaGroup
+    before: dict[str, RunningStatistics] = field(default_factory=dict)
+    measured: dict[str, LayerMoments] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.movable = {layer.name: layer for layer in self.layers if layer.left is None}
 
     def start(self) -> None:
         """Learn the statistics from before: the first replica's, where they differ."""
@@ -137,7 +132,8 @@ class Population:
             if first is None:
                 break
             self.measured[first] = found[first]
-            self._store(open_layers.pop(first), self._final(first))
+            self._store(first)
+            del open_layers[first]
             if len(found) == 1:
                 break
         return seen, rounds
@@ -172,19 +168,18 @@ class Population:
         unbiased = self.movable[name].unbiased
         return self.mixture.mixed(self.before[name], self.measured[name], unbiased=unbiased)
 
-    @staticmethod
     @torch.no_grad()
-    def _store(layer: NormLayer, now: RunningStatistics) -> None:
-        module: Any = layer.module
+    def _store(self, name: str) -> None:
+        module: Any = self.movable[name].module
+        now = self._final(name)
         module.running_mean.copy_(now.mean.to(module.running_mean.dtype))
         module.running_var.copy_(now.var.to(module.running_var.dtype))
 
     def write(self) -> None:
         """Copy the final statistics into the layers' buffers."""
         for name, part in self.measured.items():
-            layer = self.movable[name]
-            self._store(layer, self._final(name))
-            tracked = layer.module.num_batches_tracked
+            self._store(name)
+            tracked = self.movable[name].module.num_batches_tracked
             if isinstance(tracked, torch.Tensor):
                 tracked.clamp_(min=part.calls)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -34,7 +33,7 @@ class LayerMoments(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What one pass gave: how many batches there were, and what reached each layer."""
+    """What one pass gave: how many batches there were, and what reached each layer, on the CPU."""
 
     batches: int
     found: dict[str, LayerMoments]
@@ -64,23 +63,15 @@ class ReplicaGroup:
         except Exception as error:
             self._exchange(f"{type(error).__name__}: {error}")
             raise
-        answers = self._exchange(
-            PassResult(own.batches, {name: part.cpu() for name, part in own.found.items()})
-        )
+        answers = self._exchange(own)
         for rank, answer in enumerate(answers):
             if isinstance(answer, str):
                 raise RuntimeError(f"{self.owner}: replica {rank} failed: {answer}")
-        names = dict.fromkeys(name for answer in answers for name in answer.found)
-        return PassResult(
-            sum(answer.batches for answer in answers),
-            {
-                name: reduce(
-                    LayerMoments.joined,
-                    [part.found[name] for part in answers if name in part.found],
-                )
-                for name in names
-            },
-        )
+        found: dict[str, LayerMoments] = {}
+        for answer in answers:
+            for name, part in answer.found.items():
+                found[name] = found[name].joined(part) if name in found else part
+        return PassResult(sum(answer.batches for answer in answers), found)
 
     def first(self, value: T) -> T:
         """The first replica's value, on all of them."""

@@ -43,10 +43,9 @@ def scale_input(layer: Any, scale: Tensor, shift: Tensor) -> None:
     `scale` and `shift`: (channels in,), float64.
     """
     weight, bias = layer.weight, layer.bias
-    wide = exact(weight)
-    per_input = _per_input(layer, weight, scale)
-    moved = (wide * _per_input(layer, weight, shift)).flatten(1).sum(1)
-    _store(layer, "weight", wide * per_input, weight, weight)
+    wide, groups = exact(weight), layer.groups if isinstance(layer, _ConvNd) else 1
+    moved = (wide * _second_axis(weight, shift, groups)).flatten(1).sum(1)
+    _store(layer, "weight", wide * _second_axis(weight, scale, groups), weight, weight)
     _store(layer, "bias", moved if bias is None else exact(bias) + moved, bias, weight)
 
 
@@ -60,20 +59,19 @@ def pads(layer: Any) -> bool:
 
 def _per_output(layer: Any, weight: Tensor, values: Tensor) -> Tensor:
     """Values of the output channels, shaped to multiply the weight."""
-    if not isinstance(layer, TRANSPOSED):
-        return values.view(-1, *(1 for _ in range(weight.ndim - 1)))
-    # A transposed weight is (in, out/groups, *): each group of inputs has its own outputs.
-    inputs, outputs = weight.shape[0] // layer.groups, weight.shape[1]
-    grouped = values.view(layer.groups, 1, outputs).expand(-1, inputs, -1)
-    return grouped.reshape(*weight.shape[:2], *(1 for _ in range(weight.ndim - 2)))
+    if isinstance(layer, TRANSPOSED):
+        return _second_axis(weight, values, layer.groups)
+    return values.view(-1, *(1 for _ in range(weight.ndim - 1)))
 
 
-def _per_input(layer: Any, weight: Tensor, values: Tensor) -> Tensor:
-    """Values of the input channels, shaped to multiply the weight (out, in/groups, *)."""
-    groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
-    grouped = values.view(groups, 1, inputs).expand(-1, outputs, -1)
-    return grouped.reshape(*weight.shape[:2], *(1 for _ in range(weight.ndim - 2)))
+def _second_axis(weight: Tensor, values: Tensor, groups: int) -> Tensor:
+    """Values of the channels on a weight's second axis, shaped to multiply it: those of the input
+    of (out, in/groups, *), or of the output of a transposed (in, out/groups, *). Each group of
+    rows has its own.
+    """
+    rows, columns = weight.shape[:2]
+    grouped = values.view(groups, 1, columns).expand(-1, rows // groups, -1)
+    return grouped.reshape(rows, columns, *(1 for _ in range(weight.ndim - 2)))
 
 
 def _store(layer: nn.Module, name: str, value: Tensor, old: Tensor | None, like: Tensor) -> None:
