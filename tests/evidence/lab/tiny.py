@@ -10,7 +10,7 @@ from torch import nn
 
 from steadynorm.evidence.data_parallel import launched
 from steadynorm.evidence.lab import runner
-from steadynorm.evidence.lab.experiment import Experiment, Figures, PlannedRun, one
+from steadynorm.evidence.lab.experiment import Experiment, PlannedRun
 from steadynorm.evidence.lab.runs import Runs
 from steadynorm.evidence.lab.verdict import expect, judge
 from steadynorm.evidence.networks import build
@@ -46,14 +46,18 @@ def verdict(runs: Runs):
     return judge(f"They differ by {found}.", [expect("difference", found, above=-1, below=1)])
 
 
-def figures(runs: Runs):
-    return Figures(text=["Nothing to see."])
+def shows(runs: Runs):
+    yield "Nothing to see."
+
+
+def one_step(setting):
+    return 1
 
 
 TINY = Experiment(
     name="tiny", title="A tiny one", claim="It runs.", source="nobody", factors={"policy": "two"},
     measure="accuracy", rule="within one", settings={"quick": SETTINGS, "full": SETTINGS}, run=run,
-    verdict=verdict, figures=figures, steps=one, seeds={"quick": 6, "full": 7},
+    verdict=verdict, shows=shows, steps=one_step, seeds={"quick": 6, "full": 7},
 )  # fmt: skip
 
 

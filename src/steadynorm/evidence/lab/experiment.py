@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from steadynorm.evidence.digits import Digits
@@ -31,6 +32,10 @@ class PlannedRun:
         return hashlib.sha256(canonical(named).encode()).hexdigest()[:16]
 
 
+Shown = Table | Chart | str
+"""A piece of what the report shows."""
+
+
 @dataclass(frozen=True)
 class Figures:
     """What the report shows of an experiment besides its declaration and verdict."""
@@ -38,11 +43,6 @@ class Figures:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     text: Sequence[str] = ()
-
-
-def one(setting: Setting) -> int:
-    """The weight of an ordinary step."""
-    return 1
 
 
 def one_cycle(setting: Setting) -> Recipe:
@@ -60,12 +60,14 @@ class Experiment:
     words and before any run. `settings`: the conditions by profile, each a dict with all that a run
     depends on, its length too. `run(setting, seed, digits, tick)`: one run, a function of its
     arguments alone, whose result holds plain numbers, strings and lists; a number that is not
-    finite is stored as None. `verdict(runs)` and `figures(runs)`: from all finished runs.
-    `recipe(setting)`: how a network is trained, by default in one cycle; `steps(setting)`: how many
-    steps a run reports to `tick`, by default the recipe's. `weight(setting)`: how long a step
-    takes, in units of the shortest. `seeds`: how many, by profile. `timed`: the run takes times, so
-    it has the machine to itself, and its results are no function of the seed. `revision`: to be
-    raised when what a run computes changes, so that stored runs are not mixed up.
+    finite is stored as None. `verdict(runs)`, and the tables, charts and remarks of `shows(runs)`:
+    from all finished runs. `recipe(setting)`: how a network is trained, by default in one cycle;
+    `steps(setting)`: how many steps a run reports to `tick`, by default those of the setting, or
+    else of the recipe. `weights`: how long a step takes in units of the shortest, by factor and
+    value; 1 where a value is not named, and the product over the factors. `seeds`: how many, by
+    profile. `timed`: the run takes times, so it has the machine to itself, and its results are no
+    function of the seed. `revision`: to be raised when what a run computes changes, so that stored
+    runs are not mixed up.
     """
 
     name: str
@@ -78,10 +80,10 @@ class Experiment:
     settings: Mapping[Profile, Sequence[Setting]]
     run: Callable[[Setting, int, Digits, Tick], Result]
     verdict: Callable[[Runs], Verdict]
-    figures: Callable[[Runs], Figures]
+    shows: Callable[[Runs], Iterable[Shown]]
     recipe: Callable[[Setting], Recipe] = one_cycle
     steps: Callable[[Setting], int] | None = None
-    weight: Callable[[Setting], int] = one
+    weights: Mapping[str, Mapping[Any, int]] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=lambda: {"quick": 3, "full": 5})
     timed: bool = False
     revision: int = 1
@@ -97,12 +99,27 @@ class Experiment:
 
     def length(self, setting: Setting) -> int:
         """Steps that a run reports."""
-        return self.recipe(setting).steps if self.steps is None else self.steps(setting)
+        if self.steps is not None:
+            return self.steps(setting)
+        return int(setting["steps"]) if "steps" in setting else self.recipe(setting).steps
+
+    def weight(self, setting: Setting) -> int:
+        """How long a step takes, in units of the shortest."""
+        return prod(by.get(setting[factor], 1) for factor, by in self.weights.items())
 
     def execute(self, setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
         """One run, which reports weighted steps."""
         weight = self.weight(setting)
         return self.run(setting, seed, digits, lambda steps: tick(weight * steps))
+
+    def figures(self, runs: Runs) -> Figures:
+        """What the report shows, each kind in its order."""
+        shown = list(self.shows(runs))
+        return Figures(
+            [one for one in shown if isinstance(one, Table)],
+            [one for one in shown if isinstance(one, Chart)],
+            [one for one in shown if isinstance(one, str)],
+        )
 
 
 def canonical(value: Any) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Figures
+from steadynorm.evidence.lab.experiment import Shown
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting, grid
 from steadynorm.evidence.networks import build, initialize
@@ -57,23 +58,16 @@ def widths(runs: Runs, factor: str, depth: int, kind: str) -> list[float]:
     ]
 
 
-def figures(runs: Runs, factor: str, corner: str, x_title: str) -> Figures:
+def shows(runs: Runs, factor: str, corner: str, x_title: str) -> Iterator[Shown]:
     """Accuracy over the factor, for each depth."""
     names = NAMES | {value: f"{value:.2g}" for value in runs.distinct(factor)}
-    return Figures(
-        [
-            table(
-                f"Accuracy at the end, %: {depth} hidden layers", runs.where(depth=depth),
-                rows=factor, columns="normalization", measure="accuracy", times=100, names=names,
-                corner=corner,
-            )
-            for depth in DEPTHS
-        ],
-        [
-            chart(
-                f"What trains, {depth} hidden layers", runs.where(depth=depth), x=factor,
-                y="accuracy", series="normalization", names=NAMES, log_x=True, x_title=x_title,
-            )
-            for depth in DEPTHS
-        ],
-    )  # fmt: skip
+    for depth in DEPTHS:
+        some = runs.where(depth=depth)
+        yield table(
+            f"Accuracy at the end, %: {depth} hidden layers", some, rows=factor,
+            columns="normalization", measure="accuracy", times=100, names=names, corner=corner,
+        )  # fmt: skip
+        yield chart(
+            f"What trains, {depth} hidden layers", some, x=factor, y="accuracy",
+            series="normalization", names=NAMES, log_x=True, x_title=x_title,
+        )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from statistics import fmean
 from typing import Any, get_args
@@ -11,7 +11,7 @@ from torch import nn
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, plus_minus
 from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
@@ -77,11 +77,6 @@ SETTINGS: dict[Profile, list[Setting]] = {
 def recipe(setting: Setting) -> Recipe:
     """A step for `SAMPLES` samples, whatever is normalized together."""
     return Recipe(SAMPLES, setting["samples"], points=1)
-
-
-def weight(setting: Setting) -> int:
-    """How long a step takes."""
-    return WEIGHTS[setting["network"]]
 
 
 def trained(
@@ -165,10 +160,9 @@ def cell(runs: Runs) -> str:
     return f"{plus_minus(run['error'] for run in runs)} ({calibrated:.1f})"
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Errors by batch size, for each network."""
     runs = each(runs)
-    tables, charts = [], []
     for network in runs.distinct("network"):
         some = runs.where(network=network)
         sizes = sorted(some.distinct("batch"))
@@ -179,20 +173,17 @@ def figures(runs: Runs) -> Figures:
         title = f"Error of inference, %: {network}"
         head = ["normalized together", *map(str, sizes)]
         bold = [index for index, row in enumerate(body) if row[0] == NAMES["two-way"]]
-        tables.append(Table(title, head, body, note=NOTE, emphasis=bold))
+        yield Table(title, head, body, note=NOTE, emphasis=bold)
         rows = [
             FinishedRun({**run.setting, "batch": size}, run.seed, run.result)
             for run in some
             for size in (sizes if run["kind"] in OUTSIDE else [run["batch"]])
         ]
-        charts.append(
-            chart(
-                title, rows, x="batch", y="error", series="kind", names=NAMES, log_x=True,
-                log_y=True, order=list(NAMES.values()), highlight=NAMES["two-way"],
-                x_title="samples normalized together", y_title="error on the test digits, %",
-            )
+        yield chart(
+            title, rows, x="batch", y="error", series="kind", names=NAMES, log_x=True, log_y=True,
+            order=list(NAMES.values()), highlight=NAMES["two-way"],
+            x_title="samples normalized together", y_title="error on the test digits, %",
         )  # fmt: skip
-    return Figures(tables, charts)
 
 
 EXPERIMENT = Experiment(
@@ -210,6 +201,6 @@ EXPERIMENT = Experiment(
     rule="In every network a batch of one has at most "
     + ", ".join(f"{points} points ({network})" for network, points in ALLOWED.items())
     + " more than Batch at 64, with running statistics.",
-    settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe,
-    weight=weight, seeds={"quick": 1, "full": 1}, revision=2,
+    settings=SETTINGS, run=run, verdict=verdict, shows=shows, recipe=recipe,
+    weights={"network": WEIGHTS}, seeds={"quick": 1, "full": 1}, revision=2,
 )  # fmt: skip

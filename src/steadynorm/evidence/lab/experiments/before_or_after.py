@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -82,25 +82,19 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Errors of inference, and the loss over training."""
+    for depth in runs.distinct("depth"):
+        yield table(
+            f"Error of inference with {depth} hidden layers, %", runs.where(depth=depth),
+            rows="placement", columns="activation", names=NAMES, corner="batch normalization",
+            measure="error",
+        )  # fmt: skip
     deepest = max(runs.distinct("depth"))
     normalized = [run for run in runs.where(depth=deepest) if run["placement"] != "none"]
-    return Figures(
-        [
-            table(
-                f"Error of inference with {depth} hidden layers, %", runs.where(depth=depth),
-                rows="placement", columns="activation", names=NAMES, corner="batch normalization",
-                measure="error",
-            )
-            for depth in runs.distinct("depth")
-        ],
-        [
-            chart(
-                f"Loss in training, {deepest} hidden layers", normalized, x="step", y="loss",
-                series=lambda run: f"{run['activation']}, {NAMES[run['placement']]}", log_y=True,
-            )
-        ],
+    yield chart(
+        f"Loss in training, {deepest} hidden layers", normalized, x="step", y="loss",
+        series=lambda run: f"{run['activation']}, {NAMES[run['placement']]}", log_y=True,
     )  # fmt: skip
 
 
@@ -117,5 +111,5 @@ EXPERIMENT = Experiment(
     measure="Error of inference on the test digits, in per cent; SGD with momentum, one cycle.",
     rule="After the activation makes more errors than before it, with every activation and depth.",
     settings={"quick": settings(8_000, 4), "full": settings(20_000, 4, 10)}, run=run,
-    verdict=verdict, figures=figures, recipe=recipe,
+    verdict=verdict, shows=shows, recipe=recipe,
 )  # fmt: skip

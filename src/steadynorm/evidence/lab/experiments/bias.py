@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import log10
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch.nn import functional as F
 
 from steadynorm.evidence import networks
 from steadynorm.evidence.digits import Digits, batches, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, table
-from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import KINDS
 from steadynorm.evidence.training import Tick
@@ -42,16 +43,6 @@ def settings(steps: int) -> list[Setting]:
 
 
 SETTINGS: dict[Profile, list[Setting]] = {"quick": settings(100), "full": settings(200)}
-
-
-def steps(setting: Setting) -> int:
-    """Steps of a run."""
-    return int(setting["steps"])
-
-
-def weight(setting: Setting) -> int:
-    """Three networks train side by side."""
-    return 3
 
 
 def build(setting: Setting, digits: Digits, seed: int, *, bias: bool) -> nn.Sequential:
@@ -155,38 +146,30 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """The largest differences, and how they grow."""
     measured = runs.derived(largest=lambda run: exponent(run["largest"]))
-
-    def called(run: FinishedRun) -> str:
-        return f"{NAMES[run['statistics']]}, {run['type']}"
-
-    return Figures(
-        [
-            table(
-                "Largest difference of the logits, power of ten", measured.where(network=kind),
-                rows="statistics", columns="type", names=NAMES, measure="largest", note=kind,
-            )
-            for kind in KINDS
-        ],
-        [
-            chart(
-                "Difference that a bias makes", runs.where(network=FLAT), x="step",
-                y="difference", series=called, log_y=True,
-                y_title="largest difference / largest logit",
-                description="Fully connected; mean over the seeds, the band is their range.",
-            )
-        ],
-        [
-            f"After {EARLY} steps single precision is not compared: in some runs, with a bias and "
-            "with weights moved by one rounding alike, a rounding that flips one ReLU has grown to "
-            "1 % of the logits after 200 steps (seen when the rule still counted all steps).",
-            "Where running statistics take part in normalizing a training batch, as with Steady, "
-            "the mean that is subtracted follows the bias with a delay, so a bias is not quite "
-            "without effect in training."
-        ],
+    for kind in KINDS:
+        yield table(
+            "Largest difference of the logits, power of ten", measured.where(network=kind),
+            rows="statistics", columns="type", names=NAMES, measure="largest", note=kind,
+        )  # fmt: skip
+    yield chart(
+        "Difference that a bias makes", runs.where(network=FLAT), x="step", y="difference",
+        series=lambda run: f"{NAMES[run['statistics']]}, {run['type']}", log_y=True,
+        y_title="largest difference / largest logit",
+        description="Fully connected; mean over the seeds, the band is their range.",
     )  # fmt: skip
+    yield (
+        f"After {EARLY} steps single precision is not compared: in some runs, with a bias and with "
+        "weights moved by one rounding alike, a rounding that flips one ReLU has grown to 1 % of "
+        "the logits after 200 steps (seen when the rule still counted all steps)."
+    )
+    yield (
+        "Where running statistics take part in normalizing a training batch, as with Steady, the "
+        "mean that is subtracted follows the bias with a delay, so a bias is not quite without "
+        "effect in training."
+    )
 
 
 EXPERIMENT = Experiment(
@@ -205,5 +188,6 @@ EXPERIMENT = Experiment(
     rule="In double precision the difference stays below 1e-8; in single, over the first 20 "
     "steps, below ten times what moving the first weights by one rounding makes; without "
     "normalization it is above 1e-2.",
-    settings=SETTINGS, run=run, verdict=verdict, figures=figures, steps=steps, weight=weight,
+    settings=SETTINGS, run=run, verdict=verdict, shows=shows,
+    weights={"network": dict.fromkeys(KINDS, 3)},  # three of them train side by side
 )  # fmt: skip

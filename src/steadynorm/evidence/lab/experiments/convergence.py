@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import fmean
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.estimates import Estimate
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, first_reaching, table
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.two_networks import BATCH, NETWORKS, RELU, SIGMOID, build, needed
@@ -40,11 +41,6 @@ def recipe(setting: Setting) -> Recipe:
     steps = setting["samples"] // BATCH
     rate = BASE[setting["network"]] * setting["rate"]
     return Recipe.constant(BATCH, setting["samples"], rate, points=steps // 10)
-
-
-def weight(setting: Setting) -> int:
-    """A step with batch normalization takes longer."""
-    return 3 if setting["normalization"] == "batch" else 1
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
@@ -99,33 +95,26 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Steps and accuracy of every arm, and the curves."""
     names = {"none": "no normalization", "batch": "batch normalization"}
 
     def called(run: FinishedRun) -> str:
         return f"{'BN' if run['normalization'] == 'batch' else 'none'}, {run['rate']:g}×"
 
-    tables, charts = [], []
     for network in NETWORKS:
         some = runs.where(network=network)
-        tables += [
-            table(
+        for title, measure, times, note in (
+            ("Steps to 95 % accuracy", "reached", 1, "A dash where a seed never got there."),
+            ("Accuracy at the end, %", "final", 100, ""),
+        ):
+            yield table(
                 f"{title}: {network}", some, rows="normalization", columns="rate", measure=measure,
                 times=times, names=names, corner="learning rate ×", note=note,
-            )
-            for title, measure, times, note in (
-                ("Steps to 95 % accuracy", "reached", 1, "A dash where a seed never got there."),
-                ("Accuracy at the end, %", "final", 100, ""),
-            )
-        ]  # fmt: skip
-        charts.append(
-            chart(
-                f"Accuracy: {network}", some, x="step", y="accuracy", series=called,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        yield chart(f"Accuracy: {network}", some, x="step", y="accuracy", series=called)
     rates = " and ".join(f"{rate:g} ({network})" for network, rate in BASE.items())
-    return Figures(tables, charts, [f"1× is a learning rate of {rates} at batch {BATCH}."])
+    yield f"1× is a learning rate of {rates} at batch {BATCH}."
 
 
 EXPERIMENT = Experiment(
@@ -144,5 +133,6 @@ EXPERIMENT = Experiment(
     "steps and still so at the next look; SGD at a constant rate.",
     rule="In both networks it takes less than half the steps at 5× than the plain network at the "
     "best of its five rates, and at 30× ends above 90 % where the plain network ends below 50 %.",
-    settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe, weight=weight,
+    settings=SETTINGS, run=run, verdict=verdict, shows=shows, recipe=recipe,
+    weights={"normalization": {"batch": 3}},
 )  # fmt: skip

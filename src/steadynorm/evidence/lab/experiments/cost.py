@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from steadynorm import nn as ours
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import table
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -119,7 +119,7 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Milliseconds, and multiples of the network without normalization."""
     by_kind = Runs(
         FinishedRun({"kind": called, "what": f"{name}, {one['network']}"}, one.seed,
@@ -128,17 +128,12 @@ def figures(runs: Runs) -> Figures:
         for one in runs for name in ("training", "inference") for kind, called in KINDS.items()
         if f"{name}, {kind}" in one.result
     )  # fmt: skip
-    return Figures(
-        [
-            table(
-                "Per cent of time that normalization adds", by_kind, rows="kind", columns="what",
-                corner="normalization", measure="added", times=100,
-                note="Training: forward and backward. A folded network does not train.",
-            ),
-            table("Milliseconds", by_kind, rows="kind", columns="what", corner="normalization",
-                  measure="ms"),
-        ]
+    across: dict[str, Any] = {"rows": "kind", "columns": "what", "corner": "normalization"}
+    yield table(
+        "Per cent of time that normalization adds", by_kind, **across, measure="added", times=100,
+        note="Training: forward and backward. A folded network does not train.",
     )  # fmt: skip
+    yield table("Milliseconds", by_kind, **across, measure="ms")
 
 
 EXPERIMENT = Experiment(
@@ -156,5 +151,5 @@ EXPERIMENT = Experiment(
     "rounds in which all variants take turns; a seed is a repetition.",
     rule="Folded inference takes less than 1.1 times that without normalization, and a training "
     "step with ours, fused, less than with torch's, in both networks.",
-    settings=SETTINGS, run=run, verdict=verdict, figures=figures, steps=steps, timed=True,
+    settings=SETTINGS, run=run, verdict=verdict, shows=shows, steps=steps, timed=True,
 )  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
 from steadynorm.evidence.lab import two_networks
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, first_reaching, sentences, table
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.two_networks import NETWORKS, needed, recipe
@@ -151,29 +153,23 @@ def verdict(runs: Runs) -> Verdict:
     return judge(sentences(said), findings)
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Steps, movement, and the paths of the percentiles."""
-    charts = []
+    for title, measure, times in (
+        ("Steps to 90 % accuracy", "reached", 1),
+        ("Movement of the median every ten steps, % of the spread", "movement", 100),
+    ):
+        yield table(
+            title, runs, rows="network", columns="normalization", measure=measure, times=times,
+            names=NAMES,
+        )  # fmt: skip
     for network in NETWORKS:
         some = runs.where(network=network)
-        charts.append(
-            chart(
-                f"Accuracy: {network}", some, x="step", y="accuracy",
-                series=lambda run: NAMES[run["normalization"]], order=list(NAMES.values()),
-            )
+        yield chart(
+            f"Accuracy: {network}", some, x="step", y="accuracy",
+            series=lambda run: NAMES[run["normalization"]], order=list(NAMES.values()),
         )  # fmt: skip
-        charts += [paths(run) for run in some if run.seed == min(runs.seeds)]
-    return Figures(
-        [
-            table(title, runs, rows="network", columns="normalization", measure=measure,
-                  times=times, names=NAMES)
-            for title, measure, times in (
-                ("Steps to 90 % accuracy", "reached", 1),
-                ("Movement of the median every ten steps, % of the spread", "movement", 100),
-            )
-        ],
-        charts,
-    )  # fmt: skip
+        yield from (paths(run) for run in some if run.seed == min(runs.seeds))
 
 
 def paths(run: FinishedRun) -> Chart:
@@ -213,5 +209,5 @@ EXPERIMENT = Experiment(
     rule="In both networks the input moves less with batch normalization than without, and a shift "
     "injected after it at least doubles the steps.",
     settings={"quick": settings(16_000), "full": settings(32_000)}, run=run, verdict=verdict,
-    figures=figures, recipe=recipe,
+    shows=shows, recipe=recipe,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, plus_minus, sentences
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -21,6 +22,7 @@ from steadynorm.report.page import Table
 
 BATCH = 32
 WIDTH = 32
+DEPTHS = (2, 5, 10, 20, 50)
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU
 }  # fmt: skip
@@ -43,18 +45,13 @@ def settings(*depths: int) -> list[Setting]:
 
 
 SETTINGS: dict[Profile, list[Setting]] = {
-    "quick": settings(2, 10, 20), "full": settings(2, 5, 10, 20, 50)
+    "quick": settings(2, 10, 20), "full": settings(*DEPTHS)
 }  # fmt: skip
 
 
 def recipe(setting: Setting) -> Recipe:
     """SGD with momentum in one cycle, the gradient clipped: as good a chance as any for all."""
     return Recipe(BATCH, setting["samples"], rate=setting["rate"] * 64 / BATCH, points=1)
-
-
-def weight(setting: Setting) -> int:
-    """A step takes time in proportion to the depth."""
-    return int(setting["depth"])
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
@@ -129,7 +126,7 @@ def called(activation: str, kind: str) -> str:
     return f"{activation}{', BN' if kind == 'batch' else ''}"
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """What trains, and the gradient's norm by layer."""
     depths = runs.distinct("depth")
     rows = [
@@ -137,7 +134,10 @@ def figures(runs: Runs) -> Figures:
         for depth in depths
     ]
     rates = "; ".join(f"{a} {low:g} and {high:g}" for a, (low, high) in RATES.items())
-    deep = max(depth for depth in depths if depth <= 20)
+    yield Table(
+        "Accuracy by depth, %", ["hidden layers", *(called(*arm) for arm in ARMS)], rows,
+        note=f"At the better of two learning rates: {rates}.",
+    )  # fmt: skip
     trains = [
         FinishedRun(
             {"network": called(arm, kind), "depth": depth}, seed, {"accuracy": accuracy}
@@ -146,32 +146,23 @@ def figures(runs: Runs) -> Figures:
         for depth in depths
         for seed, accuracy in enumerate(best(runs, arm, depth, kind))
     ]  # fmt: skip
+    yield chart(
+        "What trains", trains, x="depth", y="accuracy", series="network", log_x=True,
+        x_title="hidden layers",
+        description="At the better of two learning rates; mean over the seeds, the band is their "
+        "range.",
+    )  # fmt: skip
+    deep = max(depth for depth in depths if depth <= 20)
     initial = runs.where(depth=deep).derived(
         network=lambda run: called(run["activation"], run["normalization"]),
         layer=lambda run: list(range(1, len(run["gradient"]))),
         gradient=lambda run: run["gradient"][:-1],
     )
-    return Figures(
-        [
-            Table(
-                "Accuracy by depth, %", ["hidden layers", *(called(*arm) for arm in ARMS)], rows,
-                note=f"At the better of two learning rates: {rates}.",
-            )
-        ],
-        [
-            chart(
-                "What trains", trains, x="depth", y="accuracy", series="network",
-                log_x=True, x_title="hidden layers",
-                description="At the better of two learning rates; mean over the seeds, the band is "
-                "their range.",
-            ),
-            chart(
-                f"Gradient of the initial weights, {deep} layers",
-                [run for run in initial if run["rate"] == RATES[run["activation"]][0]], x="layer",
-                y="gradient", series="network", y_title="log₁₀ of the gradient's norm",
-                description="Before training, on 256 digits. Layer 1 is next to the input.",
-            ),
-        ],
+    yield chart(
+        f"Gradient of the initial weights, {deep} layers",
+        [run for run in initial if run["rate"] == RATES[run["activation"]][0]], x="layer",
+        y="gradient", series="network", y_title="log₁₀ of the gradient's norm",
+        description="Before training, on 256 digits. Layer 1 is next to the input.",
     )  # fmt: skip
 
 
@@ -191,6 +182,6 @@ EXPERIMENT = Experiment(
     measure="Accuracy of inference on the test digits; the norm of the initial gradient by layer.",
     rule="At 10 and at 20 sigmoid layers accuracy is below 30 % without and above 90 % with batch "
     "normalization, and down 10 of them the gradient fades at least a decade less with it.",
-    settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe, weight=weight,
-    seeds={"quick": 2, "full": 5},
+    settings=SETTINGS, run=run, verdict=verdict, shows=shows, recipe=recipe,
+    weights={"depth": {depth: depth for depth in DEPTHS}}, seeds={"quick": 2, "full": 5},
 )  # fmt: skip

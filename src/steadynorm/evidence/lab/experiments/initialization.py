@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.lab import ladder
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import sentences
 from steadynorm.evidence.lab.runs import Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -39,9 +41,9 @@ def verdict(runs: Runs) -> Verdict:
     return judge(sentences(said, "; "), findings)
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Accuracy over the scale."""
-    return ladder.figures(runs, "scale", "scale", "scale of the initial weights, He's = 1")
+    return ladder.shows(runs, "scale", "scale", "scale of the initial weights, He's = 1")
 
 
 EXPERIMENT = Experiment(
@@ -57,6 +59,6 @@ EXPERIMENT = Experiment(
     measure="Decades of the scale that end at 90 % accuracy of inference or better after 400 steps "
     f"of SGD at a rate of {RATE:g} and batch {BATCH}.",
     rule="The range is wider by more than half a decade (a factor of 3) at both depths.",
-    settings=ladder.settings("scale", -8, 8), run=run, verdict=verdict, figures=figures,
+    settings=ladder.settings("scale", -8, 8), run=run, verdict=verdict, shows=shows,
     recipe=recipe,
 )  # fmt: skip

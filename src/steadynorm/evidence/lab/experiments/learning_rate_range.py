@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.lab import ladder
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import sentences
 from steadynorm.evidence.lab.runs import Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -52,9 +54,9 @@ def verdict(runs: Runs) -> Verdict:
     return judge(sentences(said, "; "), findings)
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Accuracy over the rate."""
-    return ladder.figures(runs, "rate", "learning rate", "learning rate")
+    return ladder.shows(runs, "rate", "learning rate", "learning rate")
 
 
 EXPERIMENT = Experiment(
@@ -71,6 +73,6 @@ EXPERIMENT = Experiment(
     "400 steps.",
     rule="The band is wider by more than 0.3 decades (a factor of 2), and its upper end more than "
     "3 times as high, at both depths.",
-    settings=ladder.settings("rate", -10, 4), run=run, verdict=verdict, figures=figures,
+    settings=ladder.settings("rate", -10, 4), run=run, verdict=verdict, shows=shows,
     recipe=recipe,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.estimates import Estimate
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -45,16 +46,6 @@ SETTINGS: dict[Profile, list[Setting]] = {
     "quick": settings(rows=300, permuted=200),
     "full": settings(**dict.fromkeys(TASKS, 400)),
 }
-
-
-def steps(setting: Setting) -> int:
-    """Steps of a run."""
-    return int(setting["steps"])
-
-
-def weight(setting: Setting) -> int:
-    """More time steps take longer, and so does normalization."""
-    return (1 if setting["task"] == "rows" else 6) * (1 if setting["network"] == "lstm" else 3)
 
 
 class Reader(nn.Module):
@@ -157,31 +148,26 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Errors, and accuracy along training."""
     lag = (
         "Momentum 0.1: the last ten batches or so. At every time step they lag a little, and what "
         "is off at one step goes on into the next."
     )
-    return Figures(
-        [
-            table(title, runs, rows="network", columns="task", names={**NETWORKS, **TASKS},
-                  corner="network / task", measure=measure, times=times, note=note)
-            for title, measure, times, note in (
-                ("Error of inference at the end, %", "error", 1, ""),
-                ("The same by running averages", "error_by_average", 1, lag),
-                ("Mean accuracy over training, %", "mean_accuracy", 100, ""),
-            )
-        ],
-        [
-            chart(
-                f"Accuracy of inference: {TASKS[task]}", runs.where(task=task), x="step",
-                y="accuracy", series=lambda run: NETWORKS[run["network"]],
-                order=list(NETWORKS.values()),
-            )
-            for task in runs.distinct("task")
-        ],
-    )  # fmt: skip
+    for title, measure, times, note in (
+        ("Error of inference at the end, %", "error", 1, ""),
+        ("The same by running averages", "error_by_average", 1, lag),
+        ("Mean accuracy over training, %", "mean_accuracy", 100, ""),
+    ):
+        yield table(
+            title, runs, rows="network", columns="task", names={**NETWORKS, **TASKS},
+            corner="network / task", measure=measure, times=times, note=note,
+        )  # fmt: skip
+    for task in runs.distinct("task"):
+        yield chart(
+            f"Accuracy of inference: {TASKS[task]}", runs.where(task=task), x="step", y="accuracy",
+            series=lambda run: NETWORKS[run["network"]], order=list(NETWORKS.values()),
+        )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -199,5 +185,6 @@ EXPERIMENT = Experiment(
     "hidden units, batch 64, Adam at 2e-3, gradient norm clipped at 1.",
     rule="After equally many steps it makes fewer errors than the LSTM on every task (permuted "
     "pixels first), and on permuted pixels fewer than with γ starting at 1.",
-    settings=SETTINGS, run=run, verdict=verdict, figures=figures, steps=steps, weight=weight,
+    settings=SETTINGS, run=run, verdict=verdict, shows=shows,
+    weights={"task": {"pixels": 6, "permuted": 6}, "network": {"0.1": 3, "1": 3}},
 )  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -62,11 +64,6 @@ def recipe(setting: Setting) -> Recipe:
     """
     size = setting["batch"]
     return Recipe(size, setting["samples"], rate=0.1 * (64 / size) * (size / 64) ** 0.5, points=1)
-
-
-def weight(setting: Setting) -> int:
-    """A step beside the population takes longer."""
-    return 4 if setting["arm"] == "population" else 1
 
 
 def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
@@ -145,25 +142,20 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Gaps and errors by batch size."""
-    measures = {
-        "gap": ("Error on test digits minus error on training digits, points", 1),
-        "test_error": ("Error on the test digits, %", 1),
-        "loss_gap": ("Loss on test digits minus loss on training digits, ×100", 100),
-    }
-    return Figures(
-        [
-            table(title, runs, rows="arm", columns="batch", names=ARMS, corner="batch size",
-                  measure=measure, times=times)
-            for measure, (title, times) in measures.items()
-        ],
-        [
-            chart(
-                "Gap by batch size", runs, x="batch", y="gap", series="arm", names=ARMS,
-                log_x=True, y_title="points between test and training error",
-            )
-        ],
+    for measure, title, times in (
+        ("gap", "Error on test digits minus error on training digits, points", 1),
+        ("test_error", "Error on the test digits, %", 1),
+        ("loss_gap", "Loss on test digits minus loss on training digits, ×100", 100),
+    ):
+        yield table(
+            title, runs, rows="arm", columns="batch", names=ARMS, corner="batch size",
+            measure=measure, times=times,
+        )  # fmt: skip
+    yield chart(
+        "Gap by batch size", runs, x="batch", y="gap", series="arm", names=ARMS, log_x=True,
+        y_title="points between test and training error",
     )  # fmt: skip
 
 
@@ -184,5 +176,6 @@ EXPERIMENT = Experiment(
     f"{SIZES[0]}, grows more from there to batch {SIZES[-1]} than without batch normalization, and "
     f"is smaller with ghosts of {GHOST} than without at batch {SIZES[-1]}.",
     settings={"quick": settings(6_400), "full": settings(9_600)}, run=run, verdict=verdict,
-    figures=figures, recipe=recipe, weight=weight, seeds={"quick": 4, "full": 10},
+    shows=shows, recipe=recipe, weights={"arm": {"population": 4}},
+    seeds={"quick": 4, "full": 10},
 )  # fmt: skip

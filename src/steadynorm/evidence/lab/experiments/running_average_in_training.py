@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Figures, one_cycle
+from steadynorm.evidence.lab.experiment import Experiment, Shown, one_cycle
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -49,23 +51,19 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Errors, and the loss over training."""
-    return Figures(
-        [
-            table(title, runs, rows="statistics", columns="batch", names=NAMES,
-                  corner="normalized by / batch size", measure=measure)
-            for title, measure in (
-                ("Error of inference, %", "error"),
-                ("Error on the same digits normalized as in training, %", "error_in_training"),
-            )
-        ],
-        [
-            chart(
-                "Loss in training", runs, x="samples_seen", y="loss",
-                series=lambda run: f"{NAMES[run['statistics']]}, {run['batch']}", log_y=True,
-            )
-        ],
+    for title, measure in (
+        ("Error of inference, %", "error"),
+        ("Error on the same digits normalized as in training, %", "error_in_training"),
+    ):
+        yield table(
+            title, runs, rows="statistics", columns="batch", names=NAMES,
+            corner="normalized by / batch size", measure=measure,
+        )  # fmt: skip
+    yield chart(
+        "Loss in training", runs, x="samples_seen", y="loss",
+        series=lambda run: f"{NAMES[run['statistics']]}, {run['batch']}", log_y=True,
     )  # fmt: skip
 
 
@@ -84,5 +82,5 @@ EXPERIMENT = Experiment(
     rule="The running average makes at most one point of error more than the batch, at batch 64, "
     "16 and 4.",
     settings={"quick": settings(8_000), "full": settings(16_000)}, run=run, verdict=verdict,
-    figures=figures,
+    shows=shows,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Figures, one_cycle
+from steadynorm.evidence.lab.experiment import Experiment, Shown, one_cycle
 from steadynorm.evidence.lab.figures import table
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -77,21 +78,17 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Errors by shift and by what was adapted to."""
     by_kind = Runs(
         FinishedRun({"shift": kind, "statistics": called}, one.seed,
                     {"error": one[f"{kind}, {name}"]})
         for one in runs for kind in SHIFTS for name, called in STATISTICS.items()
     )  # fmt: skip
-    return Figures(
-        [
-            table(
-                "Error on the test digits, %", by_kind, rows="statistics", columns="shift",
-                corner="statistics / shift", measure="error",
-                note=f"adapt(prior={PRIOR}): the trained statistics count as {PRIOR} digits.",
-            )
-        ]
+    yield table(
+        "Error on the test digits, %", by_kind, rows="statistics", columns="shift",
+        corner="statistics / shift", measure="error",
+        note=f"adapt(prior={PRIOR}): the trained statistics count as {PRIOR} digits.",
     )  # fmt: skip
 
 
@@ -111,5 +108,5 @@ EXPERIMENT = Experiment(
     rule="Adapting to all test digits takes errors off for every shift, and adds less than a point "
     "where nothing shifted.",
     settings={"quick": grid(samples=8_000, batch=64), "full": grid(samples=16_000, batch=64)},
-    run=run, verdict=verdict, figures=figures,
+    run=run, verdict=verdict, shows=shows,
 )  # fmt: skip

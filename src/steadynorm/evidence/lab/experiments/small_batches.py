@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 
 from torch import nn
 
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, plus_minus
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -62,11 +62,6 @@ SETTINGS: dict[Profile, list[Setting]] = {
 def recipe(setting: Setting) -> Recipe:
     """One cycle, the rate in proportion to the batch."""
     return Recipe(setting["batch"], setting["samples"], clip=setting["clip"], points=1)
-
-
-def weight(setting: Setting) -> int:
-    """A step of the convolutional network takes twice the time."""
-    return 2 if setting["network"] == "convolutional" else 1
 
 
 def statistics(setting: Setting) -> Statistics:
@@ -151,9 +146,8 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Errors by batch size."""
-    tables, charts = [], []
     for clip, network in product((None, CLIP), KINDS):
         some = runs.where(network=network, clip=clip)
         sizes = some.distinct("batch")
@@ -165,15 +159,13 @@ def figures(runs: Runs) -> Figures:
         title = f"Error of inference, %: {network}{clipped}"
         head = ["policy", *(f"batch {size}" for size in sizes)]
         bold = [index for index, row in enumerate(body) if row[0] == NAMES["two-way"]]
-        tables.append(Table(title, head, body, emphasis=bold))
-        charts.append(
-            chart(
-                title, some, x="batch", y="error", series="policy", names=NAMES, log_x=True,
-                order=list(NAMES.values()), highlight=NAMES["two-way"], log_y=True,
-                y_title="error on the test digits, %",
-            )
+        yield Table(title, head, body, emphasis=bold)
+        yield chart(
+            title, some, x="batch", y="error", series="policy", names=NAMES, log_x=True,
+            order=list(NAMES.values()), highlight=NAMES["two-way"], log_y=True,
+            y_title="error on the test digits, %",
         )  # fmt: skip
-    return Figures(tables, charts, refusals(runs))
+    yield from refusals(runs)
 
 
 def cell(runs: Runs) -> str:
@@ -205,5 +197,6 @@ EXPERIMENT = Experiment(
     rule="Without clipping: in the fully connected network the error of Batch rises by more than 5 "
     "points from 8 to 2; in both networks that of Steady, one-way too, rises by less than 2 points "
     "from 8 to 2 and from 8 to 1, and lies within 1 point of Batch at 64.",
-    settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe, weight=weight,
+    settings=SETTINGS, run=run, verdict=verdict, shows=shows, recipe=recipe,
+    weights={"network": {"convolutional": 2}},
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.estimates import Estimate
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, sentences, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.two_networks import BATCH, GOOD_RATES, NETWORKS, build, recipe
@@ -124,29 +126,25 @@ def verdict(runs: Runs) -> Verdict:
     return judge(sentences(said), findings)
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """The measures, and their course over training."""
+    for measure, words in MEASURES.items():
+        yield table(
+            f"{words[0].upper()}{words[1:]}, ×1000", runs, rows="network",
+            columns="normalization", measure=measure, times=1000, names=NAMES,
+        )  # fmt: skip
     spans = runs.derived(
         range=lambda run: [h - lo for lo, h in zip(run["lowest"], run["highest"], strict=True)]
     )
-    return Figures(
-        [
-            table(f"{words[0].upper()}{words[1:]}, ×1000", runs, rows="network",
-                  columns="normalization", measure=measure, times=1000, names=NAMES)
-            for measure, words in MEASURES.items()
-        ],
-        [
-            chart(
+    for network in NETWORKS:
+        for title, y in (
+            ("Range of the loss along the step", "range"),
+            ("Change of the gradient along the step", "turn"),
+        ):
+            yield chart(
                 f"{title}: {network}", spans.where(network=network), x="step", y=y,
                 series=lambda run: NAMES[run["normalization"]], log_y=True,
-            )
-            for network in NETWORKS
-            for title, y in (
-                ("Range of the loss along the step", "range"),
-                ("Change of the gradient along the step", "turn"),
-            )
-        ],
-    )  # fmt: skip
+            )  # fmt: skip
 
 
 def settings(samples: int) -> list[Setting]:
@@ -168,5 +166,5 @@ EXPERIMENT = Experiment(
     "length walked; the median of the thirty.",
     rule="All three are smaller with batch normalization, in both networks.",
     settings={"quick": settings(9_600), "full": settings(19_200)}, run=run, verdict=verdict,
-    figures=figures, recipe=recipe,
+    shows=shows, recipe=recipe,
 )  # fmt: skip

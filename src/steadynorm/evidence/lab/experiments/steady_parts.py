@@ -13,24 +13,25 @@ The rule of choice, written down before any run:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.experiments import batch_of_one
 from steadynorm.evidence.lab.experiments.batch_of_one import (
     CONV,
     DEEP,
     FLAT,
     SAMPLES,
+    WEIGHTS,
     cell,
     each,
     is_lost,
     of,
     trained,
-    weight,
 )
 from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
 from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
@@ -206,7 +207,7 @@ def score(runs: Runs, values: tuple[float, ...]) -> tuple[float, str, int]:
     return ratios[worst], worst, lost
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """The parts, and the settings with the score that chooses among them."""
     runs = each(runs)
     networks = runs.distinct("network")
@@ -216,10 +217,8 @@ def figures(runs: Runs) -> Figures:
 
     body = [["Batch at 64", *cells("batch")]]
     body += [[words, *cells(part)] for part, words in PARTS.items() if at(runs, part)]
-    tables = [
-        Table("Error at a batch of one, %, a part taken away", ["Steady", *networks], body,
-              note=NOTE, emphasis=[1])
-    ]  # fmt: skip
+    title = "Error at a batch of one, %, a part taken away"
+    yield Table(title, ["Steady", *networks], body, note=NOTE, emphasis=[1])
     whole = runs.where(part="whole")
     swept = sorted({(run["prior"], run["horizon"], run["window"]) for run in whole})
     if len(swept) > 1:
@@ -231,8 +230,7 @@ def figures(runs: Runs) -> Figures:
         head = ["prior, horizon, window", *networks, "worst ratio to Batch at 64", "seeds lost"]
         bold = [index for index, values in enumerate(swept) if values == DEFAULT]
         title = "Error at a batch of one, %, by Steady's settings"
-        tables.append(Table(title, head, rows, note=NOTE, emphasis=bold))
-    return Figures(tables)
+        yield Table(title, head, rows, note=NOTE, emphasis=bold)
 
 
 NOTE = "Mean ± half its 95 % interval with running statistics, in brackets the mean calibrated."
@@ -251,6 +249,6 @@ EXPERIMENT = Experiment(
     f"step adds up the gradients of {SAMPLES} samples, each normalized alone.",
     rule="Without M, without R and without the present batch the error is higher, on average over "
     "the networks.",
-    settings=SETTINGS, run=run, verdict=verdict, figures=figures, recipe=recipe, weight=weight,
-    seeds={"quick": 1, "full": 1}, revision=2,
+    settings=SETTINGS, run=run, verdict=verdict, shows=shows, recipe=recipe,
+    weights={"network": WEIGHTS}, seeds={"quick": 1, "full": 1}, revision=2,
 )  # fmt: skip

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Figures, one_cycle
+from steadynorm.evidence.lab.experiment import Experiment, Shown, one_cycle
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import build
-from steadynorm.evidence.training import (
-    Tick,
-    accuracy_in_training,
-    inference_accuracy,
-    train,
-)
+from steadynorm.evidence.training import Tick, accuracy_in_training, inference_accuracy, train
 from steadynorm.models.calibrate import Passes, calibrate
 
 SIZES = (64, 16, 4, 2)
@@ -104,7 +100,7 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def figures(runs: Runs) -> Figures:
+def shows(runs: Runs) -> Iterator[Shown]:
     """Errors at the end, and along training at batch 2."""
     by_kind = Runs(
         FinishedRun({"statistics": called, "batch": one["batch"]}, one.seed,
@@ -112,22 +108,15 @@ def figures(runs: Runs) -> Figures:
                      "errors": one[name]})
         for one in runs for name, called in STATISTICS.items()
     )  # fmt: skip
-    return Figures(
-        [
-            table(
-                "Error on the test digits at the end of training, %", by_kind, rows="statistics",
-                columns="batch", corner="normalized by / batch size", measure="error",
-                note="Calibrated on all training digits: one pass of batches of 256, or layer by "
-                "layer, which is exact. As in training: test batches of the training's size.",
-            )
-        ],
-        [
-            chart(
-                f"Error along training at batch {min(SIZES)}", by_kind.where(batch=min(SIZES)),
-                x="samples_seen", y="errors", series=lambda run: run["statistics"],
-                y_title="error, %",
-            )
-        ],
+    yield table(
+        "Error on the test digits at the end of training, %", by_kind, rows="statistics",
+        columns="batch", corner="normalized by / batch size", measure="error",
+        note="Calibrated on all training digits: one pass of batches of 256, or layer by layer, "
+        "which is exact. As in training: test batches of the training's size.",
+    )  # fmt: skip
+    yield chart(
+        f"Error along training at batch {min(SIZES)}", by_kind.where(batch=min(SIZES)),
+        x="samples_seen", y="errors", series=lambda run: run["statistics"], y_title="error, %",
     )  # fmt: skip
 
 
@@ -148,5 +137,5 @@ EXPERIMENT = Experiment(
     "statistics, and one pass of calibration closes more than half of that; at batch 64 they make "
     "less than a point more.",
     settings={"quick": settings(6_000), "full": settings(12_000)}, run=run, verdict=verdict,
-    figures=figures,
+    shows=shows,
 )  # fmt: skip
