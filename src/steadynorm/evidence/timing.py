@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import NamedTuple, TypeVar
 
@@ -27,7 +26,10 @@ def in_turns(
     """
     names = list(contenders)
     found: dict[str, list[T]] = {name: [] for name in names}
-    with _no_garbage_collection():
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
         for number in range(-warm_up, rounds):
             first = max(number, 0) % len(names)
             for name in names[first:] + names[:first]:
@@ -36,6 +38,9 @@ def in_turns(
                     found[name].append(answer)
             if tick is not None:
                 tick(1)
+    finally:
+        if enabled:
+            gc.enable()
     return found
 
 
@@ -71,18 +76,6 @@ def seconds(call: Callable[[], object], repeats: int = 1) -> float:
     for _ in range(repeats):
         call()
     return (perf_counter() - start) / repeats
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class SpeedUp(NamedTuple):

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from steadynorm.evidence.data_parallel import DataParallelGroup
 from steadynorm.evidence.digits import Digits, batches, load, tensors
-from steadynorm.evidence.networks import Kind, build
+from steadynorm.evidence.networks import Kind, Statistics, build
 from steadynorm.models.untouched import untouched
-from steadynorm.statistics import Policy
 
 Tick = Callable[[int], None]
 """Called with the number of steps done since the last call; may raise to end the run."""
@@ -110,23 +109,18 @@ class TrainingResult:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class TrainingSetup:
-    """A network and its training. `statistics`: as in `networks.build`; `momentum`: the layers'."""
-
-    network: Kind
-    statistics: Policy | str | None
-    recipe: Recipe
-    momentum: float = 0.1
-
-
 def execute(
-    setup: TrainingSetup, data_dir: str | None, seed: int, *, tick: Tick | None = None
+    kind: Kind,
+    statistics: Statistics,
+    recipe: Recipe,
+    data_dir: str | None,
+    seed: int,
+    *,
+    tick: Tick | None = None,
 ) -> TrainingResult:
     """Build the network from `seed`, train it on the digits of `data_dir` and measure it."""
     digits = load(data_dir)
-    network = build(setup.network, setup.statistics, digits, seed, momentum=setup.momentum)
-    return train(network, digits, setup.recipe, seed=seed, tick=tick)
+    return train(build(kind, statistics, digits, seed), digits, recipe, seed=seed, tick=tick)
 
 
 def train(

@@ -14,7 +14,7 @@ from steadynorm.cli import app
 from steadynorm.evidence.tour.demo import Demo, DemoResult, TourOptions
 from steadynorm.evidence.tour.demos import DEMOS
 from steadynorm.evidence.tour.visit import run
-from steadynorm.evidence.training import Recipe, TrainingSetup, execute
+from steadynorm.evidence.training import Recipe, execute
 from steadynorm.evidence.workers import Job
 from steadynorm.report.page import Table
 
@@ -128,15 +128,15 @@ def test_the_page_holds_every_demonstration(visited):
 
 
 def small_jobs(options):
-    setups = {
-        name: TrainingSetup("fully connected", name, Recipe(4, 80, points=2))
-        for name in ("steady", "torch")
-    }
+    recipe = Recipe(4, 80, points=2)
     return [
-        Job("small", (name, seed), 20, execute, (setup, options.data_dir, seed))
-        for name, setup in setups.items()
+        Job(
+            "small", (name, seed), 20, execute,
+            ("fully connected", name, recipe, options.data_dir, seed),
+        )
+        for name in ("steady", "torch")
         for seed in options.seeds
-    ]
+    ]  # fmt: skip
 
 
 def small_result(options, outcomes):

@@ -71,13 +71,8 @@ class Verdict:
             "sentence": self.sentence,
             "seeds": self.seeds,
             "findings": [
-                {
-                    "words": finding.words,
-                    "expected": finding.expected,
-                    "holds": finding.holds,
-                    **finding.estimate._asdict(),
-                }
-                for finding in self.findings
+                {"words": f.words, "expected": f.expected, "holds": f.holds, **f.estimate._asdict()}
+                for f in self.findings
             ],
         }
 

@@ -14,7 +14,7 @@ from steadynorm.evidence import networks
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, table
-from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.runs import Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import KINDS
 from steadynorm.evidence.training import Tick
@@ -40,9 +40,6 @@ def settings(steps: int) -> list[Setting]:
         {"network": kind, "statistics": policy, "type": dtype, "steps": steps}
         for kind, policy, dtype in (*exact, *others)
     ]
-
-
-SETTINGS: dict[Profile, list[Setting]] = {"quick": settings(100), "full": settings(200)}
 
 
 def build(setting: Setting, digits: Digits, seed: int, *, bias: bool) -> nn.Sequential:
@@ -188,6 +185,6 @@ EXPERIMENT = Experiment(
     rule="In double precision the difference stays below 1e-8; in single, over the first 20 "
     "steps, below ten times what moving the first weights by one rounding makes; without "
     "normalization it is above 1e-2.",
-    settings=SETTINGS, run=run, verdict=verdict, shows=shows,
-    weights={"network": dict.fromkeys(KINDS, 3)},  # three of them train side by side
+    settings={"quick": settings(100), "full": settings(200)}, run=run, verdict=verdict,
+    shows=shows, weights={"network": dict.fromkeys(KINDS, 3)},  # three of them train side by side
 )  # fmt: skip

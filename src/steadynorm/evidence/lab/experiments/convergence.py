@@ -10,7 +10,7 @@ from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.estimates import Estimate
 from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, first_reaching, table
-from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting
 from steadynorm.evidence.lab.two_networks import BATCH, NETWORKS, RELU, SIGMOID, build, needed
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Recipe, Tick, train
@@ -31,9 +31,6 @@ def settings(samples: int) -> list[Setting]:
         for network in NETWORKS
         for normalization, times in ARMS
     ]
-
-
-SETTINGS: dict[Profile, list[Setting]] = {"quick": settings(24_000), "full": settings(40_000)}
 
 
 def recipe(setting: Setting) -> Recipe:
@@ -133,6 +130,6 @@ EXPERIMENT = Experiment(
     "steps and still so at the next look; SGD at a constant rate.",
     rule="In both networks it takes less than half the steps at 5× than the plain network at the "
     "best of its five rates, and at 30× ends above 90 % where the plain network ends below 50 %.",
-    settings=SETTINGS, run=run, verdict=verdict, shows=shows, recipe=recipe,
-    weights={"normalization": {"batch": 3}},
+    settings={"quick": settings(24_000), "full": settings(40_000)}, run=run, verdict=verdict,
+    shows=shows, recipe=recipe, weights={"normalization": {"batch": 3}},
 )  # fmt: skip

@@ -13,7 +13,7 @@ from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
 from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, plus_minus, sentences
-from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import fully_connected, initialize, normalization_1d
 from steadynorm.evidence.training import Recipe, Tick, train
@@ -42,11 +42,6 @@ def settings(*depths: int) -> list[Setting]:
         for activation, kind in ARMS
         for rate in RATES[activation]
     ]  # fmt: skip
-
-
-SETTINGS: dict[Profile, list[Setting]] = {
-    "quick": settings(2, 10, 20), "full": settings(*DEPTHS)
-}  # fmt: skip
 
 
 def recipe(setting: Setting) -> Recipe:
@@ -182,6 +177,7 @@ EXPERIMENT = Experiment(
     measure="Accuracy of inference on the test digits; the norm of the initial gradient by layer.",
     rule="At 10 and at 20 sigmoid layers accuracy is below 30 % without and above 90 % with batch "
     "normalization, and down 10 of them the gradient fades at least a decade less with it.",
-    settings=SETTINGS, run=run, verdict=verdict, shows=shows, recipe=recipe,
+    settings={"quick": settings(2, 10, 20), "full": settings(*DEPTHS)}, run=run, verdict=verdict,
+    shows=shows, recipe=recipe,
     weights={"depth": {depth: depth for depth in DEPTHS}}, seeds={"quick": 2, "full": 5},
 )  # fmt: skip

@@ -14,7 +14,7 @@ from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.estimates import Estimate
 from steadynorm.evidence.lab.experiment import Experiment, Shown
 from steadynorm.evidence.lab.figures import chart, table
-from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
+from steadynorm.evidence.lab.runs import Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Tick, inference_accuracy
 from steadynorm.models.calibrate import calibrate
@@ -40,12 +40,6 @@ def settings(**lengths: int) -> list[Setting]:
         for network in NETWORKS
         if (task, network) != ("pixels", "1")
     ]
-
-
-SETTINGS: dict[Profile, list[Setting]] = {
-    "quick": settings(rows=300, permuted=200),
-    "full": settings(**dict.fromkeys(TASKS, 400)),
-}
 
 
 class Reader(nn.Module):
@@ -185,6 +179,10 @@ EXPERIMENT = Experiment(
     "hidden units, batch 64, Adam at 2e-3, gradient norm clipped at 1.",
     rule="After equally many steps it makes fewer errors than the LSTM on every task (permuted "
     "pixels first), and on permuted pixels fewer than with γ starting at 1.",
-    settings=SETTINGS, run=run, verdict=verdict, shows=shows,
+    settings={
+        "quick": settings(rows=300, permuted=200),
+        "full": settings(**dict.fromkeys(TASKS, 400)),
+    },
+    run=run, verdict=verdict, shows=shows,
     weights={"task": {"pixels": 6, "permuted": 6}, "network": {"0.1": 3, "1": 3}},
 )  # fmt: skip

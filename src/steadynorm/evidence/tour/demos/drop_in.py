@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.tour.demo import Demo, DemoResult, Outcomes, TourOptions, error_of
-from steadynorm.evidence.training import Recipe, TrainingResult, TrainingSetup, execute
+from steadynorm.evidence.training import Recipe, TrainingResult, execute
 from steadynorm.evidence.workers import Job
 from steadynorm.report.charts import lines
 from steadynorm.report.page import Chart, Table
@@ -20,7 +20,7 @@ def jobs(options: TourOptions) -> Sequence[Job]:
     return [
         Job(
             DEMO.name, (arm, seed), recipe.steps, execute,
-            (TrainingSetup("convolutional", statistics, recipe), options.data_dir, seed),
+            ("convolutional", statistics, recipe, options.data_dir, seed),
         )
         for seed in options.seeds
         for arm, statistics in ARMS.items()
