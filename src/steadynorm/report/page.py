@@ -17,7 +17,7 @@ from functools import lru_cache
 from importlib import resources
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -112,6 +112,10 @@ class Card:
     table: Table | None = None
 
 
+Piece = str | Table | Chart | Card
+AnySection = TypeVar("AnySection", bound="Section")
+
+
 @dataclass(frozen=True)
 class Section:
     """A heading, paragraphs, cards, tables and charts, shown in this order. `filtered`: how readers
@@ -124,6 +128,14 @@ class Section:
     charts: Sequence[Chart] = ()
     cards: Sequence[Card] = ()
     filtered: str = ""
+
+    @classmethod
+    def of(cls: type[AnySection], title: str, *pieces: Piece, **more: Any) -> AnySection:
+        """From pieces of any kind, those of a kind in their order; text is a paragraph for each."""
+        kinds: dict[str, Any] = {"text": str, "tables": Table, "charts": Chart, "cards": Card}
+        for name, kind in kinds.items():
+            more[name] = [piece for piece in pieces if isinstance(piece, kind)]
+        return cls(title, **more)
 
     def choices(self, what: Literal["level", "code"]) -> dict[str, str]:
         """What the cards can be filtered by: value -> what the reader sees, in order."""

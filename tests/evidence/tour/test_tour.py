@@ -143,7 +143,7 @@ def small_result(options, outcomes):
     rows = [(name, seed, run.error) for (name, seed), run in sorted(outcomes.items())]
     runs = [run.record() for _, run in sorted(outcomes.items())]
     table = Table("Small", ("policy", "seed", "error"), rows)
-    return DemoResult("It is small.", [table], figures={"runs": runs})
+    return DemoResult.of("Small", "It is small.", table, figures={"runs": runs})
 
 
 SMALL = Demo("small", "A small demonstration", small_jobs, small_result)

@@ -15,7 +15,7 @@ from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict
 from steadynorm.evidence.training import Recipe, Tick
-from steadynorm.report.page import Chart, Table
+from steadynorm.report.page import Piece, Section
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,6 @@ class PlannedRun:
         """The name under which the run is stored: it changes with whatever changes the result."""
         named = [experiment.name, experiment.revision, data, self.setting, self.seed]
         return hashlib.sha256(canonical(named).encode()).hexdigest()[:16]
-
-
-Shown = Table | Chart | str
-"""A piece of what the report shows."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What the report shows of an experiment besides its declaration and verdict."""
-
-    tables: Sequence[Table] = ()
-    charts: Sequence[Chart] = ()
-    text: Sequence[str] = ()
 
 
 def one_cycle(setting: Setting) -> Recipe:
@@ -80,7 +67,7 @@ class Experiment:
     settings: Mapping[Profile, Sequence[Setting]]
     run: Callable[[Setting, int, Digits, Tick], Result]
     verdict: Callable[[Runs], Verdict]
-    shows: Callable[[Runs], Iterable[Shown]]
+    shows: Callable[[Runs], Iterable[Piece]]
     recipe: Callable[[Setting], Recipe] = one_cycle
     steps: Callable[[Setting], int] | None = None
     weights: Mapping[str, Mapping[Any, int]] = field(default_factory=dict)
@@ -112,14 +99,9 @@ class Experiment:
         weight = self.weight(setting)
         return self.run(setting, seed, digits, lambda steps: tick(weight * steps))
 
-    def figures(self, runs: Runs) -> Figures:
-        """What the report shows, each kind in its order."""
-        shown = list(self.shows(runs))
-        return Figures(
-            [one for one in shown if isinstance(one, Table)],
-            [one for one in shown if isinstance(one, Chart)],
-            [one for one in shown if isinstance(one, str)],
-        )
+    def figures(self, runs: Runs) -> Section:
+        """What the report shows besides its declaration and verdict."""
+        return Section.of(self.title, *self.shows(runs))
 
 
 def canonical(value: Any) -> str:

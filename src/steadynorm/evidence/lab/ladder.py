@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Shown
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting, grid
 from steadynorm.evidence.networks import build, initialize
 from steadynorm.evidence.training import Recipe, Tick, train
+from steadynorm.report.page import Piece
 
 BATCH = 32
 ENOUGH = 0.9  # accuracy at the end, from which on a network counts as trained
@@ -58,7 +58,7 @@ def widths(runs: Runs, factor: str, depth: int, kind: str) -> list[float]:
     ]
 
 
-def shows(runs: Runs, factor: str, corner: str, x_title: str) -> Iterator[Shown]:
+def shows(runs: Runs, factor: str, corner: str, x_title: str) -> Iterator[Piece]:
     """Accuracy over the factor, for each depth."""
     names = NAMES | {value: f"{value:.2g}" for value in runs.distinct(factor)}
     for depth in DEPTHS:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steadynorm.evidence.lab.experiment import Experiment, Figures
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.experiments import NAMES, get
 from steadynorm.evidence.lab.runs import Runs
 from steadynorm.evidence.lab.store import read
@@ -28,12 +28,12 @@ class SavedResults(NamedTuple):
         """The experiment's name."""
         return str(self.head["experiment"])
 
-    def figures(self) -> Figures:
+    def figures(self) -> Section:
         """Its tables and charts; none where the experiment has changed since."""
         current = self.experiment
         if current is None or current.revision != self.head["revision"]:
-            return Figures(
-                text=["Saved by another version of the lab: its figures are in the file."]
+            return Section(
+                self.name, ["Saved by another version of the lab: its figures are in the file."]
             )
         return current.figures(self.runs)
 
@@ -81,18 +81,14 @@ def page(results: Sequence[SavedResults]) -> Page:
 def section(one: SavedResults) -> Section:
     """One experiment: claim, verdict, what it follows from, and what there is to see."""
     head, shown = one.head, one.figures()
-    return Section(
+    return Section.of(
         head["title"],
-        [
-            f"Claim: {head['claim']} ({head['source']})",
-            f"Verdict: {head['verdict']['outcome']}. {head['verdict']['sentence']}",
-            f"Rule: {head['rule']}",
-            f"Measured: {head['measure']}",
-            *shown.text,
-        ],
-        [findings(one), *shown.tables],
-        shown.charts,
-    )
+        f"Claim: {head['claim']} ({head['source']})",
+        f"Verdict: {head['verdict']['outcome']}. {head['verdict']['sentence']}",
+        f"Rule: {head['rule']}",
+        f"Measured: {head['measure']}",
+        findings(one), *shown.text, *shown.tables, *shown.charts,
+    )  # fmt: skip
 
 
 def findings(one: SavedResults) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.workers import Job
-from steadynorm.report.page import Card, Chart, Table
+from steadynorm.report.page import Section
 
 Outcomes = Mapping[tuple[Any, ...], Any]
 """What the runs of a demonstration returned, by `Job.key`."""
@@ -29,17 +29,17 @@ class TourOptions:
 
 
 @dataclass(frozen=True)
-class DemoResult:
-    """What a demonstration shows: a sentence for the terminal, more text and cards for the page,
-    tables, charts, and all figures as plain dicts and lists for `report.json`.
+class DemoResult(Section):
+    """What a demonstration shows on the page, tables and first paragraph on the terminal too;
+    `figures`: all figures as plain dicts and lists for `report.json`.
     """
 
-    sentence: str
-    tables: Sequence[Table]
-    charts: Sequence[Chart] = ()
-    text: Sequence[str] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
-    cards: Sequence[Card] = ()
+
+    @property
+    def sentence(self) -> str:
+        """The first paragraph."""
+        return self.text[0]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from steadynorm.evidence.digits import load
 from steadynorm.evidence.tour.demo import Demo, DemoResult, TourOptions
 from steadynorm.files import json_text, replace_file
 from steadynorm.report.machine import processor
-from steadynorm.report.page import Page, Section
+from steadynorm.report.page import Page
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,10 @@ class Tour:
         """The whole tour as one page."""
         return Page(
             "A tour of batch normalization",
-            [
-                Section(
-                    demo.title, [shown.sentence, *shown.text], shown.tables, shown.charts,
-                    shown.cards,
-                )
-                for demo, shown in self.results
-            ],
+            [shown for _, shown in self.results],
             lead=f"Small networks trained on real handwritten digits ({self.data}).",
             details=[*self.machine.items(), ("seeds", ", ".join(map(str, self.options.seeds)))],
-        )  # fmt: skip
+        )
 
     def record(self) -> dict[str, Any]:
         """Everything as plain dicts and lists. All but "machine" and times is the same for the same

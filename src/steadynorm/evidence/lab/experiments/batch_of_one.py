@@ -11,7 +11,7 @@ from torch import nn
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, plus_minus
 from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
@@ -19,7 +19,7 @@ from steadynorm.evidence.lab.side_by_side import train
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import Kind, Normalization, build, renorm_for
 from steadynorm.evidence.training import Recipe, Tick
-from steadynorm.report.page import Table
+from steadynorm.report.page import Piece, Table
 from steadynorm.statistics import Batch, Policy, Steady
 
 SAMPLES = 64  # in one step
@@ -160,7 +160,7 @@ def cell(runs: Runs) -> str:
     return f"{plus_minus(run['error'] for run in runs)} ({calibrated:.1f})"
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Errors by batch size, for each network."""
     runs = each(runs)
     for network in runs.distinct("network"):

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import initialize, normalization_1d
 from steadynorm.evidence.training import Recipe, Tick, train
+from steadynorm.report.page import Piece
 
 BATCH = 32
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -82,7 +83,7 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Errors of inference, and the loss over training."""
     for depth in runs.distinct("depth"):
         yield table(

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from steadynorm.evidence import networks
 from steadynorm.evidence.digits import Digits, batches, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import KINDS
 from steadynorm.evidence.training import Tick
+from steadynorm.report.page import Piece
 
 BATCH = 64
 EARLY = 20  # steps in which single precision is compared; later one flipped ReLU decides
@@ -143,7 +144,7 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """The largest differences, and how they grow."""
     measured = runs.derived(largest=lambda run: exponent(run["largest"]))
     for kind in KINDS:

@@ -8,12 +8,13 @@ from statistics import fmean
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.estimates import Estimate
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, first_reaching, table
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting
 from steadynorm.evidence.lab.two_networks import BATCH, NETWORKS, RELU, SIGMOID, build, needed
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Recipe, Tick, train
+from steadynorm.report.page import Piece
 
 # The learning rates called 1×: about the plain networks' best, as the runs show.
 BASE = {SIGMOID: 0.3, RELU: 0.03}
@@ -92,7 +93,7 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Steps and accuracy of every arm, and the curves."""
     names = {"none": "no normalization", "batch": "batch normalization"}
 

@@ -12,7 +12,7 @@ from torch import nn
 from steadynorm import nn as ours
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import table
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
@@ -21,6 +21,7 @@ from steadynorm.evidence.timing import in_turns, milliseconds, seconds
 from steadynorm.evidence.training import Tick
 from steadynorm.models.convert import convert
 from steadynorm.models.fold import fold
+from steadynorm.report.page import Piece
 
 KINDS = {"none": "no normalization", "torch": "torch.nn", "apart": "ours", "fused": "ours, fused",
          "folded": "ours, folded"}  # fmt: skip
@@ -119,7 +120,7 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Milliseconds, and multiples of the network without normalization."""
     by_kind = Runs(
         FinishedRun({"kind": called, "what": f"{name}, {one['network']}"}, one.seed,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
 from steadynorm.evidence.lab import two_networks
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, first_reaching, sentences, table
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.two_networks import NETWORKS, needed, recipe
@@ -19,7 +19,7 @@ from steadynorm.evidence.networks import Statistics, normalization_1d
 from steadynorm.evidence.training import Tick, inference_accuracy, train
 from steadynorm.models.untouched import untouched
 from steadynorm.report.charts import lines
-from steadynorm.report.page import Chart
+from steadynorm.report.page import Chart, Piece
 
 TARGET = 0.9
 NAMES = {"none": "none", "batch": "BN", "batch, shifted": "BN, shift injected"}
@@ -153,7 +153,7 @@ def verdict(runs: Runs) -> Verdict:
     return judge(sentences(said), findings)
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Steps, movement, and the paths of the percentiles."""
     for title, measure, times in (
         ("Steps to 90 % accuracy", "reached", 1),

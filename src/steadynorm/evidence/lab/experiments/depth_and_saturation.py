@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, plus_minus, sentences
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import fully_connected, initialize, normalization_1d
 from steadynorm.evidence.training import Recipe, Tick, train
 from steadynorm.models.untouched import untouched
-from steadynorm.report.page import Table
+from steadynorm.report.page import Piece, Table
 
 BATCH = 32
 WIDTH = 32
@@ -121,7 +121,7 @@ def called(activation: str, kind: str) -> str:
     return f"{activation}{', BN' if kind == 'batch' else ''}"
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """What trains, and the gradient's norm by layer."""
     depths = runs.distinct("depth")
     rows = [

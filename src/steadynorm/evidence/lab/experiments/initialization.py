@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
 from steadynorm.evidence.lab import ladder
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import sentences
 from steadynorm.evidence.lab.runs import Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Recipe, Tick
+from steadynorm.report.page import Piece
 
 BATCH = ladder.BATCH
 RATE = 0.05  # trains both kinds
@@ -41,7 +42,7 @@ def verdict(runs: Runs) -> Verdict:
     return judge(sentences(said, "; "), findings)
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Accuracy over the scale."""
     return ladder.shows(runs, "scale", "scale", "scale of the initial weights, He's = 1")
 

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.estimates import Estimate
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Tick, inference_accuracy
 from steadynorm.models.calibrate import calibrate
 from steadynorm.nn import BatchNormLSTM
+from steadynorm.report.page import Piece
 
 BATCH, HIDDEN, RATE, CLIP = 64, 48, 2e-3, 1.0
 LOOKS = 8
@@ -142,7 +143,7 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Errors, and accuracy along training."""
     lag = (
         "Momentum 0.1: the last ten batches or so. At every time step they lag a little, and what "

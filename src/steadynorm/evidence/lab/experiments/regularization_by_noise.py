@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import Statistics, build
 from steadynorm.evidence.training import Recipe, Tick, train
 from steadynorm.models.untouched import untouched
+from steadynorm.report.page import Piece
 from steadynorm.statistics import Ghost
 
 FEW = 300  # digits to train on: few enough that the gap to the test digits is plain to see
@@ -142,7 +143,7 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Gaps and errors by batch size."""
     for measure, title, times in (
         ("gap", "Error on test digits minus error on training digits, points", 1),

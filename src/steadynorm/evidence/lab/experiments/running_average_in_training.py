@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Shown, one_cycle
+from steadynorm.evidence.lab.experiment import Experiment, one_cycle
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import build
 from steadynorm.evidence.training import Tick, train
+from steadynorm.report.page import Piece
 
 SIZES = (64, 16, 4)
 NAMES = {"batch": "the batch", "running": "the running average"}
@@ -51,7 +52,7 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Errors, and the loss over training."""
     for title, measure in (
         ("Error of inference, %", "error"),

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Shown, one_cycle
+from steadynorm.evidence.lab.experiment import Experiment, one_cycle
 from steadynorm.evidence.lab.figures import table
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import build
 from steadynorm.evidence.training import Tick, inference_accuracy, train
 from steadynorm.models.calibrate import adapt
+from steadynorm.report.page import Piece
 
 SHIFTS = ("none", "noise", "contrast", "brightness", "blur")
 STATISTICS = {"none": "running averages", "16": "adapted to 16 digits", "all": "adapted to all"}
@@ -78,7 +79,7 @@ def verdict(runs: Runs) -> Verdict:
     )  # fmt: skip
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Errors by shift and by what was adapted to."""
     by_kind = Runs(
         FinishedRun({"shift": kind, "statistics": called}, one.seed,

@@ -9,13 +9,13 @@ from itertools import product
 from torch import nn
 
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, plus_minus
 from steadynorm.evidence.lab.runs import FinishedRun, Profile, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import KINDS, Statistics, build, renorm_for
 from steadynorm.evidence.training import Recipe, StepCallback, Tick, train
-from steadynorm.report.page import Table
+from steadynorm.report.page import Piece, Table
 from steadynorm.statistics import Frozen, Ghost, Steady
 
 SIZES = (64, 16, 8, 4, 2, 1)
@@ -146,7 +146,7 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Errors by batch size."""
     for clip, network in product((None, CLIP), KINDS):
         some = runs.where(network=network, clip=clip)

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.estimates import Estimate
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.figures import chart, sentences, table
 from steadynorm.evidence.lab.runs import Result, Runs, Setting, grid
 from steadynorm.evidence.lab.two_networks import BATCH, GOOD_RATES, NETWORKS, build, recipe
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Tick, train
 from steadynorm.models.untouched import untouched
+from steadynorm.report.page import Piece
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0)  # of the step, in multiples of the learning rate
 NAMES = {"none": "no normalization", "batch": "batch normalization"}
@@ -126,7 +127,7 @@ def verdict(runs: Runs) -> Verdict:
     return judge(sentences(said), findings)
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """The measures, and their course over training."""
     for measure, words in MEASURES.items():
         yield table(

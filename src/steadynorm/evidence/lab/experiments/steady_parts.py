@@ -19,7 +19,7 @@ from typing import Any
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits
-from steadynorm.evidence.lab.experiment import Experiment, Shown
+from steadynorm.evidence.lab.experiment import Experiment
 from steadynorm.evidence.lab.experiments import batch_of_one
 from steadynorm.evidence.lab.experiments.batch_of_one import (
     CONV,
@@ -37,7 +37,7 @@ from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
 from steadynorm.evidence.lab.runs import Profile, Result, Runs, Setting
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Recipe, Tick
-from steadynorm.report.page import Table
+from steadynorm.report.page import Piece, Table
 from steadynorm.statistics import (
     Batch,
     Context,
@@ -207,7 +207,7 @@ def score(runs: Runs, values: tuple[float, ...]) -> tuple[float, str, int]:
     return ratios[worst], worst, lost
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """The parts, and the settings with the score that chooses among them."""
     runs = each(runs)
     networks = runs.distinct("network")

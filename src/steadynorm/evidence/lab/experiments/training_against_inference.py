@@ -10,13 +10,14 @@ from torch import nn
 
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, tensors
-from steadynorm.evidence.lab.experiment import Experiment, Shown, one_cycle
+from steadynorm.evidence.lab.experiment import Experiment, one_cycle
 from steadynorm.evidence.lab.figures import chart, table
 from steadynorm.evidence.lab.runs import FinishedRun, Result, Runs, Setting, grid
 from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.networks import build
 from steadynorm.evidence.training import Tick, accuracy_in_training, inference_accuracy, train
 from steadynorm.models.calibrate import Passes, calibrate
+from steadynorm.report.page import Piece
 
 SIZES = (64, 16, 4, 2)
 LOOKS = 8
@@ -100,7 +101,7 @@ def verdict(runs: Runs) -> Verdict:
     )
 
 
-def shows(runs: Runs) -> Iterator[Shown]:
+def shows(runs: Runs) -> Iterator[Piece]:
     """Errors at the end, and along training at batch 2."""
     by_kind = Runs(
         FinishedRun({"statistics": called, "batch": one["batch"]}, one.seed,

@@ -107,37 +107,32 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
         for runs in (mended, moved)
     ]
     first, after, _, shifted, after_shift = (f"{error.value:.1f} %" for error in errors)
-    return DemoResult(
+    return DemoResult.of(
+        DEMO.title,
         f"calibrate changes the error of a network trained at batch 2 from {first} to {after}; "
         f"adapt that of a network that meets paler digits from {shifted} to {after_shift}, "
         "without a label.",
-        [
-            Table(
-                "The same weights, other statistics",
-                ("network", "error of inference, %"),
-                [(row[0], error.plus_minus) for row, error in zip(rows, errors, strict=True)],
-                note=f"Error on the test digits, {options.seeds_in_words}; ± is the 95 % interval "
-                "of the mean. Paler: a third of the contrast. Gain in accuracy, paired by seed: "
-                f"calibrate {gains[0]}, adapt {gains[1]} points.",
-                emphasis=(1, 4),
-            )
-        ],
-        [
-            intervals(
-                "Accuracy of inference, before and after",
-                [{"network": name, **spread(values)} for _, name, values in rows],
-                value="accuracy", low="lowest", high="highest", label="network",
-                value_title="accuracy on the test digits",
-                description="Mean and range over the seeds.",
-            )
-        ],
-        text=[
-            "Running statistics are averages over the last few batches, here 20 digits. "
-            "calibrate replaces them by those of all training digits, with the weights held "
-            "still; how much that helps depends on how far they were off. It cannot mend what "
-            "training at batch 2 did to the weights: for that see Steady. adapt mixes them "
-            "with those of new data, prior samples against n (Schneider et al. 2020)."
-        ],
+        Table(
+            "The same weights, other statistics",
+            ("network", "error of inference, %"),
+            [(row[0], error.plus_minus) for row, error in zip(rows, errors, strict=True)],
+            note=f"Error on the test digits, {options.seeds_in_words}; ± is the 95 % interval of "
+            "the mean. Paler: a third of the contrast. Gain in accuracy, paired by seed: "
+            f"calibrate {gains[0]}, adapt {gains[1]} points.",
+            emphasis=(1, 4),
+        ),
+        intervals(
+            "Accuracy of inference, before and after",
+            [{"network": name, **spread(values)} for _, name, values in rows],
+            value="accuracy", low="lowest", high="highest", label="network",
+            value_title="accuracy on the test digits",
+            description="Mean and range over the seeds.",
+        ),
+        "Running statistics are averages over the last few batches, here 20 digits. calibrate "
+        "replaces them by those of all training digits, with the weights held still; how much that "
+        "helps depends on how far they were off. It cannot mend what training at batch 2 did to "
+        "the weights: for that see Steady. adapt mixes them with those of new data, prior samples "
+        "against n (Schneider et al. 2020).",
         figures={
             "runs": [
                 {"tool": what, "seed": seed, **asdict(run)}

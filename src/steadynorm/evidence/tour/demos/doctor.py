@@ -86,40 +86,38 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
     }
     before, cured, advised = error.values()
     found = grouped(first.before.findings)
-    return DemoResult(
+    return DemoResult.of(
+        DEMO.title,
         f"The doctor finds {verdict(first.before)}"
         + (f", first of all: {found[0].title}" if found else "")
         + f". Its safe cure takes the error of inference from {before.value:.1f} % to "
         f"{cured.value:.1f} %; its advice, Steady, trained at batch 2 too, to "
         f"{advised.value:.1f} %.",
-        [
-            Table(
-                "What the doctor finds",
-                ("when", "finding", "severity", "defect", "where"),
-                [*_rows("before", first.before), *_rows("after the cure", first.after)],
-                note=f"Of seed {options.seeds[0]}.",
-            ),
-            Table(
-                "What it is worth",
-                ("network", "error of inference, %"),
-                [
-                    ("trained at batch 2", before.plus_minus),
-                    ("the same, after the safe cure", cured.plus_minus),
-                    ("trained at batch 2 with Steady, as advised", advised.plus_minus),
-                ],
-                note=f"Error on the test digits, {options.seeds_in_words}; ± is the 95 % interval "
-                "of the mean.",
-                emphasis=(2,),
-            ),
-        ],
-        _charts(first),
-        text=[
-            "It reads the model and a few hundred of its training batches, changes nothing of "
-            "them, and judges by rules, each with its threshold and its source; "
-            "sn.diagnose(model, batches) or steadynorm doctor. Calibration mends what the "
-            "running statistics have wrong. It does not mend what training at batch 2 did to "
-            "the weights; for that the doctor names the policy that would do."
-        ],
+        "It reads the model and a few hundred of its training batches, changes nothing of them, "
+        "and judges by rules, each with its threshold and its source; sn.diagnose(model, batches) "
+        "or steadynorm doctor. Calibration mends what the running statistics have wrong. It does "
+        "not mend what training at batch 2 did to the weights; for that the doctor names the "
+        "policy that would do.",
+        Table(
+            "What the doctor finds",
+            ("when", "finding", "severity", "defect", "where"),
+            [*_rows("before", first.before), *_rows("after the cure", first.after)],
+            note=f"Of seed {options.seeds[0]}.",
+        ),
+        Table(
+            "What it is worth",
+            ("network", "error of inference, %"),
+            [
+                ("trained at batch 2", before.plus_minus),
+                ("the same, after the safe cure", cured.plus_minus),
+                ("trained at batch 2 with Steady, as advised", advised.plus_minus),
+            ],
+            note=f"Error on the test digits, {options.seeds_in_words}; ± is the 95 % interval of "
+            "the mean.",
+            emphasis=(2,),
+        ),
+        *_charts(first),
+        *what_is_wrong(first.before).cards,
         figures={
             "runs": [
                 {
@@ -132,7 +130,6 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
                 for seed, v in zip(options.seeds, visits, strict=True)
             ]
         },
-        cards=what_is_wrong(first.before).cards,
     )
 
 

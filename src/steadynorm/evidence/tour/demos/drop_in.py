@@ -48,22 +48,21 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
     )
     count = len(options.seeds)
     over = "one seed" if count == 1 else f"mean over {count} seeds with its 95 % interval"
-    return DemoResult(
+    return DemoResult.of(
+        DEMO.title,
         f"After {by_arm['steadynorm'][0].points[-1].step} steps: {error['none'].value:.1f} % error "
         f"without normalization, {error['torch.nn'].value:.1f} % with torch.nn's layers, "
         f"{error['steadynorm'].value:.1f} % with ours; the two losses are never "
         f"more than {apart:.1g} apart.",
-        [
-            Table(
-                "A small convolutional network, batch 64",
-                ("normalization", "error half-way, %", "error, %", "last training loss"),
-                rows,
-                note=f"Error of inference on the test digits; {over}.",
-                digits=3,
-                emphasis=(2,),
-            )
-        ],
-        _charts(by_arm, options.seeds),
+        Table(
+            "A small convolutional network, batch 64",
+            ("normalization", "error half-way, %", "error, %", "last training loss"),
+            rows,
+            note=f"Error of inference on the test digits; {over}.",
+            digits=3,
+            emphasis=(2,),
+        ),
+        *_charts(by_arm, options.seeds),
         figures={
             "largest_loss_difference": apart,
             "runs": [

@@ -100,35 +100,30 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
             rows.append((size, arm, milliseconds(seconds[arm]), gain))
         bars += [{"network": a, "at a time": at_a_time, **f._asdict()} for a, f in faster.items()]
         gains.append(f"{at_a_time} {faster['steadynorm'].words}")
-    return DemoResult(
+    return DemoResult.of(
+        DEMO.title,
         f"{run.layers} batch norms folded: the same answer for {run.same_answers:,} of "
         f"{run.digits:,} digits, the logits (up to {run.logit:.0f}) within "
         f"{run.logit_difference:.1g}. Inference, next to the network before: "
         f"{', '.join(gains)}.",
-        [
-            Table(
-                "The small convolutional network, folded",
-                ("digits at a time", "layers", "median, ms", "folded is faster"),
-                rows,
-                note="Inference. Ratios of times from the same rounds: median and quartiles. "
-                "Times are this machine's.",
-                digits=3,
-                emphasis=[index for index, row in enumerate(rows) if row[1] == "folded"],
-            )
-        ],
-        [
-            intervals(
-                "How many times as fast the folded network is", bars, value="middle", low="low",
-                high="high", label="network", series="at a time",
-                value_title="time before / time folded", reference=1.0,
-                description="Median and quartiles over the rounds; at 1 both are as fast.",
-            )
-        ],
-        text=[
-            "In inference a batch norm is a scale and a shift per channel, and the convolution "
-            "before it can do both: sn.fold merges them into its weights, in float64. The "
-            "folded network needs neither the layer nor this package."
-        ],
+        Table(
+            "The small convolutional network, folded",
+            ("digits at a time", "layers", "median, ms", "folded is faster"),
+            rows,
+            note="Inference. Ratios of times from the same rounds: median and quartiles. Times are "
+            "this machine's.",
+            digits=3,
+            emphasis=[index for index, row in enumerate(rows) if row[1] == "folded"],
+        ),
+        intervals(
+            "How many times as fast the folded network is", bars, value="middle", low="low",
+            high="high", label="network", series="at a time",
+            value_title="time before / time folded", reference=1.0,
+            description="Median and quartiles over the rounds; at 1 both are as fast.",
+        ),
+        "In inference a batch norm is a scale and a shift per channel, and the convolution before "
+        "it can do both: sn.fold merges them into its weights, in float64. The folded network "
+        "needs neither the layer nor this package.",
         figures={"runs": [asdict(run)]},
     )  # fmt: skip
 

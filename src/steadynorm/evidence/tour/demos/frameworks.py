@@ -31,8 +31,13 @@ class FrameworkRun(NamedTuple):
 
 def demo(framework: str) -> Demo:
     """Batch 64 and batch 2, fully connected, plain gradient descent, in "keras" or "jax"."""
-    title = f"The same in {NAMES[framework]}"
-    return Demo(framework, title, partial(jobs, framework), partial(result, framework))
+    made = partial(jobs, framework), partial(result, framework)
+    return Demo(framework, title(framework), *made)
+
+
+def title(framework: str) -> str:
+    """What the demonstration is called."""
+    return f"The same in {NAMES[framework]}"
 
 
 def jobs(framework: str, options: TourOptions) -> Sequence[Job]:
@@ -60,19 +65,18 @@ def result(framework: str, options: TourOptions, outcomes: Outcomes) -> DemoResu
             rows.append((size, arm, error.plus_minus, loss))
             errors[arm, size] = f"{error.value:.1f} %"
     own, ours, steady = ARMS
-    return DemoResult(
+    return DemoResult.of(
+        title(framework),
         f"{NAMES[framework]}, batch 64: {errors[own, 64]} error with its own "
         f"layer, {errors[ours, 64]} with ours. Batch 2: {errors[own, 2]} "
         f"and {errors[ours, 2]}, and {errors[steady, 2]} with Steady.",
-        [
-            Table(
-                f"A small fully connected network in {NAMES[framework]}",
-                ("batch", "normalization", "error, %", "training loss at the end"),
-                rows,
-                note="Error of inference on the test digits.",
-                digits=3,
-            )
-        ],
+        Table(
+            f"A small fully connected network in {NAMES[framework]}",
+            ("batch", "normalization", "error, %", "training loss at the end"),
+            rows,
+            note="Error of inference on the test digits.",
+            digits=3,
+        ),
         figures={
             "runs": [
                 {"normalization": arm, "batch": size, "seed": seed, **run._asdict()}

@@ -86,37 +86,32 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
         for arm in ARMS
         for measure, words in measures.items()
     ]  # fmt: skip
-    return DemoResult(
+    return DemoResult.of(
+        DEMO.title,
         f"Ten sigmoid layers make {error('none', STEP)} errors without normalization, "
         f"{error('Batch', STEP)} with 64 samples normalized together. Two at a time: "
         f"{error('Batch', 2)} with Batch, {error('Steady', 2)} with Steady. One at a time, where "
         f"Batch cannot train: {error('Steady', 1)} with Steady.",
-        [
-            Table(
-                "Ten sigmoid layers, each step from the gradients of 64 digits",
-                ("policy", "normalized together", "error, %", "error after calibration, %"),
-                rows,
-                note=f"Inference on the test digits, {options.seeds_in_words}; ± is the 95 % "
-                "interval of the mean. Batch and Renorm keep torch's momentum of 0.1.",
-                emphasis=[index for index, arm in enumerate(ARMS) if arm.policy == "Steady"],
-            )
-        ],
-        [
-            intervals(
-                "Error of inference", bars, value="error", low="lowest", high="highest",
-                label="arm", series="statistics", log=True, value_title="error, %", wide=True,
-                description="Mean and range over the seeds, with running statistics and after "
-                "calibration.",
-            )
-        ],
-        text=[
-            "Two digits normalized together decide each other's mean and variance, so what a digit "
-            "looks like to the network depends on its partner; one alone has no variance. Steady "
-            "normalizes with running statistics and a small share of the batch, "
-            f"{Steady().prior:g} remembered samples against its own, and takes from the gradient "
-            "what the samples gone by would have taken. All micro-batches of a step are computed "
-            "at once here, which the tests hold to the layers called in a loop."
-        ],
+        Table(
+            "Ten sigmoid layers, each step from the gradients of 64 digits",
+            ("policy", "normalized together", "error, %", "error after calibration, %"),
+            rows,
+            note=f"Inference on the test digits, {options.seeds_in_words}; ± is the 95 % interval "
+            "of the mean. Batch and Renorm keep torch's momentum of 0.1.",
+            emphasis=[index for index, arm in enumerate(ARMS) if arm.policy == "Steady"],
+        ),
+        intervals(
+            "Error of inference", bars, value="error", low="lowest", high="highest", label="arm",
+            series="statistics", log=True, value_title="error, %", wide=True,
+            description="Mean and range over the seeds, with running statistics and after "
+            "calibration.",
+        ),
+        "Two digits normalized together decide each other's mean and variance, so what a digit "
+        "looks like to the network depends on its partner; one alone has no variance. Steady "
+        f"normalizes with running statistics and a small share of the batch, {Steady().prior:g} "
+        "remembered samples against its own, and takes from the gradient what the samples gone by "
+        "would have taken. All micro-batches of a step are computed at once here, which the tests "
+        "hold to the layers called in a loop.",
         figures={
             "runs": [
                 {"policy": arm.policy, "together": arm.together, "seeds": list(options.seeds)}

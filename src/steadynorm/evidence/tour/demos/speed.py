@@ -98,36 +98,30 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
         for arm in ARMS
         for number, value in enumerate(run.seconds[arm])
     ]
-    return DemoResult(
+    return DemoResult.of(
+        DEMO.title,
         f"A training step with our layers, next to one with torch.nn's: {faster.words}. That "
         f"is the median of {len(run.seconds['steadynorm'])} of each in turn, with quartiles "
         f"{faster.low:.2f} and {faster.high:.2f}; the two losses are never more than {apart:.1g} "
         "apart.",
-        [
-            Table(
-                f"A convolutional network, channels-last, {BATCH} digits at {SIDE}×{SIDE}",
-                ("layers", "median step, ms", "faster", "loss of the last step"),
-                rows,
-                note="Forward, backward and SGD. Ratios of times from the same rounds: median "
-                "and quartiles, which other work on the machine widens. With all its threads.",
-                digits=3,
-                emphasis=(1,),
-            )
-        ],
-        [
-            lines(
-                "Time of a step", points, x="step", y="ms", series="layers",
-                y_title="milliseconds",
-                description="Every step of both, taken in turn. Without the first two of each, "
-                "in which kernels may compile.",
-            )
-        ],
-        text=[
-            f"sn.convert changed {len(run.changes)} things: every batch norm became ours and "
-            "took the ReLU after it in, so one visit to memory does both. What a network "
-            "gains depends on how much of its time is batch normalization: steadynorm bench "
-            "measures the layer alone and whole networks."
-        ],
+        Table(
+            f"A convolutional network, channels-last, {BATCH} digits at {SIDE}×{SIDE}",
+            ("layers", "median step, ms", "faster", "loss of the last step"),
+            rows,
+            note="Forward, backward and SGD. Ratios of times from the same rounds: median and "
+            "quartiles, which other work on the machine widens. With all its threads.",
+            digits=3,
+            emphasis=(1,),
+        ),
+        lines(
+            "Time of a step", points, x="step", y="ms", series="layers", y_title="milliseconds",
+            description="Every step of both, taken in turn. Without the first two of each, in "
+            "which kernels may compile.",
+        ),
+        f"sn.convert changed {len(run.changes)} things: every batch norm became ours and took the "
+        "ReLU after it in, so one visit to memory does both. What a network gains depends on how "
+        "much of its time is batch normalization: steadynorm bench measures the layer alone and "
+        "whole networks.",
         figures={"runs": [asdict(run)]},
     )  # fmt: skip
 
