@@ -30,20 +30,15 @@ def observing(layers: Iterable[NormLayer], observer: Observer) -> Iterator[None]
     """
     with ExitStack() as hooks, torch.no_grad(), eagerly():
         for layer in layers:
-            handle = layer.module.register_forward_pre_hook(
-                _hook(layer, observer), with_kwargs=True
-            )
+
+            def hook(module: Any, args: Any, kwargs: Any, layer: NormLayer = layer) -> None:
+                given = input_of(module, args, kwargs)
+                if given is not None:
+                    observer(layer, *given)
+
+            handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield
-
-
-def _hook(layer: NormLayer, observer: Observer) -> Callable[[Any, Any, Any], None]:
-    def hook(module: Any, args: Any, kwargs: Any) -> None:
-        given = input_of(module, args, kwargs)
-        if given is not None:
-            observer(layer, *given)
-
-    return hook
 
 
 def input_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None] | None:

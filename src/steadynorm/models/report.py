@@ -39,17 +39,10 @@ class LayerReport:
 
     def cells(self) -> tuple[str, ...]:
         """Its row of the table."""
-        if self.mean_shift is None or self.mean_shift_max is None or self.std_ratio is None:
+        if self.status == "left":
             return (self.name, self.kind, f"left: {self.reason}", "", "", "", "")
-        return (
-            self.name,
-            self.kind,
-            self.status,
-            f"{self.values:,}",
-            f"{self.mean_shift:.3f}",
-            f"{self.mean_shift_max:.3f}",
-            f"{self.std_ratio:.3f}",
-        )
+        off = (f"{value:.3f}" for value in (self.mean_shift, self.mean_shift_max, self.std_ratio))
+        return (self.name, self.kind, self.status, f"{self.values:,}", *off)
 
 
 HEADINGS = ("layer", "kind", "status", "values", "mean off, std", "largest", "std before/after")

@@ -274,11 +274,7 @@ class _Merger(ast.NodeTransformer):
             and _is(statement.target, name)
         ):
             return None, statement.value, "+="
-        target, value = _assigned(statement)
-        if isinstance(statement, ast.Return):
-            value = statement.value
-        elif target is None or not (target == name or self.uses[name] == 2):
-            return None, None, ""
+        value = self.used_up(statement, name)
         activation = self.activation(value)
         if activation is not None:
             assert isinstance(value, ast.Call)
@@ -291,15 +287,17 @@ class _Merger(ast.NodeTransformer):
 
     def ends(self, statement: ast.stmt, name: str) -> ast.expr | None:
         """The activation of `y = act(y)` or `return act(y)`, after which the old y is gone."""
-        target, value = _assigned(statement)
+        value = self.used_up(statement, name)
+        alone = isinstance(value, ast.Call) and bool(value.args) and _is(value.args[0], name)
+        return self.activation(value) if alone else None
+
+    def used_up(self, statement: ast.stmt, name: str) -> ast.expr | None:
+        """The value of `y = ...` or `return ...`, after which the old y is gone."""
         if isinstance(statement, ast.Return):
-            value = statement.value
-        elif target is None or not (target == name or self.uses[name] == 2):
-            return None
-        activation = self.activation(value)
-        if activation is None:
-            return None
-        return activation if isinstance(value, ast.Call) and _is(value.args[0], name) else None
+            return statement.value
+        target, value = _assigned(statement)
+        gone = target is not None and (target == name or self.uses[name] == 2)
+        return value if gone else None
 
     def crossed(self, statement: ast.stmt, name: str) -> list[str] | None:
         """The modules that a statement calls, if a batch norm may run after it; else None."""
