@@ -217,22 +217,22 @@ def hdf5(path: Path, opened: ExitStack) -> Entries:
 
     found: Entries = {}
 
+    def entry(data: Any) -> Entry:
+        if data.external or data.is_virtual:
+            raise ValueError("its arrays lie in other files, which are not opened")
+        return Entry(data.shape, data.dtype.name, _load_from(data, ()))
+
     def visit(name: str, group: Any) -> None:
         if name.startswith("model_weights/") and isinstance(group, h5py.Dataset):
-            if group.external or group.is_virtual:
-                raise ValueError("its arrays lie in other files, which are not opened")
-            key = name.removeprefix("model_weights/").removesuffix(":0")
-            found[key] = Entry(group.shape, group.dtype.name, _load_from(group, ()))
+            found[name.removeprefix("model_weights/").removesuffix(":0")] = entry(group)
         if not (name.endswith("vars") and isinstance(group, h5py.Group)):
             return
         keys = sorted((key for key in group if key.isdecimal()), key=int)
         held = [group[key] for key in keys if type(group.get(key, getlink=True)) is h5py.HardLink]
         held = [data for data in held if isinstance(data, h5py.Dataset)]
-        if any(data.external or data.is_virtual for data in held):
-            raise ValueError("its arrays lie in other files, which are not opened")
         prefix = name.removesuffix("vars").rstrip("/")
         for role, data in zip(_keras_roles([d.shape for d in held]), held, strict=True):
-            found[f"{prefix}/{role}"] = Entry(data.shape, data.dtype.name, _load_from(data, ()))
+            found[f"{prefix}/{role}"] = entry(data)
 
     file = opened.enter_context(h5py.File(path, "r"))
     file.visititems(visit)

@@ -52,16 +52,11 @@ class Store:
         }
         replace_file(self.path(experiment, run), canonical(record) + "\n")
 
-    def get(self, experiment: Experiment, run: PlannedRun) -> dict[str, Any]:
-        """A finished run as it was stored."""
-        record: dict[str, Any] = json.loads(self.path(experiment, run).read_text("utf-8"))
-        return record
-
     def finish(
         self, experiment: Experiment, profile: Profile, planned: Sequence[PlannedRun]
     ) -> Path:
         """Write the results file, verdict included, from the stored runs; returns its path."""
-        records = [self.get(experiment, run) for run in planned]
+        records = [json.loads(self.path(experiment, run).read_text("utf-8")) for run in planned]
         runs = _finished(records)
         head = {
             "experiment": experiment.name,
