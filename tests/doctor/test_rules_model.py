@@ -82,6 +82,29 @@ def test_the_line_freezes_the_layer_alone() -> None:
     assert not torch.equal(model[4].running_mean, before[1])
 
 
+def test_several_layers_are_one_finding_whose_line_freezes_them_alone() -> None:
+    model = nn.Sequential(small(), small(), small()).train()
+    model[:2].requires_grad_(False)
+    (finding,) = found(model, "SN203")
+    assert finding.layer == "0.1"
+    assert finding.message == (
+        "weight and bias are frozen, but a training forward updates running_mean and running_var; "
+        "4 layers are affected, this is the first"
+    )
+    assert finding.evidence == {
+        "training": "yes", "parameters_held": 8, "layers": "0.1, 0.4, 1.1, 1.4",
+        "layers_affected": 4,
+    }  # fmt: skip
+    assert finding.line == (
+        "for name in ('0.1', '0.4', '1.1', '1.4'): sn.freeze(model.get_submodule(name))"
+    )
+    changed: Any = cured(model, "SN203")
+    assert not changed[0][1].weight.requires_grad
+    assert changed[2][1].weight.requires_grad
+    (finding,) = found(small().train().requires_grad_(False), "SN203")
+    assert finding.line == "sn.freeze(model)"
+
+
 def test_a_layer_without_parameters_is_judged_by_what_feeds_it() -> None:
     model = small().train()
     model[1] = nn.BatchNorm2d(4, affine=False)
@@ -91,7 +114,9 @@ def test_a_layer_without_parameters_is_judged_by_what_feeds_it() -> None:
     assert finding.message == (
         "the layer before is frozen, but a training forward updates running_mean and running_var"
     )
-    assert finding.evidence == {"training": "yes", "parameters_held": 0}
+    assert finding.evidence == {
+        "training": "yes", "parameters_held": 0, "layers": "1", "layers_affected": 1,
+    }  # fmt: skip
 
 
 def test_one_parameter_that_is_trained_is_enough() -> None:

@@ -23,41 +23,55 @@ issue 9965.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, NormEvidence, Rule
 
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
 
 
-@rule.each_layer
-def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
+@rule.whole
+def _check(evidence: Evidence) -> Findings:
+    found = [(layer, reason) for layer in evidence.layers if (reason := _why_untrained(layer))]
+    if not found:
+        return
+    names = [layer.name for layer, _ in found]
+    held = sum(len(layer.usage.trained) for layer, _ in found if layer.usage is not None)
+    yield rule.finding(
+        found[0][0],
+        f"{found[0][1]}, but a training forward updates running_mean and running_var",
+        {
+            "training": "yes",
+            "parameters_held": held,
+            "layers": ", ".join(name or "(model)" for name in names),
+        },
+        line=_line(names, len(evidence.layers)),
+        layers=len(found),
+    )
+
+
+def _why_untrained(layer: NormEvidence) -> str:
+    """Why a layer whose statistics move is not trained; "" where it is, or where none move."""
     usage = layer.usage
     if usage is None or not (usage.training and usage.moves):
-        return
-    if usage.trained:
-        held = not any(usage.trained.values()) or usage.left_out
-        held = held or (layer.data is not None and layer.data.with_gradient is False)
-        what = " and ".join(usage.trained) + " are" * (len(usage.trained) > 1)
-        what = what if len(usage.trained) > 1 else f"{what} is"
-    else:
-        trained = [n.trained for n in usage.before or () if n.trained is not None]
-        held = bool(trained) and not any(trained)
-        what = "the layer before is"
-    if held:
-        yield rule.finding(
-            layer,
-            f"{what} {_how(layer)}, but a training forward updates running_mean and running_var",
-            {"training": "yes", "parameters_held": len(usage.trained)},
-            line=_line(layer),
-        )
+        return ""
+    if not usage.trained:
+        before = [n.trained for n in usage.before or () if n.trained is not None]
+        return "the layer before is frozen" if before and not any(before) else ""
+    parts = " and ".join(usage.trained) + (" are" if len(usage.trained) > 1 else " is")
+    if not any(usage.trained.values()):
+        return f"{parts} frozen"
+    if usage.left_out:
+        return f"{parts} in no optimizer"
+    without_gradient = layer.data is not None and layer.data.with_gradient is False
+    return f"{parts} run without gradient" if without_gradient else ""
 
 
-def _how(layer: NormEvidence) -> str:
-    usage = layer.usage
-    if usage is not None and any(usage.trained.values()):
-        return "in no optimizer" if usage.left_out else "run without gradient"
-    return "frozen"
-
-
-def _line(layer: NormEvidence) -> str:
-    """Freezes this one layer: others may be trained on purpose."""
-    return f"sn.freeze(model.get_submodule({layer.name!r}))" if layer.name else "sn.freeze(model)"
+def _line(names: Sequence[str], layers: int) -> str:
+    """Freezes these layers alone: others may be trained on purpose."""
+    if len(names) == layers:
+        return "sn.freeze(model)"
+    if len(names) == 1:
+        return f"sn.freeze(model.get_submodule({names[0]!r}))"
+    listed = ", ".join(map(repr, names))
+    return f"for name in ({listed}): sn.freeze(model.get_submodule(name))"
