@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from tests.doctor.fixtures.watched import network, train
 
 from steadynorm.doctor.evidence.training import ChannelReading, trend
 
@@ -52,3 +54,18 @@ def test_means_that_move_steadily_are_no_scatter_and_few_samples_are_few():
     assert trend(looks(0.0, 0.75), steps=200).alike == pytest.approx(9, rel=0.05)
     assert trend(looks(0.0, 0.25), steps=200).independent == pytest.approx(16, rel=0.1)
     assert trend(looks(0.0, 0.01), steps=200).independent == pytest.approx(16, rel=0.1)
+
+
+@pytest.mark.parametrize(("samples", "named"), [(5, True), (7, True), (8, False)])
+def test_batches_of_few_values_are_counted_in_a_run(samples, named):
+    """Their scatter alone would tell with certainty from 4 on."""
+
+    def found(model):
+        report = train(model, batch=lambda _: torch.randn(samples, 4))
+        return [f for f in report.findings if f.code == "SN405"]
+
+    findings = found(network())
+    assert bool(findings) is named
+    if named:
+        assert findings[0].evidence["samples"] == samples
+        assert 4 < findings[0].evidence["independent_values"] <= samples

@@ -9,9 +9,10 @@ When: From at least 8 readings in the run's second half: the variance of a chann
 variance of (batch mean − running mean), harmonic mean over channels, is the number of independent
 values that a batch counts for; or fewer, as the samples' own means within a batch tell, since
 another norm before holds the batches' means together. A warning below 4, where the mean is off by
-half a standard deviation and digit classifiers lose 10 to 20 points. Policies that use running
-statistics too are left out. `diagnose` with batches tells small batches (SN303) from alike ones
-(SN309).
+half a standard deviation and digit classifiers lose 10 to 20 points; and below 8, where SN303 warns
+too, if a batch holds fewer than 8 values per channel at all, which is counted and not estimated.
+Policies that use running statistics too are left out, and so are, from the count, layers that pool
+it over replicas. `diagnose` with batches tells small batches (SN303) from alike ones (SN309).
 
 Cure: Train with larger batches, or mix the samples better; accumulating gradients over small
 batches does not help.
@@ -23,7 +24,11 @@ Source: Wu & He 2018, figure 1; Wu & Johnson 2021, sections 4 and 6.
 
 from __future__ import annotations
 
-from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
+import math
+
+from steadynorm.doctor.evidence.divergence import ENOUGH
+from steadynorm.doctor.evidence.training import Trend
+from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, NormEvidence, Rule
 
 TOO_FEW = 4
 
@@ -35,20 +40,28 @@ def _check(evidence: Evidence) -> Findings:
     found = [
         (layer, trend)
         for layer, trend in evidence.trends()
-        if layer.by_batch and trend.independent < TOO_FEW
+        if layer.by_batch and (trend.independent < TOO_FEW or _counted(layer, trend) < ENOUGH)
     ]
     if not found:
         return
     layer, trend = found[0]
-    held = f" of {trend.samples} samples" if trend.samples else ""  # Keras's steps do not tell
+    independent = min(trend.independent, _counted(layer, trend))
+    samples = f" of {trend.samples} samples" if trend.samples else ""  # Keras's steps do not tell
     yield rule.finding(
         layer,
-        f"a batch{held} counts for {trend.independent:.2g} independent values: its mean "
-        f"is off by {trend.independent**-0.5:.2g} standard deviations",
+        f"a batch{samples} counts for {independent:.2g} independent values: its mean "
+        f"is off by {independent**-0.5:.2g} standard deviations",
         {
             "samples": trend.samples,
-            "independent_values": trend.independent,
+            "independent_values": independent,
             "readings": trend.readings,
         },
         layers=len(found),
     )
+
+
+def _counted(layer: NormEvidence, trend: Trend) -> float:
+    """Values per channel in a batch that normalizes by itself; infinity where replicas share it."""
+    if layer.usage is not None and layer.usage.synchronized:
+        return math.inf
+    return trend.values / trend.readings
