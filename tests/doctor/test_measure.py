@@ -95,6 +95,35 @@ def test_independent_positions_are_worth_themselves() -> None:
     assert data(seen(nn.BatchNorm1d(8).eval(), batches)).worth == pytest.approx(10, rel=0.15)
 
 
+@pytest.mark.parametrize(("copies", "expected"), [(1, 6.0), (20, 6.0)])
+def test_channels_that_say_the_same_are_counted_once(copies: int, expected: float) -> None:
+    """By the eigenvalues of the covariance of the samples' means, in standard deviations."""
+    x = torch.stack(smooth(16, 24)).repeat_interleave(copies, 2)
+    layer = data(seen(nn.BatchNorm1d(x.shape[2]).eval(), list(x + 5)))
+    assert layer.independent_channels == pytest.approx(expected, rel=0.1)
+    some = x[:, :, :: -(-x.shape[2] // 64)].flatten(0, 1).double().numpy()
+    scaled = some.mean(2) / some.std((0, 2))
+    found = np.linalg.eigvalsh(np.cov(scaled.T, bias=True))
+    assert layer.independent_channels == pytest.approx(found.sum() ** 2 / (found**2).sum())
+
+
+def test_the_scatter_of_mixed_batches_is_as_the_channels_foretell() -> None:
+    """Its variance is 2/ν, ν the independent channels times (batches - 1)."""
+    chance = torch.Generator().manual_seed(0)
+    mix = torch.randn(12, 12, generator=chance) * torch.linspace(0.2, 2, 12)[:, None]
+    ratios, limits = [], []
+    for _ in range(60):
+        x = torch.randn(8, 16, 12, generator=chance) @ mix
+        layer = data(seen(nn.BatchNorm1d(12).eval(), list(x)))
+        assert layer.effective is not None
+        assert layer.worth_of_mean is not None
+        assert layer.independent_channels is not None
+        ratios.append(16 * layer.worth_of_mean / layer.effective)
+        limits.append(2 / (7 * layer.independent_channels))
+    assert np.mean(ratios) == pytest.approx(1, abs=0.1)
+    assert np.var(ratios) == pytest.approx(np.mean(limits), rel=0.5)
+
+
 def test_positions_in_the_batch_axis_are_told_from_samples() -> None:
     class Flattened(nn.Module):
         def __init__(self) -> None:
@@ -346,3 +375,36 @@ def test_random_state_and_gradients_stay() -> None:
     for parameter, grad in zip(network.parameters(), grads, strict=True):
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, grad)
+
+
+def test_the_gradient_of_what_layers_get_is_all_that_comes_back() -> None:
+    """|∂L/∂x|·|x| by hand: of a residual path the branch and the path together."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+            self.branch, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.first(x)).sigmoid()
+            out: Tensor = self.last(x + self.branch(x))
+            return out
+
+    torch.manual_seed(0)
+    model, x, labels = Residual().eval(), torch.randn(16, 4), torch.randint(3, (16,))
+    evidence = seen(model, [(x, labels)], loss=F.cross_entropy)
+    assert evidence.data is not None
+    first, branch, last = evidence.data.gradients
+    assert [g.layer for g in (first, branch, last)] == ["first", "branch", "last"]
+    assert first.of_input is None  # data take no gradient
+
+    wide = model.double().requires_grad_(False)
+    z = x.double() @ wide.first.weight.T + wide.first.bias
+    z = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()).sigmoid().detach()
+    mixed = z + z @ wide.branch.weight.T + wide.branch.bias
+    logits = mixed @ wide.last.weight.T + wide.last.bias
+    of_mixed = (logits.softmax(1) - F.one_hot(labels, 3)) / 16 @ wide.last.weight
+    of_z = of_mixed + of_mixed @ wide.branch.weight
+    assert last.of_input == pytest.approx(float(of_mixed.norm() * mixed.norm()), rel=1e-4)
+    assert branch.of_input == pytest.approx(float(of_z.norm() * z.norm()), rel=1e-4)

@@ -12,6 +12,7 @@ from steadynorm.doctor import Finding, Severity
 from steadynorm.doctor.evidence.divergence import divergence, running_divergence
 from steadynorm.doctor.evidence.losses import loss_change
 from steadynorm.doctor.evidence.records import (
+    ClassScatter,
     Evidence,
     LossByMode,
     ModelData,
@@ -25,6 +26,7 @@ from steadynorm.doctor.evidence.records import (
     WeightGradient,
 )
 from steadynorm.doctor.rules import find_rule
+from steadynorm.doctor.rules.sn309_batches_not_mixed import scatter_limit
 
 INFO, WARNING, ERROR = Severity
 ZEROS, ONES = np.zeros(8), np.ones(8)
@@ -256,6 +258,28 @@ def test_sn308(first: float, expected: Severity | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "first_input", "expected"),
+    [
+        (1e-3, 0.05, WARNING),
+        (1e-3, 0.2, None),  # a branch beside a residual path
+        (1e-3, None, None),
+        (0.02, 0.05, None),
+        (5e-5, 0.2, WARNING),
+        (5e-7, 0.05, ERROR),
+    ],
+)
+def test_sn308_by_the_inputs_too(
+    first: float, first_input: float | None, expected: Severity | None
+) -> None:
+    inputs = (None, first_input, 0.3, 0.3, 1.0)
+    sizes = zip((first, 1e-5, 0.1, 0.1, 1.0), inputs, strict=True)
+    found = tuple(WeightGradient(str(index), *pair) for index, pair in enumerate(sizes))
+    if first_input is None:
+        found = tuple(replace(gradient, of_input=None) for gradient in found)
+    assert severity("SN308", layer(), gradients=found) is expected
+
+
+@pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({"effective": 7.2}, WARNING),
@@ -265,10 +289,44 @@ def test_sn308(first: float, expected: Severity | None) -> None:
         ({"effective": 3.9, "policy": "Steady"}, None),
         ({"effective": 3.9, "calls": 64}, None),  # twice a forward, on two kinds of input
         ({"effective": 30.0, "worth": 10.0}, WARNING),
+        ({"effective": 10.0, "independent_channels": 2.0}, None),
+        ({"effective": 10.0, "independent_channels": 8.0}, WARNING),
+        ({"effective": 11.0, "independent_channels": 64.0}, None),  # sure, and of no weight
     ],
 )
 def test_sn309(given: dict[str, Any], expected: Severity | None) -> None:
     assert severity("SN309", layer(**given)) is expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (ClassScatter(16, 1.6, 1.3), WARNING),
+        (ClassScatter(16, 1.6, 1.7), None),
+        (ClassScatter(16, 1.4, 1.3), None),
+        (ClassScatter(4, 1.6, 1.3), None),
+    ],
+)
+def test_sn309_by_classes(classes: ClassScatter, expected: Severity | None) -> None:
+    assert severity("SN309", layer(), class_scatter=classes) is expected
+    assert severity("SN309", layer(policy="Steady"), class_scatter=classes) is None
+
+
+def test_sn309_says_what_a_batch_counts_for_by_its_classes() -> None:
+    (finding,) = said("SN309", layer(), class_scatter=ClassScatter(16, 4.0, 1.3))
+    assert finding.message == (
+        "a batch of 16 samples counts for 4: the numbers of each class in a batch scatter 2 times "
+        "as far as those of mixed ones would"
+    )
+    assert finding.evidence == {"samples": 16, "count_for": 4.0}
+
+
+def test_the_more_layers_are_looked_at_the_further_one_must_scatter() -> None:
+    alike = {"effective": 9.4, "independent_channels": 6.0}
+    assert scatter_limit(32, 6.0) < 16 / 9.4 < scatter_limit(32, 6.0, 60_000)
+    assert severity("SN309", layer(**alike)) is WARNING
+    others = (layer(str(number)) for number in range(60_000))
+    assert severity("SN309", layer(**alike), *others) is None
 
 
 def test_sn310() -> None:

@@ -29,7 +29,7 @@ from steadynorm.doctor.evidence.passes import (
     samples_of,
 )
 from steadynorm.doctor.evidence.records import LossByMode, ModelData, NormData
-from steadynorm.doctor.evidence.resampling import resample
+from steadynorm.doctor.evidence.resampling import class_scatter, resample
 from steadynorm.models.graph import tensors
 from steadynorm.models.layers import NormLayer, batch_norms
 from steadynorm.models.observe import eagerly
@@ -118,6 +118,7 @@ def measure(
         outputs_finite=all(bool(np.isfinite(o).all()) for o in inference.outputs),
         cures=cures,
         targets=_targets(held[0]),
+        class_scatter=class_scatter([c for c in map(_classes, held) if c is not None]),
         loss_at_other_eps=swapped,
         first_nonfinite=training.observer.first_nonfinite,
     )
@@ -148,6 +149,7 @@ def _norm_data(
         worth_of_mean=worth[0],
         worth_of_var=worth[1],
         effective=calibrated.effective(),
+        independent_channels=calibrated.independent_channels(),
         single=training.single,
         nonfinite=training.nonfinite,
         masked=calibrated.masked,
@@ -169,16 +171,30 @@ def _other_eps(layers: Sequence[NormLayer], training: PassResult) -> float | Non
 
 def _targets(batch: Any) -> str:
     """What a batch says of the outputs that are wanted; see `ModelData`."""
+    wanted = _wanted(batch)
+    if wanted is None:
+        return ""
+    if wanted.is_floating_point() and wanted.shape == next(tensors(batch)).shape:
+        return ""  # a second view
+    return "values" if wanted.is_floating_point() else "classes"
+
+
+def _classes(batch: Any) -> np.ndarray | None:
+    """The class of each sample, where a batch holds one."""
+    wanted = _wanted(batch)
+    if wanted is None or wanted.is_floating_point() or wanted.shape != (samples_of(batch),):
+        return None
+    return np.asarray(wanted.cpu().numpy())
+
+
+def _wanted(batch: Any) -> Tensor | None:
+    """The tensor of targets in a batch, None where there is none."""
     wanted: Any = None
     if isinstance(batch, tuple | list) and len(batch) == 2:
         wanted = batch[1]
     elif isinstance(batch, Mapping):
         wanted = next((batch[name] for name in ("labels", "label") if name in batch), None)
-    if not isinstance(wanted, Tensor):
-        return ""
-    if wanted.is_floating_point() and wanted.shape == next(tensors(batch)).shape:
-        return ""  # a second view
-    return "values" if wanted.is_floating_point() else "classes"
+    return wanted if isinstance(wanted, Tensor) else None
 
 
 def _calls_divergence(seen: InputStatistics) -> float | None:

@@ -84,14 +84,19 @@ def _saturation(function: str, y: Tensor) -> Saturation:
 def gradients(
     model: nn.Module, layers: Sequence[NormLayer], scalar: Callable[[], Tensor | None]
 ) -> tuple[WeightGradient, ...]:
-    """The gradient of each linear layer and convolution, in the order of the forward, batches
-    normalized as in training. Empty where the model cannot be differentiated.
+    """The gradient of each linear layer and convolution, and of what it gets, in the order of the
+    forward, batches normalized as in training. Empty where the model cannot be differentiated.
     """
-    order: dict[str, nn.Parameter] = {}
+    weights: dict[str, nn.Parameter] = {}
+    inputs: dict[str, tuple[Tensor, float]] = {}  # with their norms: they may be written into
 
-    def note(name: str, module: Any, _: Any) -> None:
-        if isinstance(module.weight, nn.Parameter) and module.weight.requires_grad:
-            order.setdefault(name, module.weight)
+    def note(name: str, module: Any, args: Any) -> None:
+        if name in weights or not isinstance(module.weight, nn.Parameter):
+            return
+        if module.weight.requires_grad:
+            weights[name] = module.weight
+            if args and isinstance(args[0], Tensor) and args[0].requires_grad:
+                inputs[name] = (args[0], float(args[0].detach().double().norm()))
 
     with ExitStack() as hooks, observed(layers, training=True), torch.enable_grad():
         for name, module in model.named_modules():
@@ -100,13 +105,21 @@ def gradients(
                 hooks.callback(handle.remove)
         try:
             value = scalar()
-            if value is None or not order:
+            if value is None or not weights:
                 return ()
-            found = torch.autograd.grad(value, list(order.values()), allow_unused=True)
+            wanted = [*weights.values(), *(x for x, _ in inputs.values())]
+            found = torch.autograd.grad(value, wanted, allow_unused=True)
         except RuntimeError:  # not every forward can be differentiated
             return ()
+    of_inputs = {
+        name: float(grad.double().norm()) * size
+        for (name, (_, size)), grad in zip(inputs.items(), found[len(weights) :], strict=True)
+        if grad is not None and bool(grad.isfinite().all())
+    }
     return tuple(
-        WeightGradient(name, float(grad.double().norm() * weight.detach().double().norm()))
-        for (name, weight), grad in zip(order.items(), found, strict=True)
+        WeightGradient(
+            name, float(grad.double().norm() * weight.detach().double().norm()), of_inputs.get(name)
+        )
+        for (name, weight), grad in zip(weights.items(), found[: len(weights)], strict=True)
         if grad is not None and bool(grad.isfinite().all())
     )

@@ -19,6 +19,7 @@ from steadynorm.statistics import Moments, pool
 
 FEW = 8  # samples, from which axes are told apart
 SEVERAL = 8  # batches, from which the scatter of their means is known to about a half
+CHANNELS = 64  # of which correlations are kept
 
 
 class Scatter:
@@ -28,6 +29,9 @@ class Scatter:
         self.pivot = pivot
         self.count = 0
         self.sums = torch.zeros(5, len(pivot), dtype=torch.float64)
+        self.some = slice(None, None, -(-len(pivot) // CHANNELS))
+        kept = len(pivot[self.some])
+        self.products = torch.zeros(kept, kept, dtype=torch.float64)
 
     def add(self, rows: Moments) -> None:
         """Take in samples: their means and variances, a row each."""
@@ -36,6 +40,8 @@ class Scatter:
         self.count += len(away)
         terms = (away, square, away * away, square * square, away * square)
         self.sums += torch.stack([term.sum(0) for term in terms])
+        some = away[:, self.some]
+        self.products += some.T @ some
 
     def variances(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Var(m) and Var(q), with q = square - 2δ·away + δ², the mean square about `mean`."""
@@ -45,6 +51,17 @@ class Scatter:
         covariance = both - away * square
         of_squares = square2 - square**2 + 4 * shift**2 * of_means - 4 * shift * covariance
         return of_means, np.maximum(of_squares, 0)
+
+    def independent_channels(self, var: np.ndarray) -> float:
+        """How many independent channels the samples' means m scatter like: (tr A)²/‖A‖², with A the
+        covariance of m/√var (Satterthwaite 1946). Of `CHANNELS` of them at most; at least 1.
+        """
+        away = (self.sums[0, self.some] / self.count).numpy()
+        std = np.sqrt(var[self.some])
+        varying = std > 0
+        covariance = (self.products / self.count).numpy() - np.outer(away, away)
+        scaled = covariance[np.ix_(varying, varying)] / np.outer(std[varying], std[varying])
+        return max(1.0, float(np.trace(scaled) ** 2 / max(np.sum(scaled**2), 1e-30)))
 
 
 class InputStatistics:
@@ -117,6 +134,14 @@ class InputStatistics:
         mean, var = self.mean_and_var()
         means, squares = self.scatter.variances(mean)
         return _ratio(var, means), _ratio(2 * var**2, squares)
+
+    def independent_channels(self) -> float | None:
+        """How many independent channels the samples' means scatter like; None where samples were
+        not told apart.
+        """
+        if self.scatter is None:
+            return None
+        return self.scatter.independent_channels(self.mean_and_var()[1])
 
     def effective(self) -> float | None:
         """How many independent values a batch counts for; None where batches are too few."""

@@ -167,7 +167,9 @@ class NormData:
     `worth_of_mean`, `worth_of_var`: how many independent values a sample counts for, from the
     scatter of the samples' own means m and mean squares q about `mean`: var/Var(m), 2·var²/Var(q);
     harmonic means over channels. `effective`: the first for a whole batch, from the scatter of the
-    batches' means, where there are enough batches. None where not known.
+    batches' means, where there are enough batches. `independent_channels`: how many independent
+    channels the samples' means scatter like, all of which tell of the same samples. None where not
+    known.
 
     `single`: the shape of an input with one value per channel, which training refuses.
     `nonfinite`: calls whose values were not all finite; they are excluded from everything else.
@@ -196,6 +198,7 @@ class NormData:
     worth_of_mean: float | None
     worth_of_var: float | None
     effective: float | None = None
+    independent_channels: float | None = None
     reference_mean: np.ndarray | None = None
     reference_var: np.ndarray | None = None
     single: tuple[int, ...] | None = None
@@ -268,10 +271,25 @@ class WeightGradient:
     """Norm of the gradient of a weight times the norm of the weight: |∂L/∂W|·|W|.
 
     It does not depend on the scale of a weight that a batch norm follows, so layers compare.
+    `of_input`: the same of the input x of that layer, |∂L/∂x|·|x|, all ways to the loss together;
+    None where no gradient reaches it, as in the first layer.
     """
 
     layer: str
     size: float
+    of_input: float | None = None
+
+
+@dataclass(frozen=True)
+class ClassScatter:
+    """How far the numbers of each class scatter between batches of so many `samples`, as a
+    variance, over how far they do where samples are mixed; and the `limit` that one mixed set of
+    batches in 5,000 exceeds.
+    """
+
+    samples: int
+    ratio: float
+    limit: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,6 +316,7 @@ class ModelData:
     `outputs_finite`: in inference. `cures`: losses on a second set of data, by batch, with the
     statistics that there are ("none"), and after "calibrate" and "adapt" on that set.
     `targets`: "classes" or "values" where batches hold what the outputs are to be, else "".
+    `class_scatter`: of batches that hold one class for each sample.
     `loss_at_other_eps`: of inference, by batch, with another framework's default eps in all layers;
     where that would matter.
     """
@@ -313,6 +332,7 @@ class ModelData:
     outputs_finite: bool = True
     cures: Mapping[str, np.ndarray] = field(default_factory=dict)
     targets: str = ""
+    class_scatter: ClassScatter | None = None
     loss_at_other_eps: np.ndarray | None = None
 
 

@@ -1,17 +1,19 @@
-"""How far two sets of data differ by chance: their samples dealt out anew, at random."""
+"""How far sets of data and batches differ by chance: samples dealt out anew, at random."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from steadynorm.doctor.evidence.divergence import divergence
-from steadynorm.doctor.evidence.inputs import InputStatistics
+from steadynorm.doctor.evidence.inputs import SEVERAL, InputStatistics
+from steadynorm.doctor.evidence.records import ClassScatter
 
 DEALS = 199
 """Random deals. A limit that none of them exceeds is exceeded by chance in one of 200 pairs of
 sets, all layers of a model together."""
+DEALS_OF_CLASSES = 4999
 
 
 def resample(
@@ -61,3 +63,31 @@ def _divergences(first: InputStatistics, second: InputStatistics) -> np.ndarray:
     kl = divergence(mean, var, data_mean, data_var).kl
     found: np.ndarray = np.minimum(kl, 1).mean(1)
     return found
+
+
+def class_scatter(batches: Sequence[np.ndarray]) -> ClassScatter | None:
+    """How far the numbers of each class scatter between batches, and what chance makes of it: the
+    labels are dealt into batches anew, at random. Of the batches of the usual size; None where
+    there are too few, or one class.
+    """
+    samples = int(np.median([len(labels) for labels in batches])) if batches else 0
+    usual = [labels for labels in batches if len(labels) == samples]
+    if len(usual) < SEVERAL or samples < 2:
+        return None
+    classes, labels = np.unique(np.concatenate(usual), return_inverse=True)
+    if len(classes) < 2:
+        return None
+    totals = np.bincount(labels)
+    first = np.repeat(np.arange(len(usual)) * len(classes), samples)  # of a batch's counts
+
+    def scatter(labels: np.ndarray) -> float:
+        counts = np.bincount(first + labels, minlength=len(usual) * len(classes))
+        squares = np.sum(counts.reshape(len(usual), -1) ** 2 / totals)
+        # Pearson's χ² over what it is in the mean of all deals.
+        chi_square = len(labels) * (squares / samples - 1)
+        expected = len(labels) / (len(labels) - 1) * (len(usual) - 1) * (len(classes) - 1)
+        return float(chi_square / expected)
+
+    chance = np.random.default_rng(0)
+    limit = max(scatter(chance.permutation(labels)) for _ in range(DEALS_OF_CLASSES))
+    return ClassScatter(samples, scatter(labels), limit)

@@ -8,7 +8,10 @@ or where layers go without one.
 When: |∂L/∂W|·|W|, which does not change with the scale of a weight before a batch norm: the
 largest in the first quarter of the layers (the weights of an attention that looks everywhere alike
 have next to none) against the median of the last quarter. A warning below a ten-thousandth, an
-error below a millionth. Healthy networks are between 0.1 and 1,000.
+error below a millionth. A warning also below a hundredth, if the same of the layers' inputs x,
+|∂L/∂x|·|x|, is below a tenth: the weights of a branch that adds little to a residual path, as in a
+fresh transformer, have little gradient too, but what they get has all of it. Healthy networks are
+between 0.1 and 1,000 in the first, and between 0.4 and 3,400 in the second.
 
 Cure: Normalize every layer, or let a residual path carry the gradient.
 
@@ -17,8 +20,11 @@ Source: Glorot & Bengio 2010; Ioffe & Szegedy 2015, section 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from steadynorm.doctor.evidence.records import WeightGradient
 from steadynorm.doctor.rules.rule import ERROR, WARNING, Evidence, Findings, Rule
 
 rule = Rule(__name__, __doc__, ERROR, safe=False)
@@ -29,10 +35,10 @@ def _check(evidence: Evidence) -> Findings:
     sizes = () if evidence.data is None else evidence.data.gradients
     if len(sizes) < 3:
         return
-    quarter = max(len(sizes) // 4, 1)
-    first = max(gradient.size for gradient in sizes[:quarter])
-    last = float(np.median([gradient.size for gradient in sizes[-quarter:]]))
-    if last == 0 or first >= 1e-4 * last:
+    first, last = _ends([gradient.size for gradient in sizes])
+    if last == 0 or first >= 1e-2 * last:
+        return
+    if first >= 1e-4 * last and not _vanishes_in_inputs(sizes):
         return
     message = (
         f"|∂L/∂W|·|W| is {first:.2g} in the first layers, from {sizes[0].layer!r}, and "
@@ -44,3 +50,17 @@ def _check(evidence: Evidence) -> Findings:
         {"first": first, "last": last, "ratio": first / last, "first_layer": sizes[0].layer},
         severity=ERROR if first < 1e-6 * last else WARNING,
     )
+
+
+def _vanishes_in_inputs(sizes: Sequence[WeightGradient]) -> bool:
+    inputs = [gradient.of_input for gradient in sizes if gradient.of_input is not None]
+    if len(inputs) < 3:
+        return False
+    first, last = _ends(inputs)
+    return first < 0.1 * last
+
+
+def _ends(sizes: Sequence[float]) -> tuple[float, float]:
+    """The largest of the first quarter, the median of the last."""
+    quarter = max(len(sizes) // 4, 1)
+    return max(sizes[:quarter]), float(np.median(sizes[-quarter:]))
