@@ -91,14 +91,14 @@ def judge(evidence: Evidence, *, select: Iterable[str] = (), ignore: Iterable[st
         and not (without and rule.code.startswith(without))
     ]
     gathered = ("model", "data", "run")
-    held = {"state", *(part for part in gathered if getattr(evidence, part) is not None)}
-    rules = [rule for rule in chosen if rule.needs in held]
+    available = {"state", *(part for part in gathered if getattr(evidence, part) is not None)}
+    rules = [rule for rule in chosen if rule.needs in available]
     found = [_proved(finding, evidence) for rule in rules for finding in rule.check(evidence)]
     return Report(
         ordered(found, evidence),
         evidence,
         tuple(rule.code for rule in rules),
-        tuple(rule.code for rule in chosen if rule.needs not in held),
+        tuple(rule.code for rule in chosen if rule.needs not in available),
     )
 
 

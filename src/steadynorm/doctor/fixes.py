@@ -110,14 +110,14 @@ def fix(
         )
     cured = copied(unwrapped(model), "diagnose")
     repair = Repair(report, batches, given)
-    held = [] if batches is None else read(feeding(batches, cured), "batches")
+    read_batches = [] if batches is None else read(feeding(batches, cured), "batches")
     changes = Changes()
     for act, apply in ACTS.items():
         layers = repair.layers(act)
         if layers:
             trial = copied(cured, "diagnose")
             made = Changes(apply(trial, repair, layers))
-            before, after = (_losses(network, held, repair) for network in (cured, trial))
+            before, after = (_losses(network, read_batches, repair) for network in (cured, trial))
             reason = _worse(before, after, "of inference")
             if reason is None:
                 cured = trial
@@ -140,8 +140,8 @@ def acts(finding: Finding) -> list[str]:
 
 def _left(act: str, layers: list[str], reason: str) -> Change:
     what = {"calibrate": "running statistics", "drop_redundant_bias": "redundant biases"}
-    held = what.get(act, "layers")
-    return Change("left", layers[0] or "(model)", held, held, reason)
+    unchanged = what.get(act, "layers")
+    return Change("left", layers[0] or "(model)", unchanged, unchanged, reason)
 
 
 def _worse(before: np.ndarray, after: np.ndarray, where: str) -> str | None:

@@ -62,9 +62,9 @@ def measure(
         for b in (batches, against)
         if b is not None
     ]
-    held = read(feeds[0], "batches")
+    read_batches = read(feeds[0], "batches")
     # In inference, in training and calibrated; saturation, what is random, and the gradient.
-    forwards.expect(3 * len(held) + len(first_batches(held)) + 3)
+    forwards.expect(3 * len(read_batches) + len(first_batches(read_batches)) + 3)
     layers = [
         layer._replace(name="" if layer.module is model else layer.name)
         for layer in batch_norms(model, "diagnose")
@@ -73,12 +73,12 @@ def measure(
     resampled: Mapping[str, Mapping[str, Any]] = {}
     cures: dict[str, np.ndarray] = {}
     with eagerly():
-        passes = Passes(model, original, feeds[0], held, layers, loss, forwards)
+        passes = Passes(model, original, feeds[0], read_batches, layers, loss, forwards)
         two = len(feeds) > 1
         inference = passes.run(by_sample=two, groups=GROUPS * two)
         training = passes.run(training=True)
         calibrated, exact = passes.calibrated(training)
-        saturated = saturations(layers, lambda: passes.forward(held[0]))
+        saturated = saturations(layers, lambda: passes.forward(read_batches[0]))
         original.restore_buffers()
         chance, with_gradient = by_chance(passes)
         depth = gradients(model, layers, passes.differentiable)
@@ -108,8 +108,8 @@ def measure(
             data = replace(data, reference_mean=mean, reference_var=var, **resampled.get(name, {}))
         found[name] = data
     return found, ModelData(
-        batches=len(held),
-        samples=sum(samples_of(batch) for batch in held),
+        batches=len(read_batches),
+        samples=sum(samples_of(batch) for batch in read_batches),
         loss=_losses(training, inference, calibrated),
         gap=_distance(inference, training),
         mended=_distance(inference, calibrated),
@@ -117,8 +117,8 @@ def measure(
         last_batch=_last_batch(batches),
         outputs_finite=all(bool(np.isfinite(o).all()) for o in inference.outputs),
         cures=cures,
-        targets=_targets(held[0]),
-        class_scatter=class_scatter([c for c in map(_classes, held) if c is not None]),
+        targets=_targets(read_batches[0]),
+        class_scatter=class_scatter([c for c in map(_classes, read_batches) if c is not None]),
         loss_at_other_eps=swapped,
         first_nonfinite=training.observer.first_nonfinite,
     )

@@ -50,8 +50,8 @@ def by_chance(passes: Passes) -> tuple[dict[str, Chance], dict[str, bool]]:
 
 def first_batches(batches: list[Any]) -> list[Any]:
     """So many that they hold `SAMPLES` samples."""
-    held = np.cumsum([samples_of(batch) for batch in batches])
-    return batches[: int(np.searchsorted(held, SAMPLES)) + 1]
+    samples = np.cumsum([samples_of(batch) for batch in batches])
+    return batches[: int(np.searchsorted(samples, SAMPLES)) + 1]
 
 
 def _statistics(

@@ -30,8 +30,8 @@ def probe_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Evidence
         owner, layers = "state dict", norms_in(unnested(checkpoint))
     else:
         owner = fspath(checkpoint)
-        with entries(checkpoint) as held:
-            layers = _norms(held, _settings(Path(checkpoint)))
+        with entries(checkpoint) as stored:
+            layers = _norms(stored, _settings(Path(checkpoint)))
     if not layers:
         where = "the state dict" if isinstance(checkpoint, Mapping) else owner
         raise ValueError(
@@ -58,40 +58,40 @@ def entry_of(value: Any) -> Entry:
     return Entry(array.shape, array.dtype.name, lambda: array)
 
 
-def _norms(held: Mapping[str, Entry], settings: Mapping[str, float]) -> tuple[NormEvidence, ...]:
-    shapes = {name: np.broadcast_to(np.int8(0), entry.shape) for name, entry in held.items()}
+def _norms(stored: Mapping[str, Entry], settings: Mapping[str, float]) -> tuple[NormEvidence, ...]:
+    shapes = {name: np.broadcast_to(np.int8(0), entry.shape) for name, entry in stored.items()}
     for framework, names in NAMES.items():
         layers = []
         for prefix in find_layers(shapes, framework):
             found = {
-                part: held[key]
+                part: stored[key]
                 for part, name in zip((*PARTS, "batches"), names, strict=True)
-                if (key := join(prefix, name, framework)) in held
+                if (key := join(prefix, name, framework)) in stored
             }
             if _is_norm(found, framework):
                 layers.append(
                     NormEvidence(prefix, "BatchNorm", _stored(found, framework, settings))
                 )
         if layers:
-            return with_weights(layers, held)
+            return with_weights(layers, stored)
     return ()
 
 
 def with_weights(
-    layers: Sequence[NormEvidence], held: Mapping[str, Entry]
+    layers: Sequence[NormEvidence], stored: Mapping[str, Entry]
 ) -> tuple[NormEvidence, ...]:
     """The layers with `weight_square` of torch's, where most of their variances are wide."""
     variances = [layer.state.running_var for layer in layers]
     wide = sum(v is not None and 2 * int(np.sum(v > WIDE)) > v.size for v in variances)
     if layers and layers[0].state.framework == "torch" and 2 * wide > len(layers):
-        return tuple(replace(layer, state=_with_weight(layer, held)) for layer in layers)
+        return tuple(replace(layer, state=_with_weight(layer, stored)) for layer in layers)
     return tuple(layers)
 
 
-def _with_weight(layer: NormEvidence, held: Mapping[str, Entry]) -> NormState:
+def _with_weight(layer: NormEvidence, stored: Mapping[str, Entry]) -> NormState:
     """Of the last matrix or kernel before it that makes as many channels."""
     square = None
-    for name, entry in held.items():
+    for name, entry in stored.items():
         if name == join(layer.name, "running_var", "torch"):
             break
         if len(entry.shape) > 1 and entry.shape[0] == layer.state.num_features:

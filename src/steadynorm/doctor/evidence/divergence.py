@@ -110,9 +110,9 @@ def first_divergent(evidence: Evidence) -> tuple[NormEvidence, Divergence, int] 
     """The first layer whose running statistics are not its batches', and how many do in all."""
     found = []
     for layer, _ in measured(evidence):
-        how = running_divergence(layer)
-        if how is not None and how.far:
-            found.append((layer, how))
+        running = running_divergence(layer)
+        if running is not None and running.far:
+            found.append((layer, running))
     return (*found[0], len(found)) if found else None
 
 

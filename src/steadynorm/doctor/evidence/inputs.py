@@ -29,8 +29,8 @@ class Scatter:
         self.pivot = pivot
         self.count = 0
         self.sums = torch.zeros(5, len(pivot), dtype=torch.float64)
-        self.some = slice(None, None, -(-len(pivot) // CHANNELS))
-        kept = len(pivot[self.some])
+        self.channels = slice(None, None, -(-len(pivot) // CHANNELS))
+        kept = len(pivot[self.channels])
         self.products = torch.zeros(kept, kept, dtype=torch.float64)
 
     def add(self, rows: Moments) -> None:
@@ -40,8 +40,8 @@ class Scatter:
         self.count += len(away)
         terms = (away, square, away * away, square * square, away * square)
         self.sums += torch.stack([term.sum(0) for term in terms])
-        some = away[:, self.some]
-        self.products += some.T @ some
+        part = away[:, self.channels]
+        self.products += part.T @ part
 
     def variances(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Var(m) and Var(q), with q = square - 2δ·away + δ², the mean square about `mean`."""
@@ -56,8 +56,8 @@ class Scatter:
         """How many independent channels the samples' means m scatter like: (tr A)²/‖A‖², with A the
         covariance of m/√var (Satterthwaite 1946). Of `CHANNELS` of them at most; at least 1.
         """
-        away = (self.sums[0, self.some] / self.count).numpy()
-        std = np.sqrt(var[self.some])
+        away = (self.sums[0, self.channels] / self.count).numpy()
+        std = np.sqrt(var[self.channels])
         varying = std > 0
         covariance = (self.products / self.count).numpy() - np.outer(away, away)
         scaled = covariance[np.ix_(varying, varying)] / np.outer(std[varying], std[varying])
@@ -172,10 +172,10 @@ def _axis_shares(x: Tensor) -> tuple[float, ...]:
 
 def _ratio(var: np.ndarray, of_means: np.ndarray) -> float:
     """`var` over `of_means`, harmonic mean over the channels that vary."""
-    some = var > 0
-    if not some.any():
+    varying = var > 0
+    if not varying.any():
         return 1.0
-    share = float(np.mean(of_means[some] / var[some]))
+    share = float(np.mean(of_means[varying] / var[varying]))
     return 1 / max(share, 1e-12)
 
 

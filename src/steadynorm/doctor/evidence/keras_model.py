@@ -42,8 +42,8 @@ def _state(layer: Any) -> NormState:
             f"diagnose: `target` must be built; {layer.path!r} has no weights yet. Call the model "
             f"on one batch first."
         )
-    held = {part: getattr(layer, name, None) for part, name in NAMES.items()}
-    found = {part: variable for part, variable in held.items() if variable is not None}
+    variables = {part: getattr(layer, name, None) for part, name in NAMES.items()}
+    found = {part: variable for part, variable in variables.items() if variable is not None}
     arrays = {part: np.asarray(v.numpy()).astype(np.float64) for part, v in found.items()}
     return NormState(
         num_features=len(arrays["running_mean"]),

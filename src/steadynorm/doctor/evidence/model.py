@@ -80,8 +80,8 @@ def probe_model(
             )  # fmt: skip
     empty = [name for name, (module, _) in norms.items() if not _filled(module)]
     if empty:
-        some = ", ".join(map(repr, empty[:3])) + " and others" * (len(empty) > 3)
-        remarks = (*remarks, f"Lazy or on the meta device, so without values to judge: {some}.")
+        named = ", ".join(map(repr, empty[:3])) + " and others" * (len(empty) > 3)
+        remarks = (*remarks, f"Lazy or on the meta device, so without values to judge: {named}.")
     decay = _decay(optimizer)
     left_out = _left_out(inner, decay)
     layers = tuple(
@@ -154,8 +154,8 @@ def _filled(module: nn.Module) -> bool:
 
 def _state(module: nn.Module, norm: Norm) -> NormState:
     tensors = {part: getattr(norm, part) for part in PARTS}
-    held = {part: tensor for part, tensor in tensors.items() if _has_values(tensor)}
-    arrays = {part: array_of(tensor).astype(np.float64) for part, tensor in held.items()}
+    stored = {part: tensor for part, tensor in tensors.items() if _has_values(tensor)}
+    arrays = {part: array_of(tensor).astype(np.float64) for part, tensor in stored.items()}
     sizes = [len(array) for array in arrays.values()]
     batches = getattr(module, "num_batches_tracked", None)
     momentum = getattr(module, "momentum", None)
@@ -165,7 +165,7 @@ def _state(module: nn.Module, norm: Norm) -> NormState:
         eps=float(norm.eps),
         momentum=None if momentum is None else float(momentum),
         **{part: arrays.get(part) for part in PARTS},
-        dtypes={part: str(tensor.dtype).removeprefix("torch.") for part, tensor in held.items()},
+        dtypes={part: str(tensor.dtype).removeprefix("torch.") for part, tensor in stored.items()},
         num_batches_tracked=None if batches is None or batches.is_meta else int(batches),
     )
 

@@ -14,9 +14,9 @@ def wide_moments(x: Tensor, mask: Tensor | None, groups: tuple[int, ...] | None 
     """Moments in float64 on the CPU, a row for each group or one for all; empty rows left out."""
     count, *parts = stages_for(x).moments(x, mask=mask, groups=groups)
     counts = torch.as_tensor(count).to("cpu", torch.float64).reshape(-1, 1)
-    some = (counts > 0).flatten()
-    mean, var, low = (p.to("cpu", torch.float64).reshape(-1, x.shape[1])[some] for p in parts)
-    return Moments(counts[some], mean + low, var, torch.zeros_like(mean))
+    nonempty = (counts > 0).flatten()
+    mean, var, low = (p.to("cpu", torch.float64).reshape(-1, x.shape[1])[nonempty] for p in parts)
+    return Moments(counts[nonempty], mean + low, var, torch.zeros_like(mean))
 
 
 def joined(a: Moments | None, b: Moments) -> Moments:

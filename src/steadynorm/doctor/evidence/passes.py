@@ -256,8 +256,8 @@ def loss_of(loss: Any, answer: Any, batch: Any) -> Tensor | None:
     Raises TypeError where `loss` gives no single number.
     """
     if loss is None:
-        held = answer.get("loss") if isinstance(answer, dict) else getattr(answer, "loss", None)
-        return held if isinstance(held, Tensor) and held.numel() == 1 else None
+        own_loss = answer.get("loss") if isinstance(answer, dict) else getattr(answer, "loss", None)
+        return own_loss if isinstance(own_loss, Tensor) and own_loss.numel() == 1 else None
     pair = isinstance(batch, tuple | list) and len(batch) == 2
     value = loss(answer, batch[1] if pair else batch)
     if not isinstance(value, Tensor) or value.numel() != 1:

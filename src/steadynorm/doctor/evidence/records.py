@@ -357,6 +357,6 @@ class Evidence:
 
     def trends(self) -> list[tuple[NormEvidence, Trend]]:
         """The layers whose trend has enough readings to judge by, in the model's order."""
-        held = {} if self.run is None else self.run.trends
-        found = [(layer, held[layer.name]) for layer in self.layers if layer.name in held]
+        trends = {} if self.run is None else self.run.trends
+        found = [(layer, trends[layer.name]) for layer in self.layers if layer.name in trends]
         return [(layer, trend) for layer, trend in found if trend.readings >= ENOUGH]

@@ -163,16 +163,18 @@ def _independent(late: list[ChannelReading]) -> tuple[float, float]:
     of_means = np.var(away, axis=0, ddof=1)
     # Single values vary within and between batches.
     var = np.mean([r.var for r in late], axis=0) + of_means
-    some = var > 0
-    if not some.any():
+    varying = var > 0
+    if not varying.any():
         return float("inf"), float("nan")
-    share = max(float(np.mean(of_means[some] / var[some])), 1e-12)
+    share = max(float(np.mean(of_means[varying] / var[varying])), 1e-12)
     mixed = [r.of_means / max(r.samples - 1, 1) for r in late if r.of_means is not None]
-    expected = float(np.mean(np.mean(mixed, axis=0)[some] / var[some])) if mixed else float("nan")
+    expected = (
+        float(np.mean(np.mean(mixed, axis=0)[varying] / var[varying])) if mixed else float("nan")
+    )
     # Weights that learn fast move the means steadily, which second differences leave out; of
     # readings that scatter by s² they are 6·s².
     steps = np.mean(np.diff(away, n=2, axis=0) ** 2, axis=0) / 6
-    scatter = float(np.mean(steps[some] / var[some]))
+    scatter = float(np.mean(steps[varying] / var[varying]))
     alike = scatter / expected if expected > 0 else float("nan")
     # A norm before this one holds the batches' means together, however few samples they are of.
     return 1 / max(share, expected if expected > 0 else 0.0), alike

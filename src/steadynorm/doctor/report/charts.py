@@ -102,7 +102,7 @@ def _profile(
     title: str,
     values: Sequence[tuple[NormEvidence, np.ndarray]],
     worst: dict[str, Severity],
-    **how: Any,
+    **settings: Any,
 ) -> Chart:
     rows = []
     for layer, array in values:
@@ -118,7 +118,7 @@ def _profile(
         )
     return profile(
         title, rows, value="median", low="10 %", high="90 %", layer="layer", series="state",
-        order=list(STATES.values()), **how,
+        order=list(STATES.values()), **settings,
     )  # fmt: skip
 
 

@@ -41,8 +41,8 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         peak, bias = None, None
     inner = 0.0 if bias is None else np.where(np.isfinite(bias), bias, 0.0)
     shift = offset + (inner - mean) * scale
-    held = 1.0 if peak is None else np.where(np.isfinite(peak), peak, 0.0)
-    folded = np.abs(scale) * held
+    largest_weight = 1.0 if peak is None else np.where(np.isfinite(peak), peak, 0.0)
+    folded = np.abs(scale) * largest_weight
     over = (folded > LARGEST) | (np.abs(shift) > LARGEST)
     if not over.any():
         return

@@ -58,8 +58,12 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         "weight_of_new_batch": weight,
         "batches_remembered": batches,
     }
-    how = running_divergence(layer)
-    used = usage is None or (usage.training and usage.moves) or (how is not None and how.far)
+    divergence = running_divergence(layer)
+    used = (
+        usage is None
+        or (usage.training and usage.moves)
+        or (divergence is not None and divergence.far)
+    )
     yield rule.finding(
         layer,
         message,

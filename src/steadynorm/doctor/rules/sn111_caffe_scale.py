@@ -35,9 +35,9 @@ def _check(evidence: Evidence) -> Findings:
         square, var = layer.state.weight_square, layer.state.running_var
         if square is None or var is None:
             continue
-        some = (square > 0) & (var > 0) & np.isfinite(square) & np.isfinite(var)
-        if some.any():
-            ratios.append(float(np.exp(np.mean(np.log(var[some]) - np.log(square[some])))))
+        usable = (square > 0) & (var > 0) & np.isfinite(square) & np.isfinite(var)
+        if usable.any():
+            ratios.append(float(np.exp(np.mean(np.log(var[usable]) - np.log(square[usable])))))
     if len(ratios) < 3 or np.quantile(ratios, 0.25) < FACTOR:
         return
     typical = float(np.median(ratios))

@@ -36,13 +36,13 @@ def _check(evidence: Evidence) -> Findings:
     if not found:
         return
     names = [layer.name for layer, _ in found]
-    held = sum(len(layer.usage.trained) for layer, _ in found if layer.usage is not None)
+    parameters = sum(len(layer.usage.trained) for layer, _ in found if layer.usage is not None)
     yield rule.finding(
         found[0][0],
         f"{found[0][1]}, but a training forward updates running_mean and running_var",
         {
             "training": "yes",
-            "parameters_held": held,
+            "parameters_held": parameters,
             "layers": ", ".join(name or "(model)" for name in names),
         },
         line=_line(names, len(evidence.layers)),

@@ -41,9 +41,13 @@ def _check(evidence: Evidence) -> Findings:
     first, losses = first_divergent(evidence), evidence.data.loss
     gain = None if losses is None else loss_change(losses.inference, losses.calibrated)
     if first is not None:
-        layer, how, count = first
-        numbers |= {"divergence": how.mean_kl, "layers_affected": count, "first_layer": layer.name}
-        yield rule.finding(None, f"{message}: in {layer.name!r} {how}", numbers)
+        layer, divergence, count = first
+        numbers |= {
+            "divergence": divergence.mean_kl,
+            "layers_affected": count,
+            "first_layer": layer.name,
+        }
+        yield rule.finding(None, f"{message}: in {layer.name!r} {divergence}", numbers)
     elif gain is not None and gain.clear(2) and gain.relative > 0.05:
         numbers |= {"loss": gain.before, "loss_after_calibration": gain.after}
         message += f"; calibration lowers the loss from {gain.before:.3g} to {gain.after:.3g}"

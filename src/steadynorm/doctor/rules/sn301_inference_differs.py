@@ -51,19 +51,19 @@ def _check(evidence: Evidence) -> Findings:
         message += "; running statistics agree with the batches' on average, so it is how much "
         message += "single batches differ from one another"
     else:
-        layer, how, count = first
-        if worse is None and how.mean_kl > CLEARLY and not untrained(evidence):
+        layer, divergence, count = first
+        if worse is None and divergence.mean_kl > CLEARLY and not untrained(evidence):
             severity = WARNING
         message += (
             f"; running statistics differ from the batches' in {count} "
-            f"{'layer' if count == 1 else 'layers'}, first in {layer.name!r}: {how} "
-            f"(divergence {how.mean_kl:.2g})"
+            f"{'layer' if count == 1 else 'layers'}, first in {layer.name!r}: {divergence} "
+            f"(divergence {divergence.mean_kl:.2g})"
         )
         numbers |= {
             "first_layer": layer.name,
             "layers_affected": count,
-            "shift": how.typical_shift,
-            "std_ratio": how.typical_ratio,
-            "divergence": how.mean_kl,
+            "shift": divergence.typical_shift,
+            "std_ratio": divergence.typical_ratio,
+            "divergence": divergence.mean_kl,
         }
     yield rule.finding(None, message, numbers, severity=severity)

@@ -54,33 +54,33 @@ def _check(evidence: Evidence) -> Findings:
     first, data = first_divergent(evidence), evidence.data
     if first is None or data is None:
         return
-    layer, how, count = first
+    layer, divergence, count = first
     losses = data.loss
     gain = None if losses is None else loss_change(losses.inference, losses.calibrated)
     numbers: Numbers = {
-        "shift": how.typical_shift,
-        "std_ratio": how.typical_ratio,
-        "divergence": how.mean_kl,
+        "shift": divergence.typical_shift,
+        "std_ratio": divergence.typical_ratio,
+        "divergence": divergence.mean_kl,
     }
-    message = str(how)
+    message = str(divergence)
     if data.mended is not None:
         numbers["output_change"] = data.mended
         message += f"; calibration moves the outputs by {data.mended:.2g} standard deviations"
     if gain is not None:
         numbers |= {"loss": gain.before, "loss_after_calibration": gain.after}
         message += f", the loss from {gain.before:.3g} to {gain.after:.3g}"
-    severity = _severity(how, gain)
+    severity = _severity(divergence, gain)
     if severity > INFO and untrained(evidence):
         severity = INFO
     asked = None if gain is not None else ASK
     yield rule.finding(layer, message, numbers, severity=severity, cure=asked, layers=count)
 
 
-def _severity(how: Divergence, gain: LossChange | None) -> Severity:
+def _severity(divergence: Divergence, gain: LossChange | None) -> Severity:
     if gain is None:
-        if how.mean_kl > 0.5:
+        if divergence.mean_kl > 0.5:
             return ERROR
-        return WARNING if how.mean_kl > CLEARLY else INFO
+        return WARNING if divergence.mean_kl > CLEARLY else INFO
     if not gain.clear(2) or gain.relative < 0.05:
         return INFO
     return ERROR if gain.relative > 0.5 else WARNING

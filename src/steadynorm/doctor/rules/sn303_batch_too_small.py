@@ -51,11 +51,11 @@ def _check(evidence: Evidence) -> Findings:
     smallest = math.ceil(ENOUGH / worth)
     per_channel = data.samples * data.positions
     where = "" if worst is layer else f" in {worst.name!r}"
-    held = f"{per_channel} values per channel"
+    size = f"{per_channel} values per channel"
     if data.positions > 1:
-        held += f" ({data.samples} samples of {data.positions} positions)"
+        size += f" ({data.samples} samples of {data.positions} positions)"
     message = (
-        f"a batch holds {held}{where}, worth {fewest:.2g} independent ones: its mean is off by "
+        f"a batch holds {size}{where}, worth {fewest:.2g} independent ones: its mean is off by "
         f"{1 / math.sqrt(fewest):.2g} standard deviations, its variance by "
         f"{100 * math.sqrt(2 / fewest):.0f} %"
     )

@@ -34,22 +34,22 @@ def _check(evidence: Evidence) -> Findings:
         if padding is None or padding.share < 0.05 or data.masked or not data.trains:
             continue
         counted, eps = (padding.counted_mean, padding.counted_var), layer.state.eps or EPS
-        how = divergence(*counted, padding.mean, padding.var, eps=eps)
-        if how.mean_kl > FAR:
-            found.append((layer, padding, how))
+        with_padding = divergence(*counted, padding.mean, padding.var, eps=eps)
+        if with_padding.mean_kl > FAR:
+            found.append((layer, padding, with_padding))
     if not found:
         return
-    layer, padding, how = found[0]
+    layer, padding, with_padding = found[0]
     evident = "says the batch's mask" if padding.by_mask else "by their equal values"
     yield rule.finding(
         layer,
         f"{100 * padding.share:.0f} % of the positions are padded, {evident}; with them counted, "
-        f"{how}",
+        f"{with_padding}",
         {
             "padded_share": padding.share,
-            "shift": how.typical_shift,
-            "std_ratio": how.typical_ratio,
-            "divergence": how.mean_kl,
+            "shift": with_padding.typical_shift,
+            "std_ratio": with_padding.typical_ratio,
+            "divergence": with_padding.mean_kl,
         },
         layers=len(found),
     )

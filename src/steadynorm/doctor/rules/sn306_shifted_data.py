@@ -38,27 +38,27 @@ def _check(evidence: Evidence) -> Findings:
             continue
         eps = layer.state.eps or EPS
         second, first = (data.reference_mean, data.reference_var), _first(data)
-        how = divergence(*second, *first, eps=eps)
-        if how.mean_kl > max(FAR + data.reference_noise, data.reference_limit):
-            found.append((layer, data, how))
+        shift = divergence(*second, *first, eps=eps)
+        if shift.mean_kl > max(FAR + data.reference_noise, data.reference_limit):
+            found.append((layer, data, shift))
     if not found:
         return
-    layer, data, how = found[0]
+    layer, data, shift = found[0]
     own, other = _from_running(layer, data)
     fits_first = own <= other
     numbers: Numbers = {
-        "shift": how.typical_shift,
-        "std_ratio": how.typical_ratio,
-        "divergence": how.mean_kl,
+        "shift": shift.typical_shift,
+        "std_ratio": shift.typical_ratio,
+        "divergence": shift.mean_kl,
         "layers_affected": len(found),
         "running_from_batches": own,
         "running_from_against": other,
     }
     message = (
-        f"the second set has means {how.typical_shift:.2g} standard deviations off, standard "
-        f"deviations {how.typical_ratio:.2g} times those of the first; the running statistics fit "
-        f"the {'first' if fits_first else 'second'} set (divergence {min(own, other):.2g}, from "
-        f"the other {max(own, other):.2g})"
+        f"the second set has means {shift.typical_shift:.2g} standard deviations off, standard "
+        f"deviations {shift.typical_ratio:.2g} times those of the first; the running statistics "
+        f"fit the {'first' if fits_first else 'second'} set (divergence {min(own, other):.2g}, "
+        f"from the other {max(own, other):.2g})"
     )
     losses, best = _tried(evidence, on_second=fits_first)
     new = "against" if fits_first else "batches"

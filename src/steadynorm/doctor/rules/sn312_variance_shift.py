@@ -69,5 +69,5 @@ def _check(evidence: Evidence) -> Findings:
 
 
 def _far(layer: NormEvidence) -> bool:
-    how = running_divergence(layer)
-    return how is not None and how.far
+    divergence = running_divergence(layer)
+    return divergence is not None and divergence.far
