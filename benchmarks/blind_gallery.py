@@ -7,7 +7,7 @@ Faults of random strength are planted at random places in small networks of tran
 that read digits (`tests/doctor/gallery/blind.py`). A fault costs the points of accuracy on digits
 that no network saw by which inference is worse than the same network without it. Everything is
 trained here; nothing is downloaded. `--draws` and `--healthy` say how many; `--minutes` ends it.
-Rules were tuned on draws and healthy networks below 2000; `--first` says where a test begins.
+Rules were tuned on draws and healthy networks below 3000; `--first` says where a test begins.
 """
 
 from __future__ import annotations
