@@ -25,9 +25,6 @@ def made(policy: Any = "batch", **settings: Any) -> Any:
                 tensor.normal_()
             else:
                 tensor.fill_(4)
-        for cell in network.cells:
-            for norm in NORMS:
-                getattr(cell, norm).reached = settings["max_length"]
     return network
 
 

@@ -277,7 +277,8 @@ def test_in_inference_steps_never_trained_use_the_last_trained_ones() -> None:
     restored.load_state_dict(network.state_dict())
     for trained in (network, restored, copy.deepcopy(network)):
         cell = trained.eval().cells[0]
-        assert [cell.cell_norm.index(time) for time in range(8)] == [0, 1, 2, 2, 2, 2, 2, 2]
+        serving = [one.layer for one in cell.cell_norm.serving(0, 8)]
+        assert serving == [cell.cell_norm.steps[t] for t in (0, 1, 2, 2, 2, 2, 2, 2)]
         expected = Truth(cell)
         for norm in expected.norms.values():
             norm.running = norm.running[:3]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from steadynorm.nn import checks
-from steadynorm.nn.steps import StepNorm
+from steadynorm.nn.steps import Served, StepNorm
 from steadynorm.statistics import Policy, PolicyName
 
 State = tuple[Tensor, Tensor]
@@ -147,20 +147,34 @@ class BatchNormLSTMCell(nn.Module):
         else:
             mask = active = checks.expanded_mask(mask, input, owner)
         term = self.input_norm(F.linear(input, self.weight_ih), step, mask=mask)
-        h, c = self.advance(term, state, step, mask)
+        h, c = self.advance(term, state, step, mask=mask)
         if active is not None:
             column = active.unsqueeze(1)
             h, c = (torch.where(column, new, old) for new, old in zip((h, c), state, strict=True))
         return h, c
 
-    def advance(self, term: Tensor, state: State, step: int, mask: Tensor | None = None) -> State:
-        """The next state from the input's normalized term (N, 4H) and the state before."""
+    def advance(
+        self,
+        term: Tensor,
+        state: State,
+        step: int,
+        served: Sequence[Served | None] = (None, None),
+        mask: Tensor | None = None,
+    ) -> State:
+        """The next state from the input's normalized term (N, 4H) and the state before.
+
+        `served` is what serves the hidden state's and the cell state's normalization at this step,
+        where a whole sequence is read.
+        """
         h, c = state
-        recurrent = F.linear(h, self.weight_hh)
-        gates = self.hidden_norm(recurrent, step, self.bias, residual=term, mask=mask)
+        gates = self.hidden_norm(
+            F.linear(h, self.weight_hh), step, self.bias,
+            served=served[0], residual=term, mask=mask,
+        )  # fmt: skip
         i, f, g, o = gates.chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * self.cell_norm(c, step, activation="tanh", mask=mask), c
+        seen = self.cell_norm(c, step, served=served[1], activation="tanh", mask=mask)
+        return o.sigmoid() * seen, c
 
     def _check_size(self, samples: int, step: int, owner: str) -> None:
         norm = self.hidden_norm
@@ -422,14 +436,15 @@ class BatchNormLSTM(nn.Module):
 def _read(cell: Any, rows: Tensor, sizes: tuple[int, ...], state: State) -> tuple[Tensor, State]:
     """One cell over packed rows: its h at every row, and each sequence's last state."""
     terms = cell.input_norm.sequence(F.linear(rows, cell.weight_ih), sizes)
+    served = [norm.serving(0, len(sizes)) for norm in (cell.hidden_norm, cell.cell_norm)]
     done: list[Tensor] = []
     ended: list[State] = []
-    for time, term in enumerate(terms):
+    for time, (term, *pair) in enumerate(zip(terms, *served, strict=True)):
         h, c = state
         if len(term) < len(h):
             ended.append((h[len(term) :], c[len(term) :]))
             state = (h[: len(term)], c[: len(term)])
-        state = cell.advance(term, state, time)
+        state = cell.advance(term, state, time, pair)
         done.append(state[0])
     if ended:  # the shortest sequences stand last
         parts = [state, *reversed(ended)]

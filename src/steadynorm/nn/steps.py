@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,21 +45,31 @@ class TimeStep(BatchNorm1d):
         activation: ActivationName | None = None,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Normalize (N, C) by this step's statistics."""
+        """Normalize (N, C) by this step's statistics, or in inference by those given."""
+        mean, var = (self.running_mean, self.running_var) if statistics is None else statistics
         memory = self._buffers.get("gradient_memory") if self.training else None
         return normalize(
-            input, self.running_mean, self.running_var, weight, bias, self.training,
+            input, mean, var, weight, bias, self.training,
             self.num_batches_tracked, activation, residual, mask, memory, self._settings,
             type(self).__name__,
         )  # fmt: skip
 
 
+class Served(NamedTuple):
+    """The layer that a time step calls, and the statistics for it; None: the layer's own."""
+
+    layer: TimeStep
+    statistics: tuple[Tensor, Tensor] | None = None
+
+
 class StepNorm(_NormBase):
     """Batch normalization with statistics, and memories, for each of `max_length` time steps.
 
-    Steps from `max_length` on use the last one's. In inference so do steps that no training batch
-    has reached: they use those of the last step that was reached.
+    Steps from `max_length` on use the last one's. In inference steps that no batch has reached use
+    those of the last step that was reached. The statistics themselves tell which those are, so
+    that whatever copies, averages or broadcasts them takes along how far training came.
     """
 
     def __init__(
@@ -85,7 +95,6 @@ class StepNorm(_NormBase):
         self.steps = torch.nn.ModuleList(
             TimeStep(num_features, eps, momentum, **made) for _ in range(max_length)
         )
-        self.reached = 0  # how many steps, from the first on, training batches have reached
 
     def reset_parameters(self) -> None:
         """γ to `gain`, β to 0."""
@@ -93,23 +102,40 @@ class StepNorm(_NormBase):
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
 
-    def get_extra_state(self) -> Tensor:
-        """How many steps training has reached."""
-        return torch.tensor(self.reached)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """As `get_extra_state` gave it."""
-        self.reached = int(state)
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Earlier versions saved, as extra state, how many steps training had reached."""
+        state.pop(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @property
     def learns(self) -> bool:
         """Whether a forward moves the statistics."""
         return self.training and not isinstance(self.steps[0].statistics, Frozen)
 
-    def index(self, time: int) -> int:
-        """Which step's statistics serve time step `time`."""
-        last = len(self.steps) if self.learns or not self.reached else self.reached
-        return min(time, last - 1)
+    def serving(self, start: int, length: int) -> list[Served]:
+        """What serves each of the `length` time steps from `start` on.
+
+        Where training moves nothing, steps not reached yet need the last one that was. On CPU that
+        is looked up; elsewhere to look would wait for the device, and in a graph it would be fixed
+        for ever, so there the statistics are selected by a tensor.
+        """
+        last = len(self.steps) - 1
+        times = [min(time, last) for time in range(start, start + length)]
+        layers: list[Any] = list(self.steps)
+        if self.learns or (_can_be_read(layers[-1]) and int(layers[-1].num_batches_tracked)):
+            return [Served(layers[time]) for time in times]
+        running = _stacked(layers)
+        touched = batches_seen(running, xp=torch, rows=True).flatten() != 0
+        if _can_be_read(layers[-1]):
+            reached = touched.nonzero().flatten().tolist()
+            last = reached[-1] if reached else last
+            return [Served(layers[min(time, last)]) for time in times]
+        reach = (touched * torch.arange(1, last + 2, device=touched.device)).amax()
+        reach = torch.where(reach == 0, last, reach - 1)
+        rows = torch.arange(start, start + length, device=touched.device).minimum(reach)
+        selected = (running.mean[rows].unbind(), running.var[rows].unbind())
+        found = zip(times, *selected, strict=True)
+        return [Served(layers[time], (mean, var)) for time, mean, var in found]
 
     def smallest_group(self, samples: int) -> int:
         """How many of `samples` are measured together at the least."""
@@ -117,17 +143,22 @@ class StepNorm(_NormBase):
         return min(policy.lengths(samples), default=0) if isinstance(policy, Ghost) else samples
 
     def forward(
-        self, input: Tensor, time: int, bias: Tensor | None = None, **extras: Any
+        self,
+        input: Tensor,
+        time: int,
+        bias: Tensor | None = None,
+        *,
+        served: Served | None = None,
+        **extras: Any,
     ) -> Tensor:
         """Normalize (N, C), the values of time step `time`; `bias` stands in for the own one.
 
-        `extras` are `activation`, `residual` and `mask`, as of the layers.
+        `served` is what `serving` gave for it, if it was asked for the whole sequence. `extras` are
+        `activation`, `residual` and `mask`, as of the layers.
         """
-        index = self.index(time)
-        if self.learns:
-            self.reached = max(self.reached, index + 1)
+        layer, statistics = self.serving(time, 1)[0] if served is None else served
         bias = self.bias if bias is None else bias
-        y: Tensor = self.steps[index](input, self.weight, bias, **extras)
+        y: Tensor = layer(input, self.weight, bias, statistics=statistics, **extras)
         return y
 
     def sequence(self, input: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -135,13 +166,11 @@ class StepNorm(_NormBase):
 
         All steps in one call of the kernels where nothing asks for one call a step.
         """
+        served = self.serving(0, len(sizes))
         if not self._can_join(input, len(sizes)):
-            parts = input.split(sizes)
-            return tuple(self(part, time) for time, part in enumerate(parts))
-        steps = [self.steps[self.index(time)] for time in range(len(sizes))]
-        if self.learns:
-            self.reached = max(self.reached, len(sizes))
-        y = dispatch.normalize(_AllSteps(steps, sizes, input, self.weight, self.bias, self.learns))
+            parts = enumerate(zip(input.split(sizes), served, strict=True))
+            return tuple(self(part, time, served=one) for time, (part, one) in parts)
+        y = dispatch.normalize(_AllSteps(served, sizes, input, self.weight, self.bias, self.learns))
         return tuple(y.split(sizes))
 
     def _can_join(self, input: Tensor, length: int) -> bool:
@@ -169,6 +198,19 @@ class StepNorm(_NormBase):
         return f"{self.num_features}, max_length={len(self.steps)}, gain={self.gain}{bias}"
 
 
+def _can_be_read(step: Any) -> bool:
+    """Whether the value of a step's statistics is at hand: no graph, no device to wait for."""
+    count = step.num_batches_tracked
+    return type(count) is Tensor and count.device.type == "cpu" and not compat.is_traced()
+
+
+def _stacked(steps: list[Any]) -> RunningStatistics:
+    """The running statistics of all steps, one row for each."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    mean, var, batches = (torch.stack([getattr(step, name) for step in steps]) for name in names)
+    return RunningStatistics(mean, var, batches.unsqueeze(1))
+
+
 def _settings(step: Any) -> tuple[Any, ...]:
     if step.synchronize is not False or step.nonfinite != "propagate":
         return (step,)  # equal to no other step
@@ -194,13 +236,14 @@ class _AllSteps(Call):
 
     def __init__(
         self,
-        steps: list[Any],
+        served: list[Served],
         sizes: tuple[int, ...],
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         training: bool,
     ) -> None:
+        steps: list[Any] = [one.layer for one in served]
         policy = steps[0].statistics if training else None
         remembers = policy is not None and policy.gradient_rate(1) is not None
         memory = _MemoryOfSteps(steps) if remembers else None
@@ -208,20 +251,21 @@ class _AllSteps(Call):
             x, weight, bias, policy=policy, eps=steps[0].eps, groups=sizes, memory=memory
         )
         self.steps = steps
+        self.given = [one.statistics for one in served]
 
     def decide(self, batch: Moments | None) -> tuple[Moments | None, Normalizer]:
         """One row of statistics for each step; training moves them."""
         first = self.steps[0]
-        mean, var = (
-            torch.stack([getattr(step, name) for step in self.steps])
-            for name in ("running_mean", "running_var")
-        )
         if batch is None:
+            given = [one for one in self.given if one is not None]
+            if not given:
+                return None, of_running(_stacked(self.steps)._replace(batches=None))
+            mean, var = (torch.stack(rows) for rows in zip(*given, strict=True))
             return None, of_running(RunningStatistics(mean, var, None))
-        wide = batch.mean.dtype
-        seen = torch.stack([step.num_batches_tracked for step in self.steps]).unsqueeze(1)
-        samples = torch.tensor(self.groups, dtype=wide, device=mean.device).unsqueeze(1)
-        running = RunningStatistics(mean.to(wide), var.to(wide), seen.to(wide))
+        running = _stacked(self.steps)
+        wide, device = batch.mean.dtype, batch.mean.device
+        running = RunningStatistics(*(torch.as_tensor(rows).to(wide) for rows in running))
+        samples = torch.tensor(self.groups, dtype=wide, device=device).unsqueeze(1)
         if first.statistics.counts_batches:
             running = running._replace(batches=batches_seen(running, xp=torch, rows=True))
         context = Context(samples, first.momentum, first.eps, torch)
