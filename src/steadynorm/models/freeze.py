@@ -9,6 +9,7 @@ from torch import nn
 from steadynorm.models.changes import Change, Changes
 from steadynorm.models.convert import OURS_ALONE, adopt
 from steadynorm.models.layers import Norm, describe, named, recognize, require_module
+from steadynorm.nn.steps import StepNorm
 from steadynorm.statistics import Frozen, Policy
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -16,7 +17,7 @@ MEMORY = "before_freeze"
 
 
 class BeforeFreeze(NamedTuple):
-    """What `unfreeze` puts back: the class, the policy, and which parameters were trained."""
+    """What `unfreeze` puts back: the class, the policy, and the parameters that `freeze` held."""
 
     kind: type[nn.Module]
     policy: Policy | None
@@ -34,10 +35,12 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
     stays the same object, and torch's batch norms become ours with `statistics=Frozen()`.
 
     Left and named: layers without running statistics, lazy ones that have not seen an input, and
-    classes with a forward of their own. `unfreeze` puts everything back exactly.
+    classes with a forward of their own. `unfreeze` puts everything back exactly. Inside a
+    `BatchNormLSTM` the statistics of every time step are frozen, and the γ and β that all steps of
+    a normalization share; the gates' bias is trained on.
 
     Arguments:
-        affine: also freeze weight and bias.
+        affine: also freeze weight and bias, of layers whose statistics are frozen already too.
 
     Returns the model and the changes; a layer that was frozen already is not listed.
 
@@ -56,23 +59,30 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
     changes = Changes()
     for name, module in named(model):
         norm = recognize(module)
-        if norm is None or hasattr(module, MEMORY):
+        if norm is None and not isinstance(module, StepNorm):
             continue
-        before = describe(module)
-        if reason := _why_not(module, norm):
+        before = _described(module)
+        if norm is not None and (reason := _why_not(module, norm)):
             changes.append(Change("left", name, before, before, reason))
             continue
-        trained = {key: p.requires_grad for key, p in module._parameters.items() if p is not None}
-        held = [key for key, needs in trained.items() if affine and needs]
-        if norm.frozen and (norm.kind == "other" or not held):
+        parameters = {key: p for key, p in module._parameters.items() if p is not None}
+        held = {key: True for key, p in parameters.items() if affine and p.requires_grad}
+        still = norm is None or norm.frozen
+        if still and (not held or (norm is not None and norm.kind == "other")):
             continue
-        memory = BeforeFreeze(type(module), getattr(module, "statistics", None), trained)
-        adopt(module, norm, Frozen(), getattr(module, "synchronize", False))
+        memory: BeforeFreeze | None = getattr(module, MEMORY, None)
+        if memory is None or not still:
+            policy = getattr(module, "statistics", None)
+            kind = type(module) if memory is None else memory.kind
+            memory = BeforeFreeze(kind, policy, {} if memory is None else memory.trained)
+        memory = memory._replace(trained=memory.trained | held)
+        if norm is not None:
+            adopt(module, norm, Frozen(), getattr(module, "synchronize", False))
         setattr(module, MEMORY, memory)
         for key in held:
-            getattr(module, key).requires_grad_(False)
-        parts = ", ".join([*(["statistics"] if not norm.frozen else []), *held])
-        after = f"{describe(module)}, Frozen()"
+            parameters[key].requires_grad_(False)
+        parts = ", ".join([*([] if still else ["statistics"]), *held])
+        after = before if norm is None else f"{describe(module)}, Frozen()"
         changes.append(Change("frozen", name, before, after, parts))
     return model, changes
 
@@ -80,8 +90,9 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
 def unfreeze(model: Model) -> tuple[Model, Changes]:
     """Undoes `freeze` exactly: classes, policies, and which parameters are trained.
 
-    Changes the model itself. Layers that `freeze` did not freeze stay as they are, such as those
-    built with `statistics=Frozen()`. Returns the model and the changes.
+    A policy that was given to a layer since then is kept, and the changes say so; the layer then
+    also stays ours. Changes the model itself. Layers that `freeze` did not freeze stay as they are,
+    such as those built with `statistics=Frozen()`. Returns the model and the changes.
 
     >>> print(unfreeze(nn.BatchNorm1d(3))[1])
     nothing to do
@@ -92,18 +103,38 @@ def unfreeze(model: Model) -> tuple[Model, Changes]:
         memory: BeforeFreeze | None = getattr(module, MEMORY, None)
         if memory is None:
             continue
-        before = f"{describe(module)}, Frozen()"
-        if memory.policy is None:
-            for attribute in OURS_ALONE:
-                vars(module).pop(attribute, None)
-            module.__class__ = memory.kind
+        before = _described(module)
+        policy = getattr(module, "statistics", None)
+        if policy is None:
+            after, why = before, "as before freeze"  # a norm of time steps, whose steps have it
+        elif not isinstance(policy, Frozen):
+            after, why = f"{before}, {policy!r}", "keeps the policy set since freeze"
         else:
-            module.statistics = memory.policy  # type: ignore[assignment]
+            before = f"{before}, Frozen()"
+            _put_back(module, memory)
+            after, why = describe(module), "as before freeze"
         for key, trained in memory.trained.items():
-            getattr(module, key).requires_grad_(trained)
+            if trained and getattr(module, key) is not None:
+                getattr(module, key).requires_grad_(True)
         delattr(module, MEMORY)
-        changes.append(Change("unfrozen", name, before, describe(module), "as before freeze"))
+        changes.append(Change("unfrozen", name, before, after, why))
     return model, changes
+
+
+def _put_back(module: nn.Module, memory: BeforeFreeze) -> None:
+    """The class and the policy that a layer had."""
+    if memory.policy is not None:
+        module.statistics = memory.policy  # type: ignore[assignment]
+        return
+    for attribute in OURS_ALONE:
+        vars(module).pop(attribute, None)
+    module.__class__ = memory.kind
+
+
+def _described(module: nn.Module) -> str:
+    if isinstance(module, StepNorm):
+        return f"StepNorm({module.num_features})"
+    return describe(module)
 
 
 def _why_not(module: nn.Module, norm: Norm) -> str | None:

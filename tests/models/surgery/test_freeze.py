@@ -88,6 +88,71 @@ def test_statistics_only() -> None:
     assert int(model[0].num_batches_tracked) == 0
 
 
+def test_weight_and_bias_after_the_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    freeze(model, affine=False)
+    _, changes = freeze(model)
+    assert [(c.what, c.why) for c in changes] == [("frozen", "weight, bias")]
+    assert not any(p.requires_grad for p in model.parameters())
+    _, changes = freeze(model)
+    assert changes == []
+    unfreeze(model)
+    assert type(model[0]) is nn.BatchNorm1d
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_unfreeze_keeps_what_was_set_since_freeze() -> None:
+    model, _ = freeze(nn.Sequential(nn.BatchNorm1d(3), sn.BatchNorm1d(3, statistics="running")))
+    for layer in model:
+        layer.statistics = "steady"
+    _, changes = unfreeze(model)
+    assert {(c.what, c.why) for c in changes} == {("unfrozen", "keeps the policy set since freeze")}
+    assert changes[0].after == f"BatchNorm1d(3), {sn.Steady()!r}"
+    assert all(layer.statistics == sn.Steady() for layer in model)
+    assert all(p.requires_grad for p in model.parameters())
+    before = int(model[0].num_batches_tracked)
+    model.train()(torch.randn(4, 3))
+    assert int(model[0].num_batches_tracked) == before + 1
+    assert unfreeze(model)[1] == []
+
+
+def test_freeze_again_after_another_policy() -> None:
+    model, _ = freeze(nn.Sequential(nn.BatchNorm1d(3)))
+    model[0].statistics = "steady"
+    _, changes = freeze(model)
+    assert [(c.what, c.why) for c in changes] == [("frozen", "statistics")]
+    assert model[0].statistics == sn.Frozen()
+    unfreeze(model)
+    assert model[0].statistics == sn.Steady()
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_recurrent_layer(affine: bool) -> None:
+    """All four of its norms' parameters, and every step's statistics; the LSTM itself trains."""
+    lstm = sn.BatchNormLSTM(2, 3, max_length=2)
+    _, changes = freeze(lstm, affine=affine)
+    still = {f"{norm}_norm.weight" for norm in ("input", "hidden", "cell")} | {"cell_norm.bias"}
+    cell = lstm.cells[0]
+    held = {name for name, p in cell.named_parameters() if not p.requires_grad}
+    assert held == (still if affine else set())
+    rows = [(c.where, c.why) for c in changes if c.why != "statistics"]
+    assert rows == (
+        [("cells.0.input_norm", "weight"), ("cells.0.hidden_norm", "weight"),
+         ("cells.0.cell_norm", "weight, bias")] if affine else []
+    )  # fmt: skip
+    before = copy.deepcopy(lstm.state_dict())
+    lstm.train()(torch.randn(2, 4, 2))[0].pow(2).sum().backward()
+    assert {n for n, p in cell.named_parameters() if p.grad is None} == held
+    torch.testing.assert_close(lstm.state_dict(), before)
+    _, changes = freeze(lstm)
+    assert (changes == []) is affine
+    unfreeze(lstm)
+    assert all(p.requires_grad for p in lstm.parameters())
+    assert cell.cell_norm.steps[0].statistics == sn.Batch()
+    assert not any(hasattr(module, "before_freeze") for module in lstm.modules())
+
+
 def test_layers_built_frozen() -> None:
     model = nn.Sequential(sn.BatchNorm1d(3, statistics="frozen"), FrozenBatchNorm2d(3))
     _, changes = freeze(model)
