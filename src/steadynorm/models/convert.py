@@ -32,6 +32,7 @@ from steadynorm.models.layers import (
 )
 from steadynorm.nn import batchnorm as ours
 from steadynorm.nn.batchnorm import SteadyNorm
+from steadynorm.nn.steps import TimeStep
 from steadynorm.nn.synchronize import Synchronize
 from steadynorm.statistics import (
     Batch,
@@ -172,14 +173,18 @@ def _to_ours(
     current: Policy = module.statistics if isinstance(module, SteadyNorm) else Batch()
     chosen = Frozen() if norm.frozen else policy or current
     if norm.frozen and policy is not None and not isinstance(policy, Frozen):
-        notes.append("stays frozen")
+        frozen_by = "sn.unfreeze first" if hasattr(module, "before_freeze") else "set `statistics`"
+        notes.append(f"stays frozen; to change that, {frozen_by}")
     if chosen.needs_running and not getattr(module, "track_running_stats", True):
         notes.append(f"{chosen!r} needs running statistics, which it does not keep")
         chosen = Batch()
     pooled = _synchronizes(module) if synchronize is None else synchronize
+    if isinstance(module, TimeStep) and pooled is not False and pooled is not module.synchronize:
+        notes.append("not synchronized: replicas may differ in their number of time steps")
+        pooled = module.synchronize
     unchanged = norm.kind == "ours" and (module.statistics, module.synchronize) == (chosen, pooled)
     if unchanged:
-        return None
+        return Change("left", name, before, before, "; ".join(notes)) if notes else None
     if isinstance(chosen, Steady) and getattr(module, "momentum", 0.1) != 0.1:
         notes.append(f"its momentum, {module.momentum}, is not used: the horizon takes its place")
     notes += adopt(module, norm, chosen, pooled)
@@ -215,6 +220,9 @@ def _to_torch(name: str, module: nn.Module) -> Change | None:
     if not isinstance(module, SteadyNorm):
         return None
     before = describe(module)
+    if isinstance(module, TimeStep):
+        why = "a time step of a batch-normalized LSTM, which torch does not have"
+        return Change("left", name, before, before, why)
     if module.activation is not None:
         why = f"torch's layer has no place for its activation, {module.activation}"
         return Change("left", name, before, before, why)

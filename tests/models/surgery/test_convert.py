@@ -383,3 +383,44 @@ def test_models_are_compared_in_float32_itself_and_the_settings_come_back():
         assert (flags.allow_tf32, flags.benchmark, flags.deterministic) == (True, True, False)
     assert seen
     assert set(seen) == {(False, False, True)}
+
+
+def test_frozen_layers_say_that_they_stay_frozen() -> None:
+    model, _ = sn.freeze(nn.Sequential(nn.BatchNorm1d(3), sn.BatchNorm1d(3, statistics="frozen")))
+    _, changes = convert(model, statistics="steady")
+    assert [(c.what, c.where, c.why) for c in changes] == [
+        ("left", "0", "stays frozen; to change that, sn.unfreeze first"),
+        ("left", "1", "stays frozen; to change that, sn.unfreeze first"),
+    ]
+    built = nn.Sequential(sn.BatchNorm1d(3, statistics="frozen"))
+    _, changes = convert(built, statistics="steady")
+    assert [c.why for c in changes] == ["stays frozen; to change that, set `statistics`"]
+    assert convert(model, statistics="frozen")[1] == []
+
+
+def test_time_steps_of_a_recurrent_layer_are_not_pooled() -> None:
+    """Replicas may differ in their number of time steps, and would wait for one another."""
+    lstm = sn.BatchNormLSTM(2, 3, max_length=2)
+    same, changes = convert(lstm, synchronize=True)
+    assert changes.tally() == {"left": 6}
+    why = "not synchronized: replicas may differ in their number of time steps"
+    assert {c.why for c in changes} == {why}
+    steady, changes = convert(lstm, statistics="steady", synchronize=True)
+    assert changes.tally() == {"converted": 6}
+    assert all(c.why.endswith(why) for c in changes)
+    for network in (same, steady):
+        norms = [m for m in network.modules() if isinstance(m, sn.BatchNorm1d)]
+        assert [m.synchronize for m in norms] == [False] * 6
+    assert convert(lstm, synchronize=False)[1] == []
+
+
+def test_a_recurrent_layer_has_no_way_to_torch() -> None:
+    model = nn.ModuleList([sn.BatchNormLSTM(2, 3, max_length=2), sn.BatchNorm1d(3)])
+    back, changes = convert(model, to="torch")
+    assert changes.tally() == {"left": 6, "converted": 1}
+    assert {c.why for c in changes.left} == {
+        "a time step of a batch-normalized LSTM, which torch does not have"
+    }
+    assert type(back[1]) is nn.BatchNorm1d
+    x = torch.randn(2, 4, 2)
+    torch.testing.assert_close(back[0](x), model[0](x), rtol=0, atol=0)
