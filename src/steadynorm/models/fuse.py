@@ -29,8 +29,9 @@ from torch.nn import functional as F
 from steadynorm.kernels.compat import has_global_hooks
 from steadynorm.models import rewrite
 from steadynorm.models.changes import Change, Changes
-from steadynorm.models.layers import ACTIVATIONS, DROPOUTS, activation_name, hooked, is_host, named
+from steadynorm.models.layers import ACTIVATIONS, DROPOUTS, activation_name, is_host, named
 from steadynorm.nn.batchnorm import SteadyNorm
+from steadynorm.nn.hooks import hooked
 
 FUNCTIONS: dict[Any, str] = {
     **{getattr(F, name): name for name in ACTIVATIONS},

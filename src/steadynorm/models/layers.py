@@ -117,16 +117,6 @@ def activation_name(module: nn.Module) -> str | None:
     return name if all(getattr(module, key) == value for key, value in settings.items()) else None
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module runs more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def is_host(module: nn.Module) -> bool:
     """A layer whose weight can take a scale per channel: convolution, transposed, linear."""
     return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))

@@ -12,9 +12,10 @@ from steadynorm.kernels import compat, dispatch
 from steadynorm.kernels.activations import ActivationName
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import Call
-from steadynorm.nn import recomputation
+from steadynorm.nn import checks, recomputation
 from steadynorm.nn.batchnorm import BatchNorm1d
 from steadynorm.nn.functional import normalize
+from steadynorm.nn.hooks import hooked
 from steadynorm.statistics import (
     Context,
     Frozen,
@@ -170,12 +171,24 @@ class StepNorm(_NormBase):
         if not self._can_join(input, len(sizes)):
             parts = enumerate(zip(input.split(sizes), served, strict=True))
             return tuple(self(part, time, served=one) for time, (part, one) in parts)
+        self._check(input, served, sizes)
         y = dispatch.normalize(_AllSteps(served, sizes, input, self.weight, self.bias, self.learns))
         return tuple(y.split(sizes))
 
+    def _check(self, input: Tensor, served: list[Served], sizes: tuple[int, ...]) -> None:
+        """Refuse what one call a step would refuse, before anything changes."""
+        first: Any = served[0].layer
+        owner = type(first).__name__
+        checks.epsilon(first.eps, owner, positive=self.learns)
+        for one in served:
+            mean, var = one.statistics or (one.layer.running_mean, one.layer.running_var)
+            checks.tensors(input, mean, var, self.weight, self.bias, owner)
+        if self.learns and min(sizes) == 1:
+            checks.one_value(input[:1], first.statistics, owner)
+
     def _can_join(self, input: Tensor, length: int) -> bool:
         """Whether one call serves all steps: none is met twice, hooked, or set apart."""
-        if compat.is_traced() or input.numel() == 0 or length < 2:
+        if compat.is_traced() or compat.has_global_hooks() or input.numel() == 0 or length < 2:
             return False
         if self.learns and (
             length > len(self.steps)
@@ -187,10 +200,7 @@ class StepNorm(_NormBase):
         if isinstance(first.statistics, Ghost):
             return False
         alike = _settings(first)
-        return all(
-            not step._forward_pre_hooks and not step._forward_hooks and _settings(step) == alike
-            for step in self.steps[:length]
-        )
+        return all(not hooked(step) and _settings(step) == alike for step in self.steps[:length])
 
     def extra_repr(self) -> str:
         """Sizes and settings; the steps repeat them."""
