@@ -46,6 +46,29 @@ REFUSED = {
         lambda net: net.cells[0](torch.zeros(2, 3, 3)),
         "BatchNormLSTMCell: `input` must have shape (N, 3) or (3,); got (2, 3, 3).",
     ),
+    "step": (
+        lambda net: net(torch.zeros(2, 3, 3), step=-1),
+        LSTM + "`step` must be a whole number from 0 on; got -1.",
+    ),
+    "step both ways": (
+        lambda _: sn.BatchNormLSTM(3, 4, bidirectional=True, max_length=2)(
+            torch.zeros(2, 3, 3), step=1
+        ),
+        LSTM + "`step` must be 0 for a bidirectional network, whose backward direction counts from "
+        "each sequence's end; got 1.",
+    ),
+    "alone in a later chunk": (
+        lambda net: net(torch.zeros(1, 1, 3, dtype=torch.float64), step=3),
+        LSTM
+        + "training needs more than one sequence at every time step under Batch(); got 1 at step "
+        "3. Use a larger batch, sequences of more even length, or statistics=sn.Steady(), "
+        "sn.Running() or sn.Frozen(), which work with one.",
+    ),
+    "projection": (
+        lambda _: sn.BatchNormLSTM(3, 4, proj_size=2, max_length=2),
+        LSTM + "`proj_size` must be 0, there is no projection of h; got 2. Put a torch.nn.Linear "
+        "after it.",
+    ),
     "sizes": (
         lambda _: sn.BatchNormLSTM(3, 0, max_length=2),
         "BatchNormLSTMCell: `hidden_size` must be at least 1; got 0.",
@@ -64,6 +87,23 @@ def test_refusals_say_what_to_do_and_change_nothing(call: Any, message: str) -> 
     with pytest.raises(ValueError) as caught:
         call(network)
     assert str(caught.value) == message
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [sn.BatchNormLSTM, sn.BatchNormLSTMCell])
+def test_the_longest_length_is_asked_for(kind: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        kind(3, 4)
+    assert str(caught.value) == (
+        f"{kind.__name__}: `max_length` is required, the number of time steps with statistics of "
+        f"their own: usually the longest sequence's length. torch.nn.LSTM has no such argument."
+    )
+
+
+def test_what_scripts_call_on_torchs_lstm() -> None:
+    network = made(proj_size=0)
+    before = copy.deepcopy(network.state_dict())
+    assert network.flatten_parameters() is None
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 

@@ -75,13 +75,14 @@ class BatchNormLSTMCell(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        max_length: int,
+        max_length: int | None = None,
         statistics: Policy | PolicyName = "batch",
         gain: float = 0.1,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
         owner = type(self).__name__
+        max_length = _given(max_length, owner)
         for name, value in (
             ("input_size", input_size),
             ("hidden_size", hidden_size),
@@ -131,8 +132,7 @@ class BatchNormLSTMCell(nn.Module):
                 f"{owner}: `input` must have shape (N, {self.input_size}) or ({self.input_size},); "
                 f"got {tuple(input.shape)}."
             )
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"{owner}: `step` must be a whole number from 0 on; got {step!r}.")
+        _check_step(step, owner)
         shape = (*input.shape[:-1], self.hidden_size)
         state = _zeros(input, shape) if hx is None else _checked_state(hx, shape, owner)
         if input.ndim == 1:
@@ -207,6 +207,7 @@ class BatchNormLSTM(nn.Module):
         batch_first: (N, T, features) instead of (T, N, features); states are not concerned.
         dropout: share of each layer's outputs set to 0 in training, but for the last layer's.
         bidirectional: a second cell reads backwards, and the outputs are put side by side.
+        proj_size: 0, as there is no projection of h; torch's place for it among the arguments.
         device, dtype: of parameters and statistics.
         max_length: time steps with statistics of their own, usually the longest sequence's
             length; required. Longer sequences work: later steps use the last one's.
@@ -234,7 +235,7 @@ class BatchNormLSTM(nn.Module):
     >>> output.shape, h.shape
     (torch.Size([7, 4, 5]), torch.Size([1, 4, 5]))
 
-    Differs from torch: parameters belong to `cells`; one bias; no `proj_size`; `lengths`.
+    Differs from torch: parameters belong to `cells`; one bias; `proj_size` is 0; `lengths`, `step`.
 
     Source: Cooijmans et al. 2016. They add the noise where sequential MNIST begins with black
     pixels (section 5.1).
@@ -249,10 +250,11 @@ class BatchNormLSTM(nn.Module):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         *,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        max_length: int,
+        max_length: int | None = None,
         statistics: Policy | PolicyName = "batch",
         gain: float = 0.1,
         initial_noise: float = 0.0,
@@ -260,6 +262,12 @@ class BatchNormLSTM(nn.Module):
         momentum: float | None = 0.1,
     ) -> None:
         owner = type(self).__name__
+        max_length = _given(max_length, owner)
+        if proj_size:
+            raise ValueError(
+                f"{owner}: `proj_size` must be 0, there is no projection of h; got {proj_size!r}. "
+                f"Put a torch.nn.Linear after it."
+            )
         _positive("num_layers", num_layers, owner)
         if not 0 <= dropout <= 1:
             raise ValueError(f"{owner}: `dropout` must lie in [0, 1]; got {dropout!r}.")
@@ -290,52 +298,66 @@ class BatchNormLSTM(nn.Module):
             for _ in range(directions)
         )
 
+    def flatten_parameters(self) -> None:
+        """Nothing: torch's LSTM lays out its parameters for cuDNN, which does not serve here."""
+
     def forward(
         self,
         input: Tensor | PackedSequence,
         hx: State | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        step: int = 0,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Outputs of the last layer at every time step, and the last states (h, c).
 
-        `hx` are the first states, zeros if None. `lengths` (N,) are the lengths of padded
+        `hx` are the first states, zeros if None. `step` is the time step of the input's first
+        element, counted from 0, for sequences that are read in chunks: the statistics of a chunk
+        are those of its own time steps. `lengths` (N,) are the lengths of padded
         sequences: what lies past a sequence's end takes no part in the statistics, its output is 0,
         and the state returned is that at its end. A `PackedSequence` gives the same, packed.
         """
+        _check_step(step, type(self).__name__)
+        if step and self.bidirectional:
+            raise ValueError(
+                f"{type(self).__name__}: `step` must be 0 for a bidirectional network, whose "
+                f"backward direction counts from each sequence's end; got {step}."
+            )
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(
                     f"{type(self).__name__}: `lengths` must be None for a PackedSequence, which "
                     f"knows them; got both."
                 )
-            return self._packed(input, hx)
+            return self._packed(input, hx, step)
         self._check_input(input)
         if input.ndim == 2:
-            return self._one_sequence(input, hx, lengths)
+            return self._one_sequence(input, hx, lengths, step)
         if lengths is not None:
             packed = self._packed_by(input, lengths)
-            done, state = self._packed(packed, hx)
+            done, state = self._packed(packed, hx, step)
             time = input.shape[1 if self.batch_first else 0]
             return pad_packed_sequence(done, self.batch_first, total_length=time)[0], state
         turned = input.transpose(0, 1) if self.batch_first else input
         time, samples = turned.shape[:2]
-        rows, state = self._run(turned.flatten(0, 1), (samples,) * time, hx)
+        rows, state = self._run(turned.flatten(0, 1), (samples,) * time, hx, step)
         result = rows.unflatten(0, (time, samples))
         return result.transpose(0, 1) if self.batch_first else result, state
 
     def _one_sequence(
-        self, input: Tensor, hx: State | None, lengths: Tensor | Sequence[int] | None
+        self, input: Tensor, hx: State | None, lengths: Tensor | Sequence[int] | None, step: int
     ) -> tuple[Tensor, State]:
         axis = 0 if self.batch_first else 1
         if hx is not None:
             shape = (len(self.cells), self.hidden_size)
             h, c = _checked_state(hx, shape, type(self).__name__)
             hx = (h.unsqueeze(1), c.unsqueeze(1))
-        result, (h, c) = self(input.unsqueeze(axis), hx, lengths=lengths)
+        result, (h, c) = self(input.unsqueeze(axis), hx, lengths=lengths, step=step)
         return result.squeeze(axis), (h.squeeze(1), c.squeeze(1))
 
-    def _packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    def _packed(
+        self, packed: PackedSequence, hx: State | None, step: int
+    ) -> tuple[PackedSequence, State]:
         owner = type(self).__name__
         if packed.data.shape[1:] != (self.input_size,):
             raise ValueError(
@@ -347,20 +369,22 @@ class BatchNormLSTM(nn.Module):
         if hx is not None:
             h, c = _checked_state(hx, (len(self.cells), sizes[0], self.hidden_size), owner)
             hx = (h, c) if order is None else (h.index_select(1, order), c.index_select(1, order))
-        rows, (h, c) = self._run(packed.data, sizes, hx)
+        rows, (h, c) = self._run(packed.data, sizes, hx, step)
         if back is not None:
             h, c = h.index_select(1, back), c.index_select(1, back)
         return PackedSequence(rows, packed.batch_sizes, order, back), (h, c)
 
-    def _run(self, rows: Tensor, sizes: tuple[int, ...], hx: State | None) -> tuple[Tensor, State]:
-        """All layers over packed rows, `sizes[t]` of them for time step t."""
+    def _run(
+        self, rows: Tensor, sizes: tuple[int, ...], hx: State | None, step: int
+    ) -> tuple[Tensor, State]:
+        """All layers over packed rows, `sizes[t]` of them for time step `step` + t."""
         owner = type(self).__name__
         shape = (len(self.cells), sizes[0], self.hidden_size)
         state = self._first_state(rows, shape) if hx is None else _checked_state(hx, shape, owner)
         alone = next((t for t in range(len(sizes)) if sizes[t] == sizes[-1]), 0)
         cells: list[Any] = list(self.cells)
         for cell in cells:
-            cell._check_size(sizes[-1], alone, owner)  # before any statistics move
+            cell._check_size(sizes[-1], step + alone, owner)  # before any statistics move
         directions = 2 if self.bidirectional else 1
         backwards = _backwards(sizes, rows.device) if self.bidirectional else None
         ends: list[State] = []
@@ -373,7 +397,7 @@ class BatchNormLSTM(nn.Module):
                 first = (state[0][which], state[1][which])
                 turn = backwards if direction else None
                 read = rows if turn is None else rows.index_select(0, turn)
-                done, end = _read(cells[which], read, sizes, first)
+                done, end = _read(cells[which], read, sizes, first, step)
                 sides.append(done if turn is None else done.index_select(0, turn))
                 ends.append(end)
             rows = sides[0] if directions == 1 else torch.cat(sides, 1)
@@ -433,13 +457,15 @@ class BatchNormLSTM(nn.Module):
         return ", ".join(parts)
 
 
-def _read(cell: Any, rows: Tensor, sizes: tuple[int, ...], state: State) -> tuple[Tensor, State]:
-    """One cell over packed rows: its h at every row, and each sequence's last state."""
-    terms = cell.input_norm.sequence(F.linear(rows, cell.weight_ih), sizes)
-    served = [norm.serving(0, len(sizes)) for norm in (cell.hidden_norm, cell.cell_norm)]
+def _read(
+    cell: Any, rows: Tensor, sizes: tuple[int, ...], state: State, start: int
+) -> tuple[Tensor, State]:
+    """One cell over packed rows, from time step `start` on: its h at every row, and last states."""
+    terms = cell.input_norm.sequence(F.linear(rows, cell.weight_ih), sizes, start)
+    served = [norm.serving(start, len(sizes)) for norm in (cell.hidden_norm, cell.cell_norm)]
     done: list[Tensor] = []
     ended: list[State] = []
-    for time, (term, *pair) in enumerate(zip(terms, *served, strict=True)):
+    for time, (term, *pair) in enumerate(zip(terms, *served, strict=True), start):
         h, c = state
         if len(term) < len(h):
             ended.append((h[len(term) :], c[len(term) :]))
@@ -475,6 +501,20 @@ def _checked_state(hx: State, shape: tuple[int, ...], owner: str) -> State:
                 f"{owner}: `hx` must hold {name} of shape {shape}; got {tuple(given.shape)}."
             )
     return hx[0], hx[1]
+
+
+def _check_step(step: object, owner: str) -> None:
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"{owner}: `step` must be a whole number from 0 on; got {step!r}.")
+
+
+def _given(max_length: int | None, owner: str) -> int:
+    if max_length is None:
+        raise TypeError(
+            f"{owner}: `max_length` is required, the number of time steps with statistics of their "
+            f"own: usually the longest sequence's length. torch.nn.LSTM has no such argument."
+        )
+    return max_length
 
 
 def _positive(name: str, value: object, owner: str) -> None:

@@ -162,14 +162,14 @@ class StepNorm(_NormBase):
         y: Tensor = layer(input, self.weight, bias, statistics=statistics, **extras)
         return y
 
-    def sequence(self, input: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Normalize the packed (sum of sizes, C) of which time step t has `sizes[t]` samples.
+    def sequence(self, input: Tensor, sizes: tuple[int, ...], start: int = 0) -> tuple[Tensor, ...]:
+        """Normalize (sum of sizes, C), packed: time step `start` + t has `sizes[t]` samples.
 
         All steps in one call of the kernels where nothing asks for one call a step.
         """
-        served = self.serving(0, len(sizes))
-        if not self._can_join(input, len(sizes)):
-            parts = enumerate(zip(input.split(sizes), served, strict=True))
+        served = self.serving(start, len(sizes))
+        if not self._can_join(input, [one.layer for one in served]):
+            parts = enumerate(zip(input.split(sizes), served, strict=True), start)
             return tuple(self(part, time, served=one) for time, (part, one) in parts)
         self._check(input, served, sizes)
         y = dispatch.normalize(_AllSteps(served, sizes, input, self.weight, self.bias, self.learns))
@@ -186,21 +186,21 @@ class StepNorm(_NormBase):
         if self.learns and min(sizes) == 1:
             checks.one_value(input[:1], first.statistics, owner)
 
-    def _can_join(self, input: Tensor, length: int) -> bool:
+    def _can_join(self, input: Tensor, layers: list[Any]) -> bool:
         """Whether one call serves all steps: none is met twice, hooked, or set apart."""
-        if compat.is_traced() or compat.has_global_hooks() or input.numel() == 0 or length < 2:
+        few = input.numel() == 0 or len(layers) < 2
+        if few or compat.is_traced() or compat.has_global_hooks():
             return False
         if self.learns and (
-            length > len(self.steps)
+            len(set(layers)) < len(layers)
             or recomputation.is_recomputation()
             or recomputation.may_be_recomputed()
         ):
             return False
-        first: Any = self.steps[0]
-        if isinstance(first.statistics, Ghost):
+        if isinstance(layers[0].statistics, Ghost):
             return False
-        alike = _settings(first)
-        return all(not hooked(step) and _settings(step) == alike for step in self.steps[:length])
+        alike = _settings(layers[0])
+        return all(not hooked(layer) and _settings(layer) == alike for layer in layers)
 
     def extra_repr(self) -> str:
         """Sizes and settings; the steps repeat them."""
