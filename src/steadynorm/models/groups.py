@@ -19,8 +19,9 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     size, but decaying its own γ and β pulls the outputs themselves towards zero.
 
     Without decay: every parameter of a normalization layer, and every parameter whose name begins
-    with "bias". With decay: all others. A parameter shared by several layers comes once, and
-    without decay if any of them asks for that; parameters that need no gradient are left out.
+    with "bias" or ends in "_bias". With decay: all others. A parameter shared by several layers
+    comes once, and without decay if any of them asks for that; parameters that need no gradient are
+    left out.
 
     Arguments:
         weight_decay: of the first group, per step, as the optimizer understands it; at least 0.
@@ -45,7 +46,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
         id(parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and (name.startswith("bias") or _normalizes(module))
+        if parameter is not None and (_is_bias(name) or _normalizes(module))
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -53,6 +54,11 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
         {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_bias(name: str) -> bool:
+    """By its name: `bias`, `bias_ih_l0`, attention's `bias_k` and `in_proj_bias`."""
+    return name.startswith("bias") or name.endswith("_bias")
 
 
 def _normalizes(module: nn.Module) -> bool:

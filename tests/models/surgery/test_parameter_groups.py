@@ -37,6 +37,16 @@ def test_every_parameter_once_in_its_group() -> None:
     ]  # fmt: skip
 
 
+def test_attentions_biases() -> None:
+    layer = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    layer.register_parameter("unbiased", nn.Parameter(torch.ones(2)))
+    groups = parameter_groups(layer, weight_decay=0.1)
+    names = {id(p): name for name, p in layer.named_parameters()}
+    decays, spared = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert decays == {"in_proj_weight", "out_proj.weight", "unbiased"}
+    assert spared == {"in_proj_bias", "out_proj.bias", "bias_k", "bias_v"}
+
+
 def test_an_optimizer_decays_only_the_weights() -> None:
     model = nn.Sequential(nn.Linear(2, 3), sn.BatchNorm1d(3))
     torch.nn.init.ones_(model[0].bias)
