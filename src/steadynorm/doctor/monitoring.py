@@ -22,6 +22,7 @@ from steadynorm.doctor.evidence.training import (
     TrainingRun,
     trend,
 )
+from steadynorm.doctor.monitor_hooks import OwnHook
 from steadynorm.doctor.writers import FIGURES, writers
 from steadynorm.models.graph import tensors
 from steadynorm.models.layers import named, recognize, unwrapped
@@ -46,7 +47,7 @@ def monitor(
     `every`-th after it, the input of each batch norm is compared with the running statistics as
     they were before that step. `steadynorm.doctor.evidence.training.Reading` says what is recorded.
     Nothing of the model changes: hooks on the layers are there during such a forward alone, and the
-    one on the model until the end.
+    one on the model until the end. A copy of the model is not monitored.
 
     Args:
         model: a model of any make; DistributedDataParallel's and torch.compile's wrappers too. A
@@ -120,13 +121,13 @@ class Monitor:
         """Begin; `with` does it."""
         if self._on_model:
             raise RuntimeError("monitor: this Monitor is running already.")
-        self._on_model = [self.model.register_forward_pre_hook(self._before)]
+        self._on_model = [self.model.register_forward_pre_hook(OwnHook(self._before))]
         return self
 
     def next_forward(self) -> None:
         """Watch the next forward of the model alone, whatever becomes of it; instead of `start`."""
         self._disarm()
-        self._on_layers = [self.model.register_forward_pre_hook(self._only)]
+        self._on_layers = [self.model.register_forward_pre_hook(OwnHook(self._only))]
 
     def _only(self, model: nn.Module, args: Any) -> None:
         self._disarm()
@@ -222,12 +223,13 @@ class Monitor:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         if not model.training:
-            self._on_layers.append(model.register_forward_hook(self._after_inference))
+            self._on_layers.append(model.register_forward_hook(OwnHook(self._after_inference)))
             return
         self.begin_step()
         # A hook costs time at every call, so this one is there only when it has work.
         if self._on_layers or self._stance is not None:
-            self._on_layers.append(model.register_forward_hook(self._after, always_call=True))
+            after = OwnHook(self._after)
+            self._on_layers.append(model.register_forward_hook(after, always_call=True))
 
     def _after(self, *_: Any) -> None:
         self.end_step()
@@ -260,8 +262,8 @@ class Monitor:
                 calls.pop().end(output, getattr(part, "activation", None))
 
         self._on_layers += [
-            layer.register_forward_pre_hook(before, with_kwargs=True),
-            layer.register_forward_hook(after),
+            layer.register_forward_pre_hook(OwnHook(before), with_kwargs=True),
+            layer.register_forward_hook(OwnHook(after)),
         ]
 
     def _disarm(self) -> None:
