@@ -13,6 +13,19 @@ def test_our_layers_and_torchs_other_names():
     assert nn.Module is torch.nn.Module
 
 
+def test_completion_knows_both():
+    names = dir(nn)
+    assert {"BatchNorm2d", "BatchNormLSTM", "Linear", "Conv2d", "functional"} <= set(names)
+    assert all(hasattr(nn, name) for name in names if not name.startswith("_"))
+
+
+def test_a_star_gives_ours_after_torchs():
+    names = {}
+    exec("from torch.nn import *; from steadynorm.nn import *", names)
+    assert names["BatchNorm2d"] is sn.BatchNorm2d
+    assert names["Linear"] is torch.nn.Linear
+
+
 def test_a_name_that_neither_has():
     with pytest.raises(AttributeError, match="BatchNorm4d"):
         nn.BatchNorm4d  # noqa: B018

@@ -1,7 +1,8 @@
 """Batch normalization for PyTorch.
 
 All other names are those of `torch.nn`, so that a network written with `import torch.nn as nn`
-changes in that line alone: `import steadynorm.nn as nn`.
+changes in that line alone: `import steadynorm.nn as nn`. `from steadynorm.nn import *` gives the
+names that are ours, and so can follow `from torch.nn import *`.
 """
 
 from typing import Any
@@ -45,3 +46,8 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module 'steadynorm.nn' has no attribute {name!r}")
     return getattr(torch.nn, name)
+
+
+def __dir__() -> list[str]:
+    """Ours and torch's, for completion; `from steadynorm.nn import *` gives ours alone."""
+    return sorted({*globals(), *dir(torch.nn)})
