@@ -373,6 +373,22 @@ def test_autocast() -> None:
     torch.testing.assert_close(output.float(), network(x)[0], rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_autocast_gives_the_types_that_torchs_lstm_gives(bidirectional: bool) -> None:
+    settings: Any = {"num_layers": 2, "bidirectional": bidirectional}
+    ours = sn.BatchNormLSTM(INPUT, HIDDEN, max_length=TIME, **settings)
+    torchs = torch.nn.LSTM(INPUT, HIDDEN, **settings)
+    x = sequences().float()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = ours(x), torchs(x)
+        flat = [(y.dtype, h.dtype, c.dtype) for y, (h, c) in (found, expected)]
+        assert flat[0] == flat[1] == (torch.bfloat16,) * 3
+        ours.eval()
+    found = ours(x)
+    assert found[0].dtype is found[1][1].dtype is torch.float32
+
+
 @pytest.mark.parametrize("name", ["batch", "steady"])
 def test_compiles_in_one_graph(name: str) -> None:
     network = made(POLICIES[name], max_length=2)

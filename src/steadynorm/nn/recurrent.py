@@ -475,7 +475,8 @@ def _read(
     if ended:  # the shortest sequences stand last
         parts = [state, *reversed(ended)]
         state = (torch.cat([h for h, _ in parts]), torch.cat([c for _, c in parts]))
-    return torch.cat(done), state
+    kind = terms[0].dtype  # autocast's; the recurrence itself adds up in the states' type
+    return torch.cat(done).to(kind), (state[0].to(kind), state[1].to(kind))
 
 
 def _backwards(sizes: tuple[int, ...], device: torch.device) -> Tensor:
