@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from steadynorm.nn import checks
+from steadynorm.nn import checks, packed_rows, recurrent_checks
+from steadynorm.nn.recurrent_checks import State
 from steadynorm.nn.steps import Served, StepNorm
 from steadynorm.statistics import Policy, PolicyName
-
-State = tuple[Tensor, Tensor]
 
 
 class BatchNormLSTMCell(nn.Module):
@@ -82,13 +80,13 @@ class BatchNormLSTMCell(nn.Module):
         momentum: float | None = 0.1,
     ) -> None:
         owner = type(self).__name__
-        max_length = _given(max_length, owner)
+        max_length = recurrent_checks.given_length(max_length, owner)
         for name, value in (
             ("input_size", input_size),
             ("hidden_size", hidden_size),
             ("max_length", max_length),
         ):
-            _positive(name, value, owner)
+            recurrent_checks.positive(name, value, owner)
         super().__init__()
         self.input_size, self.hidden_size = input_size, hidden_size
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -132,9 +130,13 @@ class BatchNormLSTMCell(nn.Module):
                 f"{owner}: `input` must have shape (N, {self.input_size}) or ({self.input_size},); "
                 f"got {tuple(input.shape)}."
             )
-        _check_step(step, owner)
+        recurrent_checks.check_step(step, owner)
         shape = (*input.shape[:-1], self.hidden_size)
-        state = _zeros(input, shape) if hx is None else _checked_state(hx, shape, owner)
+        state = (
+            recurrent_checks.zeros(input, shape)
+            if hx is None
+            else recurrent_checks.checked_state(hx, shape, owner)
+        )
         if input.ndim == 1:
             if mask is not None:
                 mask = mask.unsqueeze(0)
@@ -262,13 +264,13 @@ class BatchNormLSTM(nn.Module):
         momentum: float | None = 0.1,
     ) -> None:
         owner = type(self).__name__
-        max_length = _given(max_length, owner)
+        max_length = recurrent_checks.given_length(max_length, owner)
         if proj_size:
             raise ValueError(
                 f"{owner}: `proj_size` must be 0, there is no projection of h; got {proj_size!r}. "
                 f"Put a torch.nn.Linear after it."
             )
-        _positive("num_layers", num_layers, owner)
+        recurrent_checks.positive("num_layers", num_layers, owner)
         if not 0 <= dropout <= 1:
             raise ValueError(f"{owner}: `dropout` must lie in [0, 1]; got {dropout!r}.")
         if not initial_noise >= 0:
@@ -317,7 +319,7 @@ class BatchNormLSTM(nn.Module):
         sequences: what lies past a sequence's end takes no part in the statistics, its output is 0,
         and the state returned is that at its end. A `PackedSequence` gives the same, packed.
         """
-        _check_step(step, type(self).__name__)
+        recurrent_checks.check_step(step, type(self).__name__)
         if step and self.bidirectional:
             raise ValueError(
                 f"{type(self).__name__}: `step` must be 0 for a bidirectional network, whose "
@@ -350,7 +352,7 @@ class BatchNormLSTM(nn.Module):
         axis = 0 if self.batch_first else 1
         if hx is not None:
             shape = (len(self.cells), self.hidden_size)
-            h, c = _checked_state(hx, shape, type(self).__name__)
+            h, c = recurrent_checks.checked_state(hx, shape, type(self).__name__)
             hx = (h.unsqueeze(1), c.unsqueeze(1))
         result, (h, c) = self(input.unsqueeze(axis), hx, lengths=lengths, step=step)
         return result.squeeze(axis), (h.squeeze(1), c.squeeze(1))
@@ -367,7 +369,9 @@ class BatchNormLSTM(nn.Module):
         order, back = packed.sorted_indices, packed.unsorted_indices
         sizes = tuple(packed.batch_sizes.tolist())
         if hx is not None:
-            h, c = _checked_state(hx, (len(self.cells), sizes[0], self.hidden_size), owner)
+            h, c = recurrent_checks.checked_state(
+                hx, (len(self.cells), sizes[0], self.hidden_size), owner
+            )
             hx = (h, c) if order is None else (h.index_select(1, order), c.index_select(1, order))
         rows, (h, c) = self._run(packed.data, sizes, hx, step)
         if back is not None:
@@ -380,13 +384,17 @@ class BatchNormLSTM(nn.Module):
         """All layers over packed rows, `sizes[t]` of them for time step `step` + t."""
         owner = type(self).__name__
         shape = (len(self.cells), sizes[0], self.hidden_size)
-        state = self._first_state(rows, shape) if hx is None else _checked_state(hx, shape, owner)
+        state = (
+            self._first_state(rows, shape)
+            if hx is None
+            else recurrent_checks.checked_state(hx, shape, owner)
+        )
         alone = next((t for t in range(len(sizes)) if sizes[t] == sizes[-1]), 0)
         cells: list[Any] = list(self.cells)
         for cell in cells:
             cell._check_size(sizes[-1], step + alone, owner)  # before any statistics move
         directions = 2 if self.bidirectional else 1
-        backwards = _backwards(sizes, rows.device) if self.bidirectional else None
+        backwards = packed_rows.backwards(sizes, rows.device) if self.bidirectional else None
         ends: list[State] = []
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -397,14 +405,14 @@ class BatchNormLSTM(nn.Module):
                 first = (state[0][which], state[1][which])
                 turn = backwards if direction else None
                 read = rows if turn is None else rows.index_select(0, turn)
-                done, end = _read(cells[which], read, sizes, first, step)
+                done, end = packed_rows.read(cells[which], read, sizes, first, step)
                 sides.append(done if turn is None else done.index_select(0, turn))
                 ends.append(end)
             rows = sides[0] if directions == 1 else torch.cat(sides, 1)
         return rows, (torch.stack([h for h, _ in ends]), torch.stack([c for _, c in ends]))
 
     def _first_state(self, rows: Tensor, shape: tuple[int, ...]) -> State:
-        h, c = _zeros(rows, shape)
+        h, c = recurrent_checks.zeros(rows, shape)
         if self.training and self.initial_noise:
             h = h.normal_(0, self.initial_noise)
         return h, c
@@ -455,71 +463,3 @@ class BatchNormLSTM(nn.Module):
             if getattr(self, name)
         ]
         return ", ".join(parts)
-
-
-def _read(
-    cell: Any, rows: Tensor, sizes: tuple[int, ...], state: State, start: int
-) -> tuple[Tensor, State]:
-    """One cell over packed rows, from time step `start` on: its h at every row, and last states."""
-    terms = cell.input_norm.sequence(F.linear(rows, cell.weight_ih), sizes, start)
-    served = [norm.serving(start, len(sizes)) for norm in (cell.hidden_norm, cell.cell_norm)]
-    done: list[Tensor] = []
-    ended: list[State] = []
-    for time, (term, *pair) in enumerate(zip(terms, *served, strict=True), start):
-        h, c = state
-        if len(term) < len(h):
-            ended.append((h[len(term) :], c[len(term) :]))
-            state = (h[: len(term)], c[: len(term)])
-        state = cell.advance(term, state, time, pair)
-        done.append(state[0])
-    if ended:  # the shortest sequences stand last
-        parts = [state, *reversed(ended)]
-        state = (torch.cat([h for h, _ in parts]), torch.cat([c for _, c in parts]))
-    kind = terms[0].dtype  # autocast's; the recurrence itself adds up in the states' type
-    return torch.cat(done).to(kind), (state[0].to(kind), state[1].to(kind))
-
-
-def _backwards(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """For packed rows, where each sequence's rows in reverse order come from; its own inverse."""
-    starts = torch.tensor([0, *accumulate(sizes)])
-    per_step = torch.tensor(sizes)
-    time = torch.arange(len(sizes)).repeat_interleave(per_step)
-    sample = torch.arange(int(starts[-1])) - starts[time]
-    length = (per_step.unsqueeze(1) > torch.arange(sizes[0])).sum(0)
-    return (starts[length[sample] - 1 - time] + sample).to(device)
-
-
-def _zeros(like: Tensor, shape: tuple[int, ...]) -> State:
-    return like.new_zeros(shape), like.new_zeros(shape)
-
-
-def _checked_state(hx: State, shape: tuple[int, ...], owner: str) -> State:
-    if not isinstance(hx, tuple | list) or len(hx) != 2:
-        raise TypeError(f"{owner}: `hx` must be a pair of tensors (h, c); got {hx!r}.")
-    for name, given in zip("hc", hx, strict=True):
-        if given.shape != shape:
-            raise ValueError(
-                f"{owner}: `hx` must hold {name} of shape {shape}; got {tuple(given.shape)}."
-            )
-    return hx[0], hx[1]
-
-
-def _check_step(step: object, owner: str) -> None:
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"{owner}: `step` must be a whole number from 0 on; got {step!r}.")
-
-
-def _given(max_length: int | None, owner: str) -> int:
-    if max_length is None:
-        raise TypeError(
-            f"{owner}: `max_length` is required, the number of time steps with statistics of their "
-            f"own: usually the longest sequence's length. torch.nn.LSTM has no such argument."
-        )
-    return max_length
-
-
-def _positive(name: str, value: object, owner: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: `{name}` must be a whole number; got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{owner}: `{name}` must be at least 1; got {value!r}.")
