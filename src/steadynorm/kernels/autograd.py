@@ -12,6 +12,7 @@ from steadynorm.kernels.checks import warn_of_export
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.reference.differentiable import (
     differentiable,
+    in_operators,
     live_moments,
     second_order,
     without_gradient,
@@ -41,30 +42,17 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = (ctx.saved_tensors, ctx.rest), ctx.needs_input_grad[:4]
+        seen = compat.is_batched(grad) or compat.is_transforming()
         if torch.is_grad_enabled():  # create_graph=True
             gradients = second_order(ctx.backend, ctx.backend.unpack(saved), grad, needs)
-        elif compat.is_transforming() or compat.is_batched(grad):
-            if ctx.backend.unpack(saved).memory is not None:
-                raise NotImplementedError(
-                    "several gradients at once (is_grads_batched, vmap) cannot move one memory of "
-                    "the gradient. Ask for one after the other, or use sn.Steady(window=None)."
-                )
-            gradients = _in_operators(ctx.backend, saved, grad, needs)
-        elif ctx.backend.compiled and compat.dispatch_modes():  # which record no kernel
-            gradients = _in_operators(ctx.backend, saved, grad, needs)
+        elif seen or (ctx.backend.name == "cpu" and compat.dispatch_modes()):
+            gradients = in_operators(ctx.backend, ctx.backend.unpack(saved), grad, needs)
         else:
             gradients = ctx.backend.backward(saved, grad, needs)
         return *gradients, None, None
 
 
 normalize = compat.direct_apply(Normalize)
-
-
-def _in_operators(backend: Any, saved: Packed, grad: Tensor, needs: Any) -> tuple[Any, ...]:
-    """The gradients in operations that PyTorch sees through, without a graph of their own."""
-    with torch.enable_grad():
-        gradients = second_order(backend, backend.unpack(saved), grad, needs)
-    return tuple(g if g is None else g.clone() for g in gradients)
 
 
 class Traced(Backend):

@@ -31,8 +31,7 @@ is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 # Export from compilation: public since 2.7.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
-# What decides whether a result is right has no default: if a later torch renames it, the import
-# fails and names it, rather than that gradients are wrong.
+# What decides whether a result is right has no default: a torch without it fails at the import.
 
 # `torch.jit.trace` and the ONNX exporter built on it; the public `torch.jit.is_tracing`
 # costs three times as much.
@@ -47,34 +46,17 @@ graph_task: Callable[[], int] = torch._C._current_graph_task_id
 # Whether a gradient is one of `autograd.grad(is_grads_batched=True)`, which has no memory.
 is_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
-# How many modes see every operator (make_fx, fake tensors, counters of operations): a kernel over
-# raw memory is none, and what these record would lack it.
+# How many modes record every operator, as make_fx does; a kernel over raw memory is none.
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
-# The hooks on saved tensors, under which activation checkpointing runs its first forward.
-# torch 2.7 cannot be asked: perhaps.
-_saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+# The innermost pair of hooks on saved tensors, or None; activation checkpointing runs its first
+# forward under such. torch 2.7 cannot be asked: perhaps.
+saved_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 def is_traced() -> bool:
     """Whether PyTorch has to see through the call: compilation, transforms, forward mode."""
     return is_compiling() or is_jit_tracing() or is_transforming() or forward_ad._current_level >= 0
-
-
-def has_values() -> bool:
-    """Whether tensors hold numbers that Python may read: nobody traces, and no mode fakes them."""
-    return not (is_traced() or dispatch_modes())
-
-
-def has_saved_tensor_hooks() -> bool:
-    """Whether saved tensors pass through hooks."""
-    return _saved_hooks(True) is not None
-
-
-def saved_tensor_hook() -> Any:
-    """The innermost hook that packs saved tensors; None if there is none, or it cannot be asked."""
-    hooks = _saved_hooks(True)
-    return hooks[0] if isinstance(hooks, tuple) else None
 
 
 def has_global_hooks() -> bool:

@@ -62,7 +62,7 @@ def may_be_recomputed() -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return compat.has_saved_tensor_hooks()
+    return compat.saved_hooks(True) is not None
 
 
 def expect(running_mean: Tensor) -> None:
@@ -76,8 +76,8 @@ def remember(running_mean: Tensor, batch: Moments, normalizer: Normalizer) -> No
     """Keep what normalized this batch, in case it is recomputed; forget what has been."""
     key = _owner_of(running_mean)
     waiting = [run for run in _first_runs[key] if not run.repeated]
-    hook = compat.saved_tensor_hook()
-    region = None if hook is None else weakref.ref(hook)
+    hooks = compat.saved_hooks(True)
+    region = weakref.ref(hooks[0]) if isinstance(hooks, tuple) else None
     waiting.append(_FirstRun(batch, normalizer, region))
     _first_runs[key] = deque(waiting, maxlen=REMEMBERED)
 

@@ -91,7 +91,11 @@ class TrainingStep(Call):
                 [mean, var] if batches is None else [mean, var, batches], policy.needs_running
             )
             batches = rest[0] if rest else None
-        elif batches is not None and batches.is_cpu and compat.has_values():
+        elif (
+            batches is not None
+            and batches.is_cpu
+            and not (compat.is_traced() or compat.dispatch_modes())
+        ):
             batches = int(batches)  # plain numbers are cheaper than scalar tensors
         if isinstance(batches, Tensor) and dtype == torch.float64:
             batches = batches.double()  # weights such as 1/(t + 1) would else be float32

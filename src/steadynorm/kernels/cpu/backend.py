@@ -13,7 +13,7 @@ from steadynorm.kernels import compat
 from steadynorm.kernels.reference.closed_form import ClosedForm
 from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
 
-from .readable import PLAIN, as_saved, readable, unreadable
+from .readable import PLAIN, readable, unreadable
 
 TENSORS = tuple(field.name for field in fields(Call))
 """The names of a call's arguments, its tensors first."""
@@ -95,12 +95,7 @@ class CpuKernels(ClosedForm):
         if hasattr(rest, "plan"):
             expanded: Saved = rest.plan.unpack(tensors, rest)
             return expanded
-        found = super().unpack(saved)
-        x, signs = found.x, found.signs
-        assert found.strides is not None
-        if signs is not None:
-            signs = as_saved(signs, signs.shape, (1,), torch.int16)
-        return found._replace(x=as_saved(x, x.shape, found.strides, x.dtype), signs=signs)
+        return super().unpack(saved)
 
 
 CPU = CpuKernels("cpu", None, compiled=True)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.reference.closed_form import as_saved
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import (
     Call,
@@ -32,7 +33,7 @@ from steadynorm.statistics.moments import two_sum
 from . import loops, slabs
 from .arguments import BACKWARD, FORWARD, ROWS, Arguments, writer
 from .kernels import backward_kernel, forward_kernel, gradient_options
-from .readable import PLAIN, as_saved, readable
+from .readable import PLAIN, readable
 from .results import LARGE, large_like
 from .stages import unsupported
 
@@ -214,12 +215,17 @@ class Plan:
         self, x: Tensor, rows: Tensor, y: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The forward's tensors in the layout that the kernels read."""
-        of_x = (self.sizes, self.strides, self.dtype)
+        strides = self.strides
+        if not (x.is_cpu and rows.is_cpu and x.dtype is self.dtype):
+            raise RuntimeError(
+                f"hooks on saved tensors must give back what they took, {self.dtype} on cpu; "
+                f"got {x.dtype} on {x.device}."
+            )
         return (
-            as_saved(x, *of_x),
-            as_saved(rows, (self.size_of_rows,), (1,), torch.int16),
-            y if y is None else as_saved(y, *of_x),
-            residual if residual is None else as_saved(residual, *of_x),
+            as_saved(x, strides),
+            as_saved(rows, (1,)),
+            y if y is None else as_saved(y, strides),
+            residual if residual is None else as_saved(residual, strides),
         )
 
     def _load(self, *, want: bool) -> Any:

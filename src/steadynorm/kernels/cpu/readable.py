@@ -27,13 +27,6 @@ def readable(t: Tensor) -> bool:
     )
 
 
-def as_saved(t: Tensor, sizes: Any, strides: Any, dtype: torch.dtype) -> Tensor:
-    """A tensor as it lay in memory when it was saved: hooks may give a copy of another layout."""
-    if t.stride() == strides and t.dtype is dtype and readable(t):
-        return t
-    return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu").copy_(t)
-
-
 def unreadable(*tensors: Tensor | None) -> tuple[int, str] | None:
     """The first that a kernel cannot use by its address: its index, and why; None if it can all."""
     for index, t in enumerate(tensors):
@@ -51,4 +44,4 @@ def _why(t: Tensor) -> str | None:
         return f"has layout {t.layout}"
     if not t.is_cpu:
         return f"is on {t.device.type}"
-    return "has values that are not in memory" if t.is_neg() or t._is_zerotensor() else None
+    return "is a view whose values are not in memory" if t.is_neg() or t._is_zerotensor() else None

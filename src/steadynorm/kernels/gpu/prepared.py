@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.reference.closed_form import as_saved
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import Call, Gradients, Groups, Keep, Packed, Saved
 from steadynorm.statistics import (
@@ -52,6 +53,7 @@ class Kind:
     def __init__(self, call: Call) -> None:
         x, residual = call.x, call.residual
         self.plan = plan = plan_of(x, call.groups)
+        self.strides = x.stride()
         self.groups: Groups = call.groups
         self.starts = plans.starts(plan.groups, x.device)
         self.eps, self.activation = call.eps, call.activation
@@ -244,6 +246,8 @@ def _launch_forward(
 def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
     """The gradients, all work per channel inside the kernels."""
     (x, weight, bias, residual, mask, y, kept), (kind, memory) = saved
+    x = as_saved(x, kind.strides)
+    y, residual = (t if t is None else as_saved(t, kind.strides) for t in (y, residual))
     need_x, need_weight, need_bias, need_residual = needs
     plan, grad = kind.plan, alike(grad, x)
     through = need_x and kind.measured
@@ -318,6 +322,8 @@ def unpack(tensors: Any, rest: Rest) -> Saved:
     """What a forward left, as the stages leave it."""
     x, weight, bias, residual, mask, y, kept = tensors
     kind = rest.kind
+    x = as_saved(x, kind.strides)
+    y, residual = (t if t is None else as_saved(t, kind.strides) for t in (y, residual))
     rows, _, signs = kind.views(kept)
     rows = rows if kind.groups is not None else rows[:, 0]
 

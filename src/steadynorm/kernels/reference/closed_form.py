@@ -62,6 +62,13 @@ class ClosedForm(Backend):
         )  # fmt: skip
         return y, (tensors, (batch, normalizer, known, *settings))
 
+    def unpack(self, saved: Packed) -> Saved:
+        """What `forward` left, in full; sign bits follow x in memory."""
+        found = super().unpack(saved)
+        if found.signs is None or found.strides is None:
+            return found
+        return found._replace(x=as_saved(found.x, found.strides))
+
     def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         """The gradients in closed form."""
         return self.gradients(self.unpack(saved), grad, needs)
@@ -112,6 +119,13 @@ class ClosedForm(Backend):
             _like_parameter(dbias, saved.bias) if need_bias else None,
             None if dresidual is None else dresidual.to(saved.residual_dtype),
         )
+
+
+def as_saved(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor as it lay in memory when it was saved: hooks may give a copy of another layout."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def _like_parameter(gradient: Any, parameter: Tensor | None) -> Tensor | None:

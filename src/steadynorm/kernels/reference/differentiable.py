@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadynorm.kernels import compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Gradients, Saved, coefficients_of
@@ -61,6 +62,21 @@ def second_order(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gradie
     if dx is not None and live is not None and saved.memory is not None:
         dx = dx + _remembered(saved, live, g)
     return dx, dweight, dbias, g.to(saved.residual_dtype) if needs[3] else None
+
+
+def in_operators(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
+    """The backward in operations that PyTorch sees through, where nobody differentiates it again.
+
+    For several gradients at once, and under dispatch modes, which record no kernel.
+    """
+    if saved.memory is not None and not compat.dispatch_modes():
+        raise NotImplementedError(
+            "several gradients at once (is_grads_batched, vmap) cannot move one memory of the "
+            "gradient. Ask for one after the other, or use sn.Steady(window=None)."
+        )
+    with torch.enable_grad():
+        gradients = second_order(backend, saved, grad, needs)
+    return tuple(g if g is None else g.clone() for g in gradients)  # without a graph
 
 
 def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
