@@ -174,3 +174,13 @@ def test_the_classic_example_learns_real_digits(before: bool) -> None:
     model.compile(optimizer="adam", loss="categorical_crossentropy", metrics=["accuracy"])
     history = model.fit(x_train, y_train, batch_size=32, epochs=2, verbose=0)
     assert history.history["accuracy"][-1] > 0.8
+
+
+@pytest.mark.parametrize("policy", ["steady", "running", "renorm"])
+def test_a_model_without_an_input_shape_is_built_by_fit(policy: str) -> None:
+    """Keras builds it in a symbolic call: on torch, tensors have no values there."""
+    model = keras.Sequential([keras.layers.Dense(3), BatchNormalization(statistics=policy)])
+    model.compile(optimizer="sgd", loss="mse")
+    model.fit(draw(6, 3), draw(6, 3, seed=1), batch_size=3, verbose=0)
+    assert int(model.layers[1].num_batches_tracked) == 2
+    assert np.isfinite(array(model.layers[1].moving_mean)).all()

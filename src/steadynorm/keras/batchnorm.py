@@ -145,7 +145,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _forget_gradient(self) -> None:
         if keras.config.backend() == "torch" and self.statistics.gradient_rate(1) is not None:
             channels = self.moving_mean.shape[0]
-            self.gradient_memory = GradientMemoryOfLayer(ops.zeros((2, channels), "float32"))
+            self.gradient_memory = GradientMemoryOfLayer(channels, "float32")
 
     def __repr__(self) -> str:
         shown: str = super().__repr__()

@@ -31,10 +31,26 @@ class Seen(NamedTuple):
 
 
 class GradientMemoryOfLayer:
-    """A layer's memory, `value` (2, C): no weight, not saved, and zeros after loading."""
+    """A layer's memory, `value` (2, C): no weight, not saved, and zeros after loading.
 
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+    The zeros are made when first read: Keras may build a layer on torch's meta device, where tensors
+    have no values.
+    """
+
+    def __init__(self, channels: int, dtype: str) -> None:
+        self._zeros = (2, channels), dtype
+        self._value: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The two numbers of every channel."""
+        if self._value is None:
+            self._value = ops.zeros(*self._zeros)
+        return self._value
+
+    @value.setter
+    def value(self, value: Tensor) -> None:
+        self._value = value
 
     def joined(
         self, z: Tensor, x: Tensor, affine: Coefficients, seen: Seen, axis: int, mask: Tensor | None
