@@ -367,3 +367,40 @@ def test_what_is_refused() -> None:
         BatchNormalization(statistics="layer")
     with pytest.raises(ValueError, match="groups samples along axis 0"):
         BatchNormalization(axis=0, statistics="ghost")(x, training=True)
+
+
+@pytest.mark.parametrize("policy", ["batch", "steady", "running", "renorm", "renorm=True"])
+def test_rematerialization_changes_nothing(policy: str) -> None:
+    """On torch; TensorFlow and JAX raise for every layer with moving statistics."""
+    if BACKEND != "torch":
+        return
+    x, grad = 2 * draw(6, 3) + 1, draw(6, 3, seed=1)
+    arguments = {"renorm": True} if "=" in policy else {"statistics": POLICIES.get(policy, policy)}
+    if policy == "steady":
+        arguments = {"statistics": TWO_WAY}
+    found = []
+    for mode in (None, "full"):
+        with keras.RematScope(mode=mode):
+            layer = BatchNormalization(activation="tanh", momentum=0.8, **arguments)
+        layer.build(x.shape)
+        seen = [
+            gradient
+            for step in range(3)
+            for gradient in gradients(layer, x * (step + 1) + step, grad)
+        ]
+        memory = layer.gradient_memory
+        state = [array(w) for w in layer.variables]
+        found.append([*seen, *state, *([] if memory is None else [array(memory.value)])])
+    for plain, recomputed in zip(*found, strict=True):
+        np.testing.assert_allclose(recomputed, plain, atol=1e-6)
+
+
+def test_a_forward_in_a_backward_pass_without_a_first_run_is_refused() -> None:
+    if BACKEND != "torch":
+        return
+    layer = BatchNormalization(statistics="steady")
+    x = ops.convert_to_tensor(draw(4, 3)).requires_grad_()
+    y = 2 * x
+    y.register_hook(lambda grad: layer(draw(4, 3), training=True) + grad)
+    with pytest.raises(RuntimeError, match="no first run of the same batch is known"):
+        y.sum().backward()

@@ -11,6 +11,7 @@ from keras import ops
 
 from steadynorm.keras.arrays import reference, xp
 from steadynorm.keras.gradient_memory import GradientMemoryOfLayer, Seen
+from steadynorm.keras.recomputation import FirstRuns, is_recomputation, may_be_recomputed
 from steadynorm.keras.replica_context import replica_context
 from steadynorm.kernels.checks import nonfinite_name, residual_shape
 from steadynorm.kernels.reference import Groups
@@ -127,6 +128,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         self.nonfinite = nonfinite
         self.num_batches_tracked: Any = None
         self.gradient_memory: GradientMemoryOfLayer | None = None
+        self._first_runs = FirstRuns()
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the weights: Keras's, and the number of batches where the policy asks for it."""
@@ -226,7 +228,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         policy = self.statistics if remembers else self.statistics.one_way()
         policy = _KerasRenorm(self) if self.renorm else policy
         normalizer, after = step(policy, batch, running, context, skip_nonfinite=skip_nonfinite)
-        if self.renorm:
+        again = is_recomputation()
+        if policy.needs_running and again:
+            normalizer = self._first_runs.recall(batch)
+        elif policy.needs_running and may_be_recomputed():
+            self._first_runs.remember(batch, normalizer)
+        if again:
+            pass  # the first run has moved the statistics
+        elif self.renorm:
             self._move(usable(batch, skip_nonfinite=skip_nonfinite, xp=xp), batch)
         elif after is not None and after is not running:
             self.moving_mean.assign(ops.cast(after.mean, self.moving_mean.dtype))
@@ -297,6 +306,7 @@ class _KerasRenorm(Policy):
     """Keras's `renorm=True`: corrections by three weights of the layer, which it moves itself."""
 
     counts_batches = False
+    needs_running = True
 
     def __init__(self, layer: BatchNormalization) -> None:
         self.layer = layer
