@@ -3,6 +3,7 @@
 Run by `test_backends.py`; alone: KERAS_BACKEND=jax python -m pytest tests/keras/layer_checks.py
 """
 
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -404,3 +405,42 @@ def test_a_forward_in_a_backward_pass_without_a_first_run_is_refused() -> None:
     y.register_hook(lambda grad: layer(draw(4, 3), training=True) + grad)
     with pytest.raises(RuntimeError, match="no first run of the same batch is known"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("policy", ["batch", "steady", "running"])
+def test_float64_is_computed_in_float64(policy: str) -> None:
+    if BACKEND == "jax":
+        import jax
+
+        switched = jax.enable_x64(True) if hasattr(jax, "enable_x64") else nullcontext()
+    else:
+        switched = nullcontext()
+    with switched:
+        x = 1e8 + np.random.default_rng(0).standard_normal((64, 3))
+        layer = BatchNormalization(dtype="float64", statistics=policy, epsilon=1e-5, momentum=0.0)
+        y = layer(ops.convert_to_tensor(x, "float64"), training=True)
+        hat = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+        np.testing.assert_allclose(array(y), hat, atol=1e-6)
+        np.testing.assert_allclose(array(layer.moving_variance), x.var(0), rtol=1e-6)
+        if layer.gradient_memory is not None:
+            assert keras.backend.standardize_dtype(layer.gradient_memory.value.dtype) == "float64"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("arguments", [{}, {"statistics": "steady"}, {"renorm": True}], ids=str)
+def test_pure_half_precision_keeps_float32_statistics(
+    dtype: str, arguments: dict[str, Any]
+) -> None:
+    """A variance of 90,000 is beyond float16."""
+    layer = BatchNormalization(dtype=dtype, momentum=0.0, **arguments)
+    x = ops.cast(300 * draw(64, 3), dtype)
+    wide = array(ops.cast(x, "float32"))
+    layer(x, training=True)
+    moving = [w for w in layer.non_trainable_variables if len(w.shape)]
+    assert {str(w.dtype) for w in moving} == {"float32"}
+    assert {str(w.dtype) for w in layer.trainable_variables} == {dtype}
+    np.testing.assert_allclose(array(layer.moving_variance), wide.var(0), rtol=1e-5)
+    y = layer(x, training=False)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    hat = (wide - wide.mean(0)) / wide.std(0)
+    np.testing.assert_allclose(array(ops.cast(y, "float32")), hat, atol=0.02)

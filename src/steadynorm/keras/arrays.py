@@ -20,7 +20,6 @@ class KerasArrays:
 
     int32 = "int32"
     cast = widened = staticmethod(ops.cast)
-    promote_types = staticmethod(keras.backend.result_type)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(ops, name)
@@ -31,9 +30,16 @@ class KerasArrays:
         return number
 
     @staticmethod
+    def promote_types(*dtypes: Any) -> str:
+        """Keras's rule, but for float64, which it makes float32 on torch and JAX."""
+        if any(keras.backend.standardize_dtype(dtype) == "float64" for dtype in dtypes):
+            return "float64"
+        promoted: str = keras.backend.result_type(*dtypes)
+        return promoted
+
+    @staticmethod
     def statistics_dtype(x: Tensor) -> str:
-        dtype: str = keras.backend.result_type(x.dtype, "float32")
-        return dtype
+        return KerasArrays.promote_types(x.dtype, "float32")
 
     @staticmethod
     def constant(numbers: Sequence[int], like: Tensor) -> Tensor:

@@ -144,10 +144,16 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             )
         self._forget_gradient()
 
+    def add_weight(self, *arguments: Any, **settings: Any) -> Any:
+        """Add a weight; moving statistics are float32 or wider, whatever the layer's type is."""
+        if settings.get("trainable") is False and settings.get("dtype") is None:
+            settings["dtype"] = xp.promote_types(self.variable_dtype, "float32")
+        return super().add_weight(*arguments, **settings)
+
     def _forget_gradient(self) -> None:
         if keras.config.backend() == "torch" and self.statistics.gradient_rate(1) is not None:
             channels = self.moving_mean.shape[0]
-            self.gradient_memory = GradientMemoryOfLayer(channels, "float32")
+            self.gradient_memory = GradientMemoryOfLayer(channels, self.moving_mean.dtype)
 
     def __repr__(self) -> str:
         shown: str = super().__repr__()

@@ -33,8 +33,8 @@ class Seen(NamedTuple):
 class GradientMemoryOfLayer:
     """A layer's memory, `value` (2, C): no weight, not saved, and zeros after loading.
 
-    The zeros are made when first read: Keras may build a layer on torch's meta device, where tensors
-    have no values.
+    The zeros are made when first read: Keras may build a layer on torch's meta device, where
+    tensors have no values.
     """
 
     def __init__(self, channels: int, dtype: str) -> None:
