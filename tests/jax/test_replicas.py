@@ -111,6 +111,33 @@ def test_groups_of_devices_pool_on_their_own() -> None:
         close(after.mean[pair[1]], expected_after.mean)
 
 
+@pytest.mark.parametrize("policy", ["batch", "steady", sn.Ghost(2)], ids=repr)
+@pytest.mark.parametrize("groups", [[[0, 1, 2], [3]], [[2], [3, 1, 0]]], ids=repr)
+def test_groups_of_devices_may_differ_in_size(groups: list[list[int]], policy: Any) -> None:
+    if len(mesh().devices) < 4:
+        return
+    x, grad = draw(4, 4, 3), draw(4, 4, 3, seed=1)
+    state = STATE._replace(batches=jnp.asarray(7))
+
+    def loss(x: jax.Array, grad: jax.Array, **pooled: Any) -> Any:
+        y, after = batch_norm(x, state, statistics=policy, **pooled)
+        return (y * grad).sum(), (y, after)
+
+    def device(x: jax.Array, grad: jax.Array) -> Any:
+        pooled = {"axis_name": "d", "axis_index_groups": groups}
+        return jax.grad(partial(loss, **pooled), has_aux=True)(x, grad)
+
+    dx, (y, after) = jax.pmap(device, axis_name="d")(x, grad)
+    for group in groups:
+        mine = jnp.array(group) if policy == sn.Ghost(2) else jnp.array(sorted(group))
+        one = x[mine].reshape(-1, 3), grad[mine].reshape(-1, 3)
+        expected_dx, (expected, expected_after) = jax.grad(loss, has_aux=True)(*one)
+        close(y[mine].reshape(-1, 3), expected)
+        close(dx[mine].reshape(-1, 3), expected_dx)
+        for index in group:
+            close(jax.tree.map(lambda t, i=index: t[i], after), expected_after)
+
+
 def test_a_device_without_a_valid_position_takes_part_and_has_no_say() -> None:
     x = jnp.stack([draw(6, 3), jnp.full((6, 3), 1e3)])
     mask = jnp.array([[True] * 6, [False] * 6])

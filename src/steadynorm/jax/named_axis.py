@@ -51,8 +51,9 @@ class NamedAxis(NamedTuple):
         return summed
 
     def _number(self) -> int:
+        """How many replicas the largest group has; in smaller ones, rows stay zero and count 0."""
         if self.axis_index_groups is not None:
-            return len(self.axis_index_groups[0])
+            return max(map(len, self.axis_index_groups))
         size: int = _psum(1, self.axis_name)  # a constant: nothing is sent
         return size
 
@@ -60,8 +61,8 @@ class NamedAxis(NamedTuple):
         index = jax.lax.axis_index(self.axis_name)
         if self.axis_index_groups is None:
             return index
-        within = np.argsort(np.concatenate(self.axis_index_groups)) % self._number()
-        return jnp.asarray(within)[index]
+        within = np.concatenate([np.arange(len(group)) for group in self.axis_index_groups])
+        return jnp.asarray(within[np.argsort(np.concatenate(self.axis_index_groups))])[index]
 
 
 def varying_like(x: Array, other: T) -> T:
