@@ -77,12 +77,41 @@ def test_changing_the_mask_under_it_changes_nothing_at_valid_positions() -> None
         ({"mask": jnp.ones((4, 5))}, TypeError, "must be boolean, True where valid; got float32."),
         ({"mask": jnp.ones((5, 4), bool)}, ValueError, "(4, 5), axis by axis, or have length 1"),
         ({"mask": jnp.ones((4, 5, 3), bool)}, ValueError, "got (4, 5, 3)."),
+        ({"mask": jnp.ones((4, 1), bool), "x": X[:, :4]}, ValueError, "can be read in two ways"),
+        ({"state": list(STATE)}, TypeError, "must be a steadynorm.jax.RunningStatistics, from"),
+        ({"state": tuple(STATE)}, TypeError, "or None; got tuple. Write RunningStatistics("),
+        (
+            {"state": STATE._replace(mean=jnp.zeros(3, int))},
+            TypeError,
+            "`state.mean` must be a floating-point array; got int32. Use jnp.asarray(",
+        ),
         ({"axis": 0, "statistics": "ghost"}, ValueError, "groups samples along axis 0"),
     ],
 )
 def test_what_is_refused(arguments: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=re.escape(words)):
-        batch_norm(X, STATE, **arguments)
+        batch_norm(**{"x": X, "state": STATE, **arguments})
+
+
+def test_a_mask_of_one_reading_is_taken_with_as_many_axes_or_one_fewer() -> None:
+    x, valid = X[:, :4], jnp.array([True, False, True, True])
+    for mask, whole in (
+        (valid[:, None, None], valid[:, None]),
+        (valid[None, :, None], valid[None, :]),
+        (valid[None, :], valid[None, :]),
+        (jnp.ones((1, 1), bool), jnp.ones((1, 1), bool)),
+    ):
+        expected = batch_norm(x, STATE, mask=jnp.broadcast_to(whole, (4, 4)))
+        jax.tree.map(np.testing.assert_array_equal, batch_norm(x, STATE, mask=mask), expected)
+
+
+@pytest.mark.parametrize("policy", ["steady", "running", "renorm"])
+def test_channels_in_front_are_the_same_batch(policy: str) -> None:
+    x, state = X[:, 0], STATE._replace(batches=jnp.asarray(50))
+    y, after = batch_norm(x, state, statistics=policy)
+    turned, turned_after = batch_norm(x.T, state, statistics=policy, axis=0)
+    np.testing.assert_allclose(turned.T, y, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), turned_after, after)
 
 
 def test_what_needs_a_state_says_so() -> None:

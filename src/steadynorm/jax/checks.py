@@ -57,6 +57,26 @@ def per_channel(
             )
 
 
+def state_kind(state: Any, owner: str) -> None:
+    """`state` is a `RunningStatistics` of floating-point arrays; integers would drop fractions."""
+    if state is None:
+        return
+    if not isinstance(state, RunningStatistics):
+        raise TypeError(
+            f"{owner}: `state` must be a steadynorm.jax.RunningStatistics, from initial_state or "
+            f"the call before, or None; got {type(state).__name__}. Write "
+            f"RunningStatistics(mean, var, batches)."
+        )
+    for name, array in (("mean", state.mean), ("var", state.var)):
+        dtype = getattr(array, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{owner}: `state.{name}` must be a floating-point array; got "
+                f"{type(array).__name__ if dtype is None else dtype}. Use jnp.asarray(..., "
+                f"jnp.float32)."
+            )
+
+
 def running_known(
     policy: Policy, state: RunningStatistics | None, inference: bool, owner: str
 ) -> None:
@@ -84,12 +104,27 @@ def expanded_mask(mask: Any, x: Array, axis: int, owner: str) -> Array:
     shape = mask.shape
     if mask.ndim == x.ndim and shape[axis] == 1:
         mask = mask.squeeze(axis)
-    fits = mask.ndim == len(target) and all(
-        n in (1, wanted) for n, wanted in zip(mask.shape, target, strict=True)
-    )
+    fits = _broadcasts(mask.shape, target)
+    # NumPy and flax would put the new axis in front, and the last of these on x's last axis.
+    numpys = (1, *shape)
+    if fits and mask.ndim == len(shape) == x.ndim - 1 and numpys[axis] == 1:
+        without = numpys[:axis] + numpys[axis + 1 :]
+        if _broadcasts(without, target) and without != shape:
+            raise ValueError(
+                f"{owner}: `mask` of shape {shape} can be read in two ways for `x` of shape "
+                f"{x.shape}: without the channel axis {axis}, or with a new axis in front, as "
+                f"NumPy broadcasts. Give it {x.ndim} axes, with length 1 on the channel axis."
+            )
     if not fits:
         raise ValueError(
             f"{owner}: `mask` must broadcast against `x` without its channel axis, {target}, axis "
             f"by axis, or have length 1 on the channel axis {axis}; got {shape}."
         )
     return jnp.broadcast_to(mask, target)
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array of this shape broadcasts against `target`, axis by axis."""
+    return len(shape) == len(target) and all(
+        n in (1, wanted) for n, wanted in zip(shape, target, strict=True)
+    )

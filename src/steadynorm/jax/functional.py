@@ -127,7 +127,7 @@ def batch_norm(
         weight: (C,), or None for 1.
         bias: (C,), or None for 0.
         use_running_average: whether this is inference.
-        axis: the channel axis.
+        axis: the channel axis. Samples lie on axis 0, or on axis 1 where axis 0 is the channels'.
         momentum: weight of the old average.
         epsilon: added to the variance.
         statistics: a policy or its lower-case name. `Steady` is one-way here, as with
@@ -136,7 +136,8 @@ def batch_norm(
             hardswish, elu, sigmoid, tanh, mish.
         residual: of x's shape; added before the activation.
         mask: boolean, True where valid; broadcasts, axis by axis, against x without its channel
-            axis, or against x with length 1 there. Moments come from valid positions; every
+            axis, or against x with length 1 there; one that NumPy's broadcasting would read
+            otherwise is refused. Moments come from valid positions; every
             position is normalized.
         axis_name: named axis, or several, of `shard_map`, `pmap` or `vmap` to pool moments over,
             weighted by the values per channel of each. The groups of `Ghost` stay on their own
@@ -181,6 +182,7 @@ def batch_norm(
     axis = checks.input_and_axis(x, axis, policy, owner)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(jnp.float32)
+    checks.state_kind(state, owner)
     checks.per_channel(x, axis, state, weight, bias, owner)
     checks.running_known(policy, state, use_running_average, owner)
     if residual is not None:
@@ -230,7 +232,8 @@ def _policy_step(
         assert running is not None  # checks.running_known
         return None, of_running(running), state
     batch = reference.moments(x, axis=settings.axis, mask=inputs.mask, groups=settings.groups)
-    samples: Any = x.shape[0] if x.ndim > 1 else 1
+    # Samples lie on the first axis that is not the channels'.
+    samples: Any = x.shape[int(settings.axis == 0)] if x.ndim > 1 else 1
     if settings.pooled is not None:
         batch, samples = settings.pooled.pool(batch, samples)
     context = Context(samples, 1 - settings.momentum, settings.epsilon, jnp, unbiased=False)
