@@ -358,6 +358,13 @@ def test_what_is_refused() -> None:
         BatchNormalization()(x, residual=x[:1])
     with pytest.raises(ValueError, match=r"one axis fewer than `inputs`: the shape \(6, 4\)"):
         BatchNormalization()(x, training=True, mask=np.ones((6,), bool))
+    with pytest.raises(ValueError, match=r"one axis fewer than `inputs`: the shape \(6, 4\)"):
+        BatchNormalization()(x, mask=np.ones((6, 3), bool))  # in inference too
+    with pytest.raises(ValueError, match=r"`momentum` must lie in \[0, 1\], the weight of the old"):
+        BatchNormalization(momentum=1.5)
+    for epsilon in (0.0, -1e-3, float("nan")):
+        with pytest.raises(ValueError, match="`epsilon` must be above 0, so that a channel"):
+            BatchNormalization(epsilon=epsilon)
     with pytest.raises(
         ValueError, match="renorm=True goes with statistics='batch' alone; got 'stea"
     ):
@@ -444,3 +451,32 @@ def test_pure_half_precision_keeps_float32_statistics(
     assert keras.backend.standardize_dtype(y.dtype) == dtype
     hat = (wide - wide.mean(0)) / wide.std(0)
     np.testing.assert_allclose(array(ops.cast(y, "float32")), hat, atol=0.02)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("policy", ["batch", "steady", "running", "renorm"])
+def test_channels_in_front_are_the_same_batch(policy: str, masked: bool) -> None:
+    """(C, N): the samples lie on axis 1."""
+    x, mask = draw(11, 3), {"mask": draw(11, seed=3) < 0.5} if masked else {}
+    behind, front = (
+        built(BatchNormalization, shape, axis=axis, statistics=policy)
+        for shape, axis in (((11, 3), 1), ((3, 11), 0))
+    )
+    expected = array(behind(x, training=True, **mask))
+    np.testing.assert_allclose(array(front(x.T, training=True, **mask)).T, expected, atol=1e-6)
+    for one, other in zip(front.variables, behind.variables, strict=True):
+        np.testing.assert_allclose(array(one), array(other), rtol=1e-5, atol=1e-6)
+
+
+def test_samples_that_are_masked_out_do_not_count() -> None:
+    """Where N is the valid samples: with the memory of the gradient."""
+    if BACKEND != "torch":
+        return
+    x, mask = draw(11, 3), np.arange(11) % 3 > 0
+    alone, masked = (start(TWO_WAY, (11, 3), 1)[0] for _ in range(2))
+    expected = array(alone(x[mask], training=True))
+    np.testing.assert_allclose(
+        array(masked(x, training=True, mask=mask))[mask], expected, atol=1e-6
+    )
+    for one, other in zip(masked.variables, alone.variables, strict=True):
+        np.testing.assert_allclose(array(one), array(other), rtol=1e-6)

@@ -51,7 +51,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     variance, unless the policy has its own rule.
 
     Args:
-        axis: the channel axis.
+        axis: the channel axis. Samples lie on axis 0, or on axis 1 where axis 0 is the channels'.
         momentum: weight of the old average.
         epsilon: added to the variance.
         center: learn beta.
@@ -81,7 +81,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         residual: of inputs' shape; added before the activation.
 
     Raises:
-        ValueError: wrong mask or residual shape, unknown names; `Ghost` where TensorFlow does not
+        ValueError: wrong mask or residual shape, unknown names, `momentum` outside [0, 1],
+            `epsilon` not above 0; `Ghost` where TensorFlow does not
             know the batch size when it traces.
         TypeError: a policy that is none.
 
@@ -114,6 +115,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         **keras_arguments: Any,
     ) -> None:
         nonfinite_name(nonfinite, "BatchNormalization")
+        _settings_in_range(momentum, epsilon)
         super().__init__(axis, momentum, epsilon, center, scale, *others, **keras_arguments)
         self.statistics = _policy(statistics)
         self.renorm = getattr(self, "renorm", False)  # older releases of Keras have none
@@ -186,9 +188,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             shapes = tuple(residual.shape), tuple(inputs.shape)
             residual_shape(*shapes, "inputs", "BatchNormalization")
             residual = ops.cast(residual, dtype)
+        if mask is not None:
+            mask = _expanded(mask, inputs, axis)  # of a wrong shape, refused in inference too
         if training and self.trainable and not isinstance(self.statistics, Frozen):
-            if mask is not None:
-                mask = _expanded(mask, inputs, axis)
             normalizer, groups, seen = self._train(x, axis, mask)
         else:
             normalizer, groups, seen = of_running(self._running(dtype)), None, None
@@ -218,9 +220,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         remembers = self.gradient_memory is not None
         groups = self._groups(x, axis)
         live = reference.moments(x, axis=axis, mask=mask, groups=groups)
-        samples = xp.size(x, (0,)) if len(x.shape) > 1 else 1
-        if remembers and mask is not None and axis != 0:
-            valid = ops.any(ops.reshape(mask, (mask.shape[0], -1)), axis=1)
+        first = int(axis == 0)  # samples lie on the first axis that is not the channels'
+        samples = xp.size(x, (first,)) if len(x.shape) > 1 else 1
+        if remembers and mask is not None and len(x.shape) > 1:
+            place = first if len(mask.shape) == len(x.shape) else 0
+            mask_of = ops.moveaxis(mask, place, 0)
+            valid = ops.any(ops.reshape(mask_of, (mask_of.shape[0], -1)), axis=1)
             samples = ops.sum(ops.cast(valid, x.dtype))
         replicas = replica_context() if self.synchronized and groups is None else None
         if replicas is not None:
@@ -335,6 +340,19 @@ def _policy(statistics: Policy | PolicyName | Mapping[str, Any]) -> Policy:
         return policy_from(statistics)
     settings = dict(statistics)
     return type(policy_from(settings.pop("policy", None)))(**settings)
+
+
+def _settings_in_range(momentum: float, epsilon: float) -> None:
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"BatchNormalization: `momentum` must lie in [0, 1], the weight of the old average; "
+            f"got {momentum!r}."
+        )
+    if not epsilon > 0:
+        raise ValueError(
+            f"BatchNormalization: `epsilon` must be above 0, so that a channel of one value can be "
+            f"normalized; got {epsilon!r}."
+        )
 
 
 def _expanded(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
