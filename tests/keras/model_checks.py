@@ -184,3 +184,40 @@ def test_a_model_without_an_input_shape_is_built_by_fit(policy: str) -> None:
     model.fit(draw(6, 3), draw(6, 3, seed=1), batch_size=3, verbose=0)
     assert int(model.layers[1].num_batches_tracked) == 2
     assert np.isfinite(array(model.layers[1].moving_mean)).all()
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".keras", ".h5"])
+@pytest.mark.parametrize(("before", "after"), [("steady", "batch"), ("batch", "steady")])
+def test_files_load_under_another_policy(
+    before: str, after: str, suffix: str, tmp_path: Path
+) -> None:
+    source, x = trained(BatchNormalization, statistics=before), draw(6, 3)
+    source(x, training=True)
+    file = tmp_path / f"a{suffix}"
+    (source.save_weights if "weights" in suffix else source.save)(file)
+    model = trained(BatchNormalization, statistics=after)
+    model.set_weights([0 * w for w in model.get_weights()])
+    model.load_weights(file)
+    np.testing.assert_allclose(array(model(x)), array(source(x)), atol=2e-6)
+    if after == "steady":
+        assert_statistics_survive_a_batch(model, x)
+
+
+@pytest.mark.parametrize(("suffix", "count"), [(".keras", 8), (".weights.h5", 8), (".h5", 0)])
+def test_the_count_of_batches_is_in_files_but_for_whole_h5_models(
+    suffix: str, count: int, tmp_path: Path
+) -> None:
+    model, x = trained(BatchNormalization, statistics="steady"), draw(6, 3)
+    model.layers[1].num_batches_tracked.assign(5)
+    for _ in range(3):
+        model(x, training=True)
+    file = tmp_path / f"a{suffix}"
+    (model.save_weights if "weights" in suffix else model.save)(file)
+    again = trained(BatchNormalization, statistics="steady")
+    again.load_weights(file)
+    assert int(again.layers[1].num_batches_tracked) == count
+    layer = again.layers[1]
+    layer.set_weights([*layer.get_weights(), np.int32(8)])
+    assert int(layer.num_batches_tracked) == 8
+    layer.set_weights(layer.get_weights())
+    assert int(layer.num_batches_tracked) == 0

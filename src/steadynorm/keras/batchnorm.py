@@ -295,10 +295,17 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         }
 
     def load_own_variables(self, store: Any) -> None:
-        """Read weights of this layer or of Keras's own, which does not count batches."""
+        """Read weights of this layer under any policy, or of Keras's own, with a count or without.
+
+        Without one it is 0, which beside trained statistics reads as many.
+        """
         values = {key: store[key] for key in store.keys()}  # noqa: SIM118  an HDF5 store
-        if self.num_batches_tracked is not None and len(values) == len(self.weights):
-            values[str(len(values))] = np.int32(0)  # beside trained statistics it reads as many
+        last = str(len(self.weights))
+        counted = len(values) == len(self.weights) + 1 and np.shape(values.get(last, [])) == ()
+        if self.num_batches_tracked is None and counted:
+            del values[last]
+        elif self.num_batches_tracked is not None and len(values) == len(self.weights):
+            values[last] = np.int32(0)
         super().load_own_variables(values)
         self._forget_gradient()
 
