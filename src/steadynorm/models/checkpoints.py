@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from steadynorm.models.formats import KERAS_RENORM_NAMES
 from steadynorm.statistics import CONVENTIONS, convert_momentum, convert_variance
 
 MANY = 1 << 30
@@ -76,21 +77,22 @@ def convert_weights(
     """
     names, new_names = _names(source, "source"), _names(target, "target")
     layers = find_layers(weights, source)
+    unnamed = _unnamed(weights) if source == "keras" else {}
+    remarks = [_UNNAMED.format(prefix, len(arrays)) for prefix, arrays in unnamed.items()]
     if not layers:
         raise ValueError(
             f"weights hold no batch normalization layer of {source}: none has both "
-            f"{names[2]!r} and {names[3]!r} of one length."
+            f"{names[2]!r} and {names[3]!r} of one length." + "".join(f" {r}" for r in remarks)
         )
     converted: dict[str, Any] = {}
-    remarks: list[str] = []
-    used: set[str] = set()
+    used = {name for arrays in unnamed.values() for name in arrays}
     for prefix in layers:
         found = {
             role: name
             for role, name in zip(ROLES, (join(prefix, n, source) for n in names), strict=True)
             if name in weights
         }
-        used |= set(found.values())
+        used |= set(found.values()) | _renorms_own(weights, prefix, source, target, remarks)
         layer = {role: np.asarray(weights[name]) for role, name in found.items()}
         n = (
             values_per_channel.get(prefix)
@@ -106,6 +108,49 @@ def convert_weights(
     if others := len(weights) - len(used):
         remarks.append(f"{others} other arrays are left out: they are no batch normalization.")
     return Converted(converted, tuple(remarks))
+
+
+_UNNAMED = (
+    "{}: {} arrays are left out: they may be a batch normalization with scale=False, center=False "
+    "or renorm=True, but the file numbers its arrays and does not say which they are. Save the "
+    "whole model as .keras, whose settings say."
+)
+# Keras's names for layers that keep two arrays of one length too.
+_OTHERS = ("layer_normalization", "group_normalization")
+
+
+def _unnamed(weights: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By prefix, numbered arrays that may be a batch normalization's, but do not say which."""
+    groups: dict[str, list[str]] = {}
+    for name in weights:
+        prefix, _, last = name.rpartition(SEPARATORS["keras"])
+        kind = prefix.rpartition(SEPARATORS["keras"])[2]
+        if last.isdecimal() and not kind.startswith(_OTHERS):
+            groups.setdefault(prefix, []).append(name)
+    return {prefix: names for prefix, names in groups.items() if _alike(weights, names)}
+
+
+def _alike(weights: Mapping[str, Any], names: list[str]) -> bool:
+    shapes = [np.shape(weights[name]) for name in names]
+    shapes = shapes[:-1] if shapes[-1] == () else shapes  # a count of batches
+    # Two to seven arrays: the moving statistics, what is learned, and what renorm=True adds.
+    return 2 <= len(shapes) <= 7 and len(set(shapes)) == 1 and len(shapes[0]) == 1
+
+
+def _renorms_own(
+    weights: Mapping[str, Any], prefix: str, source: str, target: str, remarks: list[str]
+) -> set[str]:
+    """The arrays that Keras keeps for `renorm=True` alone, which stay behind."""
+    if source != "keras":
+        return set()
+    found = {name: join(prefix, name, source) for name in KERAS_RENORM_NAMES}
+    found = {name: whole for name, whole in found.items() if whole in weights}
+    if found:
+        remarks.append(
+            f"{prefix}: {', '.join(found)} of renorm=True are left out: {target} has no place for "
+            f"them. Inference uses none of them."
+        )
+    return set(found.values())
 
 
 def find_layers(weights: Mapping[str, Any], framework: str) -> list[str]:

@@ -23,6 +23,7 @@ from steadynorm._extras import lacking
 
 NESTED = ("state_dict", "model_state_dict", "model")
 KERAS_NAMES = ("gamma", "beta", "moving_mean", "moving_variance", "num_batches_tracked")
+KERAS_RENORM_NAMES = ("moving_stddev", "renorm_mean", "renorm_stddev")
 # Compressed zeros shrink a thousandfold, trained weights hardly at all.
 LARGEST_EXPANSION = 100
 SMALLEST_SIZE = 1 << 16  # a tiny file's header may say much of little
@@ -169,11 +170,15 @@ def _load_from(held: Any, name: Any) -> Callable[[], np.ndarray]:
 
 
 def keras(path: Path, opened: ExitStack) -> Entries:
-    """Of `.keras`: an archive with the weights as HDF5 inside."""
+    """Of `.keras`: an archive of the weights as HDF5, whose layers its settings explain."""
     archive = opened.enter_context(zipfile.ZipFile(path))
     inner = _member(archive, "model.weights.h5", "weights", path, LARGEST_EXPANSION)
     folder = opened.enter_context(tempfile.TemporaryDirectory())
-    return hdf5(Path(archive.extract(inner, folder)), opened)
+    known: dict[str, tuple[str, ...] | None] = {}
+    for settings in keras_settings(path) if "config.json" in archive.namelist() else []:
+        name, roles = str(settings.get("name")), _roles_by(settings)
+        known[name] = roles if known.get(name, roles) == roles else None  # two layers of one name
+    return hdf5(Path(archive.extract(inner, folder)), opened, known)
 
 
 def _member(
@@ -204,9 +209,11 @@ def keras_settings(path: Path) -> list[dict[str, Any]]:
     return list(visit(json.loads(text)))
 
 
-def hdf5(path: Path, opened: ExitStack) -> Entries:
+def hdf5(
+    path: Path, opened: ExitStack, known: Mapping[str, tuple[str, ...] | None] | None = None
+) -> Entries:
     """Of Keras's `.weights.h5`, which numbers the variables of a layer instead of naming them, or
-    of a whole model's `.h5`, which names them.
+    of a whole model's `.h5`, which names them. `known`: what a layer of a name keeps, in order.
 
     Links and data that lie in other files are not followed.
     """
@@ -231,7 +238,10 @@ def hdf5(path: Path, opened: ExitStack) -> Entries:
         held = [group[key] for key in keys if type(group.get(key, getlink=True)) is h5py.HardLink]
         held = [data for data in held if isinstance(data, h5py.Dataset)]
         prefix = name.removesuffix("vars").rstrip("/")
-        for role, data in zip(_keras_roles([d.shape for d in held]), held, strict=True):
+        roles = _keras_roles(
+            [d.shape for d in held], (known or {}).get(str(group.attrs.get("name")))
+        )
+        for role, data in zip(roles, held, strict=True):
             found[f"{prefix}/{role}"] = entry(data)
 
     file = opened.enter_context(h5py.File(path, "r"))
@@ -239,11 +249,26 @@ def hdf5(path: Path, opened: ExitStack) -> Entries:
     return found
 
 
-def _keras_roles(shapes: list[Any]) -> list[str]:
-    """Names for a layer's variables: four arrays of one length are a batch normalization's."""
-    counted = len(shapes) == 5 and shapes[4] == ()
-    if (len(shapes) == 4 or counted) and len(shapes[0]) == 1 and len(set(shapes[:4])) == 1:
-        return list(KERAS_NAMES[: len(shapes)])
+def _roles_by(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a batch normalization with these settings keeps, in Keras's order."""
+    learned = [n for n, s in (("gamma", "scale"), ("beta", "center")) if settings.get(s, True)]
+    renorm = KERAS_RENORM_NAMES if settings.get("renorm") else ()
+    return (*learned, *KERAS_NAMES[2:4], *renorm)
+
+
+def _keras_roles(shapes: list[Any], known: tuple[str, ...] | None) -> list[str]:
+    """Names for a layer's variables, and numbers where nothing tells what they are.
+
+    Where the settings are not known, four arrays of one length are a batch normalization's, and
+    seven one's with `renorm=True`.
+    """
+    counted = len(shapes) > 1 and shapes[-1] == ()
+    arrays = shapes[:-1] if counted else shapes
+    if known is None:
+        known = {4: KERAS_NAMES[:4], 7: (*KERAS_NAMES[:4], *KERAS_RENORM_NAMES)}.get(len(arrays))
+    alike = len(set(arrays)) == 1 and len(arrays[0]) == 1
+    if known is not None and len(known) == len(arrays) and alike:
+        return [*known, *KERAS_NAMES[4 : 4 + counted]]
     return [str(number) for number in range(len(shapes))]
 
 

@@ -1,6 +1,8 @@
 """Weights, settings and files from one framework to another, and what is said about losses."""
 
+import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,79 @@ def test_the_command_converts_a_file_and_says_what_was_lost(tmp_path: Path) -> N
         result = CliRunner().invoke(app, ["convert-weights", *bad, *arguments])
         assert result.exit_code == 2
         assert result.stderr.startswith("steadynorm convert-weights: ")
+
+
+def keras_file(path: Path, layers: dict[str, tuple[dict[str, Any], int, bool]]) -> None:
+    """A file as Keras 3 writes it: by layer its settings, arrays, and whether a count follows."""
+    h5py = pytest.importorskip("h5py")
+    weights = path.with_name("model.weights.h5") if path.suffix == ".keras" else path
+    with h5py.File(weights, "w") as file:
+        for place, (name, (_, arrays, counted)) in enumerate(layers.items()):
+            group = file.create_group(f"layers/batch_normalization_{place}/vars")
+            group.attrs["name"] = name
+            for number in range(arrays):
+                group[str(number)] = np.full(3, number + 1.0, np.float32)
+            if counted:
+                group[str(arrays)] = np.int32(6)
+    if path.suffix == ".keras":
+        config = [
+            {"class_name": "BatchNormalization", "config": {"name": name, **settings}}
+            for name, (settings, *_) in layers.items()
+        ]
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", json.dumps({"config": {"layers": config}}))
+            archive.write(weights, "model.weights.h5")
+
+
+LAYERS = {
+    "plain": ({}, 4, True),
+    "center": ({"scale": False}, 3, True),
+    "scale": ({"center": False}, 3, False),
+    "bare": ({"scale": False, "center": False}, 2, False),
+    "renorm": ({"renorm": True}, 7, False),
+    "bare renorm": ({"renorm": True, "scale": False, "center": False}, 5, False),
+}
+
+
+def test_keras_settings_tell_what_a_layers_arrays_are(tmp_path: Path) -> None:
+    keras_file(tmp_path / "a.keras", LAYERS)
+    values, remarks = convert_weights(read(tmp_path / "a.keras"), "keras", "flax")
+    found = {name.removeprefix("layers."): float(value[0]) for name, value in values.items()}
+    expected = {
+        0: ("scale", "bias", "mean", "var"),
+        1: ("bias", "mean", "var"),
+        2: ("scale", "mean", "var"),
+        3: ("mean", "var"),
+        4: ("scale", "bias", "mean", "var"),
+        5: ("mean", "var"),
+    }
+    assert found == {
+        f"batch_normalization_{place}.{name}": number + 1.0
+        for place, names in expected.items()
+        for number, name in enumerate(names)
+    }
+    own = "moving_stddev, renorm_mean, renorm_stddev of renorm=True are left out: flax has no place"
+    assert [own in remark for remark in remarks].count(True) == 2
+    assert not any("other arrays" in remark for remark in remarks)
+
+
+def test_keras_arrays_without_settings_are_named_where_their_number_tells(tmp_path: Path) -> None:
+    keras_file(tmp_path / "a.weights.h5", LAYERS)
+    values, remarks = convert_weights(read(tmp_path / "a.weights.h5"), "keras", "flax")
+    assert {name.split(".")[1] for name in values} == {
+        "batch_normalization_0",
+        "batch_normalization_4",
+    }
+    unclear = [remark for remark in remarks if "may be a batch normalization with" in remark]
+    assert [remark.partition(":")[0] for remark in unclear] == [
+        f"layers/batch_normalization_{place}" for place in (1, 2, 3, 5)
+    ]
+    assert not any("no batch normalization" in remark for remark in remarks)
+    layer_norm = {f"layers/layer_normalization_1/{i}": np.ones(3) for i in range(2)}
+    weights = read(tmp_path / "a.weights.h5") | layer_norm
+    assert len(convert_weights(weights, "keras", "flax").remarks) == len(remarks) + 1
+    keras_file(tmp_path / "b.weights.h5", {"center": LAYERS["center"]})
+    with pytest.raises(
+        ValueError, match=r"4 arrays are left out: they may be a batch norm.*\.keras"
+    ):
+        convert_weights(read(tmp_path / "b.weights.h5"), "keras", "flax")
