@@ -29,10 +29,11 @@ AS_KERAS_RUNS_THEM = (
     ("file", "options"),
     [
         ("layer_checks.py", ()),
+        ("edge_checks.py", ()),
         ("model_checks.py", ()),
         ("kerass_own_checks.py", AS_KERAS_RUNS_THEM),
     ],
-    ids=["layer", "models", "kerass own"],
+    ids=["layer", "edges", "models", "kerass own"],
 )
 def test_layer(file: str, options: tuple[str, ...], backend: str) -> None:
     if find_spec(backend) is None:
