@@ -336,7 +336,7 @@ def averaged() -> tuple[AveragedModel, Report]:
         if step > 20 and step % 5 == 0:
             average.update_parameters(model)
 
-    read_digits(model, rate=3e-2, cycle=False, before=take)
+    read_digits(model, rate=1e-1, cycle=False, before=take)  # weights that move fast
     return average.eval(), sn.diagnose(average, data(), loss=F.cross_entropy)
 
 
