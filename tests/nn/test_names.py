@@ -17,6 +17,7 @@ def test_completion_knows_both():
     names = dir(nn)
     assert {"BatchNorm2d", "BatchNormLSTM", "Linear", "Conv2d", "functional"} <= set(names)
     assert all(hasattr(nn, name) for name in names if not name.startswith("_"))
+    assert {"batch_norm", "relu"} <= set(dir(nn.functional))
 
 
 def test_a_star_gives_ours_after_torchs():
