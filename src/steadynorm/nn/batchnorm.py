@@ -152,9 +152,11 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _first_memory(self, memory: Tensor) -> Tensor:
         """Zeros for a memory made on the meta device: who gave it memory wrote no values there."""
-        self._memory_is_new = False
         mean = self.running_mean
-        if mean is not None and mean.device != memory.device:
+        if mean is None or mean.is_meta:
+            return memory
+        self._memory_is_new = False
+        if mean.device != memory.device:
             self.gradient_memory = memory = torch.zeros_like(memory, device=mean.device)
         return memory.zero_()
 

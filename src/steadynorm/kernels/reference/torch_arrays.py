@@ -20,10 +20,7 @@ from steadynorm.statistics import Moments
 def _may_overwrite() -> bool:
     """Whether a fresh intermediate may be reused: nobody differentiates or transforms this call."""
     return not (
-        torch.is_grad_enabled()
-        or compat.is_transforming()
-        or torch.compiler.is_compiling()
-        or compat.dispatch_modes()
+        torch.is_grad_enabled() or compat.is_transforming() or torch.compiler.is_compiling()
     )
 
 
