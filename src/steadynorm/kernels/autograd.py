@@ -1,4 +1,4 @@
-"""The one autograd function of every backend and policy, and the road that PyTorch sees through."""
+"""The one autograd function of every backend, and the path for compilation and transforms."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Traced(Backend):
     name = "traced"
 
     def supports(self, call: Call) -> str | None:
-        """Only where PyTorch looks on."""
+        """Only while compiling, tracing or transforming."""
         return None if compat.is_traced() else "PyTorch neither compiles nor transforms this call"
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:

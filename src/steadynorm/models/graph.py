@@ -77,7 +77,7 @@ class Graph:
         return [node for node in self.nodes if node.module is module]
 
     def bypass(self, node: Node) -> None:
-        """Takes out a call that now hands on its input as it is."""
+        """Takes out a call that is now an identity."""
         source = node.inputs[0]
         source.users.remove(node)
         for user in node.users:

@@ -82,7 +82,7 @@ class MeasuringPass:
 
 
 def _without_nonfinite(part: LayerMoments) -> LayerMoments:
-    """Nothing at all if a value was NaN or infinite, which is what `nonfinite="skip"` asks."""
+    """Drops the batch if a value is NaN or infinite, which is what `nonfinite="skip"` asks."""
     finite = part.moments.mean.isfinite().all() & part.moments.var.isfinite().all()
     return part._replace(moments=Moments(*(torch.where(finite, v, 0.0) for v in part.moments)))
 

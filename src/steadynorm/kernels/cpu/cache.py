@@ -1,6 +1,6 @@
 """Files kept between processes, and loaded only if nobody else can have written them.
 
-What is kept here is machine code, so a file is believed no more than the program itself: it and its
+What is kept here is machine code, so a file is trusted no more than the program itself: it and its
 folder must belong to this user or to root, nobody else may write them, and a checksum over name and
 content must hold (a flipped bit in machine code ends the process). What is not believed is not
 read; whoever calls makes it anew. No fault of a folder is an error.

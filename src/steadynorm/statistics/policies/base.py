@@ -51,7 +51,7 @@ class Policy:
         return None
 
     def one_way(self) -> Policy:
-        """The policy without a memory of the gradient, for who keeps none."""
+        """The policy without a memory of the gradient, for frameworks that keep none."""
         return self
 
     def update(
