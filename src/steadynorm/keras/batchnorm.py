@@ -9,9 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from steadynorm.keras import recomputation
 from steadynorm.keras.arrays import reference, xp
 from steadynorm.keras.gradient_memory import GradientMemoryOfLayer, Seen
-from steadynorm.keras.recomputation import FirstRuns, is_recomputation, may_be_recomputed
 from steadynorm.keras.replica_context import replica_context
 from steadynorm.kernels.checks import nonfinite_name, residual_shape
 from steadynorm.kernels.reference import Groups
@@ -130,7 +130,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         self.nonfinite = nonfinite
         self.num_batches_tracked: Any = None
         self.gradient_memory: GradientMemoryOfLayer | None = None
-        self._first_runs = FirstRuns()
+        self._first_runs = recomputation.first_runs()
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the weights: Keras's, and the number of batches where the policy asks for it."""
@@ -239,11 +239,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         policy = self.statistics if remembers else self.statistics.one_way()
         policy = _KerasRenorm(self) if self.renorm else policy
         normalizer, after = step(policy, batch, running, context, skip_nonfinite=skip_nonfinite)
-        again = is_recomputation()
+        again = recomputation.is_recomputation()
         if policy.needs_running and again:
-            normalizer = self._first_runs.recall(batch)
-        elif policy.needs_running and may_be_recomputed():
-            self._first_runs.remember(batch, normalizer)
+            normalizer = recomputation.recall(self._first_runs, batch)
+        elif policy.needs_running and recomputation.may_be_recomputed():
+            recomputation.remember(self._first_runs, batch, normalizer)
         if again:
             pass  # the first run has moved the statistics
         elif self.renorm:

@@ -6,7 +6,6 @@ and JAX refuse a layer with moving statistics inside it themselves.
 
 from __future__ import annotations
 
-from collections import deque
 from importlib import import_module
 from typing import Any
 
@@ -14,34 +13,35 @@ import keras
 from keras import ops
 
 from steadynorm.statistics import Moments, Normalizer
+from steadynorm.statistics.first_runs import FirstRuns
 
-# Forwards of one layer that may wait for their recomputation at a time; channel-sized each.
-REMEMBERED = 64
+CURE = "Take the layer out of rematerialization, or use statistics='batch'."
 
 
-class FirstRuns:
-    """What normalized a layer's batches in runs that may be recomputed, by the batches' moments."""
+def first_runs() -> FirstRuns:
+    """A layer's runs that may be recomputed."""
+    return FirstRuns(_equal, CURE)
 
-    def __init__(self) -> None:
-        self._runs: deque[tuple[Moments, Normalizer]] = deque(maxlen=REMEMBERED)
 
-    def remember(self, batch: Moments, normalizer: Normalizer) -> None:
-        """Keep what normalized this batch."""
-        self._runs.append((batch, normalizer))
+def remember(runs: FirstRuns, batch: Moments, normalizer: Normalizer) -> None:
+    """Keep what normalized this batch; a region is known by its hook."""
+    hooks = _saved_hooks()
+    runs.remember(batch, normalizer, hooks[0] if isinstance(hooks, tuple) else None)
 
-    def recall(self, batch: Moments) -> Normalizer:
-        """What normalized a batch of the same moments in its first run.
 
-        Raises RuntimeError where that is not known: the moving statistics are others by now.
-        """
-        for known, normalizer in reversed(self._runs):
-            if _equal(known.mean, batch.mean) and _equal(known.var, batch.var):
-                return normalizer
+def recall(runs: FirstRuns, batch: Moments) -> Normalizer:
+    """What normalized a batch of the same moments in its first run.
+
+    Raises RuntimeError where that is not known: the moving statistics are others by now.
+    """
+    found = runs.recall(batch, "BatchNormalization")
+    if found is None:
         raise RuntimeError(
-            "BatchNormalization: this forward runs inside a backward pass, and no first run of the "
-            "same batch is known, whose moving statistics it would have to normalize by. Take the "
-            "layer out of rematerialization, or use statistics='batch'."
+            f"BatchNormalization: this forward runs inside a backward pass, and no first run of "
+            f"the same batch is known, whose moving statistics it would have to normalize by. "
+            f"{CURE}"
         )
+    return found
 
 
 def is_recomputation() -> bool:
@@ -63,8 +63,14 @@ def may_be_recomputed() -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
-    return hooks(True) is not None  # torch 2.7 cannot be asked: perhaps
+    return _saved_hooks() is not None
+
+
+def _saved_hooks() -> Any:
+    """The innermost pair of hooks on saved tensors, or None. torch 2.7 cannot be asked: perhaps."""
+    torch = _torch()
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+    return ask(True)
 
 
 def _torch() -> Any:
@@ -73,4 +79,4 @@ def _torch() -> Any:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return a.shape == b.shape and bool(ops.all(ops.equal(a, b)))
+    return ops.shape(a) == ops.shape(b) and bool(ops.all(ops.equal(a, b)))

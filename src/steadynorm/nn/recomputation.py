@@ -11,9 +11,6 @@ statistics that have moved (pytorch#197039); `snapshot` keeps what was read.
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,20 +19,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from steadynorm.kernels import compat
 from steadynorm.statistics import Moments, Normalizer
+from steadynorm.statistics.first_runs import REMEMBERED, FirstRuns
 
-# Forwards of one layer that may wait for their recomputation at a time; channel-sized each.
-REMEMBERED = 64
+CURE = "Use use_reentrant=False and one backward for each forward, or sn.Batch()."
 _first_runs: Any = WeakIdKeyDictionary()
-
-
-@dataclass(eq=False, slots=True)
-class _FirstRun:
-    """A forward that may be repeated: its batch, what normalized it, and the region it lay in."""
-
-    batch: Moments
-    normalizer: Normalizer
-    region: Any  # a weak reference to the region's hook; None where it is not known
-    repeated: bool = False
 
 
 def is_recomputation(running_mean: Tensor | None = None) -> bool:
@@ -69,56 +56,31 @@ def expect(running_mean: Tensor) -> None:
     """A forward of this layer in a backward pass, from now on, repeats an earlier one."""
     key = _owner_of(running_mean)
     if key not in _first_runs:
-        _first_runs[key] = deque(maxlen=REMEMBERED)
+        _first_runs[key] = FirstRuns(_equal, CURE)
 
 
 def remember(running_mean: Tensor, batch: Moments, normalizer: Normalizer) -> None:
-    """Keep what normalized this batch, in case it is recomputed; forget what has been."""
-    key = _owner_of(running_mean)
-    waiting = [run for run in _first_runs[key] if not run.repeated]
+    """Keep what normalized this batch, in case it is recomputed; a region is known by its hook."""
     hooks = compat.saved_hooks(True)
-    region = weakref.ref(hooks[0]) if isinstance(hooks, tuple) else None
-    waiting.append(_FirstRun(batch, normalizer, region))
-    _first_runs[key] = deque(waiting, maxlen=REMEMBERED)
+    region = hooks[0] if isinstance(hooks, tuple) else None
+    _first_runs[_owner_of(running_mean)].remember(batch, normalizer, region)
 
 
 def recall(running_mean: Tensor, batch: Moments, owner: str) -> Normalizer:
-    """What normalized a batch of the same moments in its first run.
-
-    Of several, the last that waits: a backward pass goes through regions in reverse order, but
-    through one region from its beginning.
-    """
-    alike = [
-        run
-        for run in _first_runs[_owner_of(running_mean)]
-        if torch.equal(run.batch.mean, batch.mean) and torch.equal(run.batch.var, batch.var)
-    ]
-    if not alike:
+    """What normalized a batch of the same moments in its first run."""
+    found: Normalizer | None = _first_runs[_owner_of(running_mean)].recall(batch, owner)
+    if found is None:
         raise RuntimeError(
             f"{owner}: this forward runs in a backward pass, as activation checkpointing repeats "
             f"one, and none of the {REMEMBERED} forwards that are remembered saw this batch. Let "
             f"at most {REMEMBERED} forwards of a layer wait for their backward, run no other "
             f"forward of it there, or use sn.Batch()."
         )
-    waiting = [run for run in alike if not run.repeated] or alike
-    run = waiting[-1]
-    if not all(_equal(run.normalizer, other.normalizer) for other in waiting):
-        if run.repeated or run.region is None:
-            raise NotImplementedError(
-                f"{owner}: activation checkpointing repeats one of {len(waiting)} forwards that "
-                f"saw the same batch with other running statistics, and which one cannot be told. "
-                f"Use use_reentrant=False and one backward for each forward, or sn.Batch()."
-            )
-        run = next(each for each in waiting if each.region == run.region)
-    run.repeated = True
-    found: Normalizer = run.normalizer
     return found
 
 
-def _equal(one: Normalizer, other: Normalizer) -> bool:
-    return all(
-        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True)
-    )
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 REFUSED = (
