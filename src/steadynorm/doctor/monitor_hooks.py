@@ -25,9 +25,6 @@ class OwnHook:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return _instead, ()
 
-    def __deepcopy__(self, _: Any) -> Callable[..., None]:
-        return removes_itself
-
 
 def removes_itself(module: nn.Module, *_: Any) -> None:
     """What a copy holds until its first call: takes itself out of the module's hooks."""

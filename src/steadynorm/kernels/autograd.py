@@ -12,9 +12,9 @@ from steadynorm.kernels.checks import warn_of_export
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.reference.differentiable import (
     differentiable,
-    in_operators,
     live_moments,
     second_order,
+    several_at_once,
     without_gradient,
 )
 from steadynorm.kernels.reference.torch_arrays import moments_at_once, reference
@@ -42,11 +42,10 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs = (ctx.saved_tensors, ctx.rest), ctx.needs_input_grad[:4]
-        seen = compat.is_batched(grad) or compat.is_transforming()
         if torch.is_grad_enabled():  # create_graph=True
             gradients = second_order(ctx.backend, ctx.backend.unpack(saved), grad, needs)
-        elif seen or (ctx.backend.name == "cpu" and compat.dispatch_modes()):
-            gradients = in_operators(ctx.backend, ctx.backend.unpack(saved), grad, needs)
+        elif compat.is_batched(grad) or compat.is_transforming():
+            gradients = several_at_once(ctx.backend, ctx.backend.unpack(saved), grad, needs)
         else:
             gradients = ctx.backend.backward(saved, grad, needs)
         return *gradients, None, None

@@ -7,17 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from steadynorm.models.formats import KERAS_RENORM_NAMES
-from steadynorm.statistics import CONVENTIONS, convert_momentum, convert_variance
-
-MANY = 1 << 30
-"""Batches seen, for a layer that counts them, where the source does not say: enough that the next
-batch is one of many."""
+from steadynorm.models.formats import KERAS_NAMES, KERAS_RENORM_NAMES
+from steadynorm.statistics import CONVENTIONS, MANY_BATCHES, convert_momentum, convert_variance
 
 ROLES = ("weight", "bias", "mean", "var", "batches")
 NAMES = {
     "torch": ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
-    "keras": ("gamma", "beta", "moving_mean", "moving_variance", "num_batches_tracked"),
+    "keras": KERAS_NAMES,
     "flax": ("scale", "bias", "mean", "var", "num_batches_tracked"),
 }
 SEPARATORS = {"torch": ".", "keras": "/", "flax": "."}
@@ -201,14 +197,16 @@ def _batches(
 ) -> None:
     if target == "torch":
         if "batches" not in layer:
-            layer["batches"] = np.asarray(MANY, np.int64)
+            layer["batches"] = np.asarray(MANY_BATCHES, np.int64)
             remarks.append(
                 f"{prefix}: the number of batches seen is not known: num_batches_tracked is "
-                f"{MANY}, so that the next batch is one of many."
+                f"{MANY_BATCHES}, so that the next batch is one of many."
             )
         layer["batches"] = layer["batches"].astype(np.int64)
     elif count_batches:
-        layer["batches"] = np.minimum(layer.get("batches", MANY), MANY).astype(np.int32)
+        layer["batches"] = np.minimum(layer.get("batches", MANY_BATCHES), MANY_BATCHES).astype(
+            np.int32
+        )
     elif "batches" in layer:
         count = int(layer.pop("batches"))
         remarks.append(

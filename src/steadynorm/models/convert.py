@@ -173,7 +173,7 @@ def _to_ours(
     current: Policy = module.statistics if isinstance(module, SteadyNorm) else Batch()
     chosen = Frozen() if norm.frozen else policy or current
     if norm.frozen and policy is not None and not isinstance(policy, Frozen):
-        frozen_by = "sn.unfreeze first" if hasattr(module, "before_freeze") else "set `statistics`"
+        frozen_by = "sn.unfreeze first" if hasattr(module, BEFORE_FREEZE) else "set `statistics`"
         notes.append(f"stays frozen; to change that, {frozen_by}")
     if chosen.needs_running and not getattr(module, "track_running_stats", True):
         notes.append(f"{chosen!r} needs running statistics, which it does not keep")
@@ -232,8 +232,14 @@ def _to_torch(name: str, module: nn.Module) -> Change | None:
 
 # --- one layer
 
-OURS_ALONE = ("statistics", "activation", "synchronize", "nonfinite", "numerics", "_settings")
+OURS_ALONE = (
+    "statistics", "activation", "synchronize", "nonfinite", "numerics", "_settings",
+    "_memory_is_new",
+)  # fmt: skip
 """Attributes that torch's layers do not have."""
+
+BEFORE_FREEZE = "before_freeze"
+"""The attribute of a layer that `freeze` froze, with what `unfreeze` puts back."""
 
 
 class BatchNorm(ours.SteadyNorm):

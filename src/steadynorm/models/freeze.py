@@ -7,13 +7,12 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from steadynorm.models.changes import Change, Changes
-from steadynorm.models.convert import OURS_ALONE, adopt
+from steadynorm.models.convert import BEFORE_FREEZE, OURS_ALONE, adopt
 from steadynorm.models.layers import Norm, describe, named, recognize, require_module
 from steadynorm.nn.steps import StepNorm
 from steadynorm.statistics import Frozen, Policy
 
 Model = TypeVar("Model", bound=nn.Module)
-MEMORY = "before_freeze"
 
 
 class BeforeFreeze(NamedTuple):
@@ -70,7 +69,7 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
         still = norm is None or norm.frozen
         if still and (not held or (norm is not None and norm.kind == "other")):
             continue
-        memory: BeforeFreeze | None = getattr(module, MEMORY, None)
+        memory: BeforeFreeze | None = getattr(module, BEFORE_FREEZE, None)
         if memory is None or not still:
             policy = getattr(module, "statistics", None)
             kind = type(module) if memory is None else memory.kind
@@ -78,7 +77,7 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
         memory = memory._replace(trained=memory.trained | held)
         if norm is not None:
             adopt(module, norm, Frozen(), getattr(module, "synchronize", False))
-        setattr(module, MEMORY, memory)
+        setattr(module, BEFORE_FREEZE, memory)
         for key in held:
             parameters[key].requires_grad_(False)
         parts = ", ".join([*([] if still else ["statistics"]), *held])
@@ -100,7 +99,7 @@ def unfreeze(model: Model) -> tuple[Model, Changes]:
     require_module(model, "unfreeze")
     changes = Changes()
     for name, module in named(model):
-        memory: BeforeFreeze | None = getattr(module, MEMORY, None)
+        memory: BeforeFreeze | None = getattr(module, BEFORE_FREEZE, None)
         if memory is None:
             continue
         before = _described(module)
@@ -116,7 +115,7 @@ def unfreeze(model: Model) -> tuple[Model, Changes]:
         for key, trained in memory.trained.items():
             if trained and getattr(module, key) is not None:
                 getattr(module, key).requires_grad_(True)
-        delattr(module, MEMORY)
+        delattr(module, BEFORE_FREEZE)
         changes.append(Change("unfrozen", name, before, after, why))
     return model, changes
 

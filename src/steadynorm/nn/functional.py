@@ -200,9 +200,8 @@ def normalize(
     if running_mean is not None:
         if recomputation.is_recomputation(running_mean):
             step.recompute()
-        elif (
-            recomputation.may_be_recomputed()
-        ):  # asked here: in the autograd function it always may
+        # Asked here: inside the autograd function gradient is always off.
+        elif recomputation.may_be_recomputed():
             recomputation.expect(running_mean)
             if policy.needs_running:
                 step.may_repeat, step.blends = True, False  # for `decide` to look after

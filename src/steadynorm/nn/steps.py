@@ -123,11 +123,12 @@ class StepNorm(_NormBase):
         last = len(self.steps) - 1
         times = [min(time, last) for time in range(start, start + length)]
         layers: list[Any] = list(self.steps)
-        if self.learns or (_can_be_read(layers[-1]) and int(layers[-1].num_batches_tracked)):
+        furthest = layers[max(times, default=last)]
+        if self.learns or (_can_be_read(furthest) and int(furthest.num_batches_tracked)):
             return [Served(layers[time]) for time in times]
         running = _stacked(layers)
         touched = batches_seen(running, xp=torch, rows=True).flatten() != 0
-        if _can_be_read(layers[-1]):
+        if _can_be_read(furthest):
             reached = touched.nonzero().flatten().tolist()
             last = reached[-1] if reached else last
             return [Served(layers[min(time, last)]) for time in times]

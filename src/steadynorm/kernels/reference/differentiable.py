@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Gradients, Saved, coefficients_of
@@ -65,18 +64,20 @@ def second_order(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gradie
 
 
 def in_operators(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
-    """The backward in operations that PyTorch sees through, where nobody differentiates it again.
+    """The backward in operations that PyTorch sees through; nobody differentiates it again."""
+    with torch.enable_grad():
+        gradients = second_order(backend, saved, grad, needs)
+    return tuple(g if g is None else g.clone() for g in gradients)  # without a graph
 
-    For several gradients at once, and under dispatch modes, which record no kernel.
-    """
-    if saved.memory is not None and not compat.dispatch_modes():
+
+def several_at_once(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
+    """The backward for a batch of gradients, each of which would move the layer's memory."""
+    if saved.memory is not None:
         raise NotImplementedError(
             "several gradients at once (is_grads_batched, vmap) cannot move one memory of the "
             "gradient. Ask for one after the other, or use sn.Steady(window=None)."
         )
-    with torch.enable_grad():
-        gradients = second_order(backend, saved, grad, needs)
-    return tuple(g if g is None else g.clone() for g in gradients)  # without a graph
+    return in_operators(backend, saved, grad, needs)
 
 
 def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
