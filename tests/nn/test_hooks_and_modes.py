@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import steadynorm as sn
+import steadynorm.nn.functional as F
 
 SHAPES = {"small": (4, 16, 5, 7), "kernel": (8, 32, 20, 20)}
 POLICIES = ["batch", sn.Steady(), sn.Running(), sn.Ghost(2)]
@@ -73,6 +74,14 @@ def test_a_zero_tensor_has_no_memory_to_read():
     layer = sn.BatchNorm2d(32)
     x = torch._efficientzerotensor(SHAPES["kernel"])
     assert torch.equal(layer(x), torch.zeros(SHAPES["kernel"]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_scale_that_is_a_zero_tensor_is_zero(training):
+    """Its address is 0, which tells a kernel that there is no scale."""
+    x, zero, one = torch.randn(SHAPES["kernel"]), torch._efficientzerotensor(32), torch.ones(32)
+    y = F.batch_norm(x, torch.zeros(32), torch.ones(32), zero, one, training=training)
+    assert torch.equal(y, torch.ones_like(x))
 
 
 @pytest.mark.parametrize("training", [True, False])

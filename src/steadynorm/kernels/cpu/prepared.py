@@ -34,7 +34,7 @@ from . import loops, slabs
 from .arguments import BACKWARD, FORWARD, ROWS, Arguments, writer
 from .kernels import backward_kernel, forward_kernel, gradient_options
 from .readable import PLAIN, readable
-from .results import LARGE, large_like
+from .results import LARGE, large_like, prototype
 from .stages import unsupported
 
 _fill_forward, _FORWARD = writer("eps", "momentum", "share", *FORWARD)
@@ -80,11 +80,13 @@ class Plan:
         large = self.count * self.channels * dtype.itemsize >= LARGE
         self.empty_like = large_like if large else torch.empty_like
         self.threads = slab.plan.threads
-        self.partial = 0 if slab.plan.visit else slab.sums
+        self.partial_sums = None if slab.plan.visit else prototype(torch.float64, slab.sums)
+        self.per_channel = prototype(self.real, self.channels)
+        self.scale_and_shift = prototype(self.real, 2, self.channels)
         self.step = shape.channels * self.real.itemsize
         self.rows_bytes = len(ROWS) * self.step
         self.signs = slab.words if self.kept is Keep.SIGNS else 0
-        self.size_of_rows = self.rows_bytes // 2 + self.signs
+        self.rows = prototype(torch.int16, self.rows_bytes // 2 + self.signs)
         self.options = gradient_options(self.kept, residual=residual)
         self._backward: list[Any] = [None, None]
         self._forward = forward_kernel(dtype, activation, add=residual)
@@ -97,12 +99,6 @@ class Plan:
         self._gradient_of_x = _template(slab, loops.MAP)
         self._inference = _template(mapping, loops.DECIDE, loops.MAP)
 
-    def empty_sums(self) -> Tensor | None:
-        """Memory for the sums of a reduction in parts, if it is one."""
-        return (
-            torch.empty(self.partial, dtype=torch.float64, device="cpu") if self.partial else None
-        )
-
     def fits(self, call: Call) -> bool:
         """Whether parameters and running statistics are as these kernels read and write them."""
         real = self.real
@@ -110,6 +106,7 @@ class Plan:
             if t is not None and not (  # `readable` written out: calls cost 0.4 µs
                 t.dtype is real and t.is_contiguous() and t.is_cpu
                 and t.__class__ in PLAIN and not t.is_neg()
+                and t.data_ptr()  # a zero tensor has none, and to a kernel 0 means no tensor
             ):  # fmt: skip
                 return False
         batches, memory = call.num_batches_tracked, call.memory
@@ -130,8 +127,8 @@ class Plan:
         if residual is not None:
             residual = slabs.alike(residual, x, "residual")
         y = self.empty_like(x)
-        rows = torch.empty(self.size_of_rows, dtype=torch.int16, device="cpu")
-        partial_sums = self.empty_sums()
+        rows = torch.empty_like(self.rows)
+        partial_sums = None if self.partial_sums is None else torch.empty_like(self.partial_sums)
         a = Arguments.from_buffer_copy(template)
         first = rows.data_ptr()
         end = first + self.rows_bytes
@@ -160,7 +157,7 @@ class Plan:
         """Normalize by the running statistics, where no backward can follow."""
         x, residual = call.x, slabs.residual_alike(call.residual, call.x)
         y = self.empty_like(x)
-        rows = torch.empty((2, self.channels), dtype=self.real, device="cpu")
+        rows = torch.empty_like(self.scale_and_shift)
         a = Arguments.from_buffer_copy(self._inference)
         a.x, a.y, a.eps = x.data_ptr(), y.data_ptr(), call.eps
         a.residual, a.weight, a.bias = map(_address, (residual, call.weight, call.bias))
@@ -180,9 +177,9 @@ class Plan:
         template, dweight, dbias = self._gradient_of_x, None, None
         if rest.share or needs[1] or needs[2]:
             template = self._gradients
-            dweight = torch.empty(self.channels, dtype=self.real, device="cpu")
-            dbias = torch.empty(self.channels, dtype=self.real, device="cpu")
-        partial_sums = self.empty_sums()
+            dweight = torch.empty_like(self.per_channel)
+            dbias = torch.empty_like(self.per_channel)
+        partial_sums = None if self.partial_sums is None else torch.empty_like(self.partial_sums)
         a = Arguments.from_buffer_copy(template)
         first = rows.data_ptr()
         end = first + self.rows_bytes
