@@ -114,3 +114,9 @@ def test_wrong_kinds() -> None:
         made()([1, 2])
     with pytest.raises(TypeError, match="`hx` must be a pair of tensors"):
         made()(sequences(), torch.zeros(1, SAMPLES, HIDDEN))
+
+
+def test_time_steps_that_torch_made_into_synchronized_layers() -> None:
+    network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(made())
+    with pytest.raises(TypeError, match=r"must be TimeStep layers; got SyncBatchNorm, as .* makes"):
+        network(sequences())

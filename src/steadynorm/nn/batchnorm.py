@@ -12,12 +12,11 @@ from torch.nn.parameter import is_lazy
 
 from steadynorm.kernels.activations import ActivationName
 from steadynorm.kernels.checks import activation_name
+from steadynorm.kernels.spec import HALF
 from steadynorm.nn import checks
 from steadynorm.nn.functional import Settings, normalize
 from steadynorm.nn.synchronize import Synchronize
 from steadynorm.statistics import Policy, PolicyName
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _for_rebuilding(name: str) -> Any:
@@ -224,16 +223,16 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in wide.items():
             after = self._buffers.get(name)
-            if before is None or after is None or after.dtype not in _HALF:
+            if before is None or after is None or after.dtype not in HALF:
                 continue
-            if before.dtype not in _HALF:
+            if before.dtype not in HALF:
                 self._buffers[name] = before.to(after.device)
         return self
 
     def _widen_statistics(self) -> None:
         for name in ("running_mean", "running_var"):
             buffer = self._buffers.get(name)
-            if buffer is not None and buffer.dtype in _HALF:
+            if buffer is not None and buffer.dtype in HALF:
                 self._buffers[name] = buffer.float()
 
     def extra_repr(self) -> str:

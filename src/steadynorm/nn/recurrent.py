@@ -180,7 +180,7 @@ class BatchNormLSTMCell(nn.Module):
 
     def _check_size(self, samples: int, step: int, owner: str) -> None:
         norm = self.hidden_norm
-        policy: Any = norm.steps[0].statistics
+        policy = norm.policy
         if self.training and policy.batch_alone and norm.smallest_group(samples) == 1:
             raise ValueError(
                 f"{owner}: training needs more than one sequence at every time step under "

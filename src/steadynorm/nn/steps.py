@@ -109,9 +109,21 @@ class StepNorm(_NormBase):
         super()._load_from_state_dict(state, prefix, *rest)
 
     @property
+    def policy(self) -> Policy:
+        """That of every time step."""
+        first = self.steps[0]
+        if not isinstance(first, TimeStep):
+            raise TypeError(
+                f"BatchNormLSTM: its time steps must be TimeStep layers; got "
+                f"{type(first).__name__}, as torch.nn.SyncBatchNorm.convert_sync_batchnorm makes. "
+                f"Use sn.convert(model, synchronize=True), which leaves the LSTM as it is."
+            )
+        return first.statistics
+
+    @property
     def learns(self) -> bool:
         """Whether a forward moves the statistics."""
-        return self.training and not isinstance(self.steps[0].statistics, Frozen)
+        return self.training and not isinstance(self.policy, Frozen)
 
     def serving(self, start: int, length: int) -> list[Served]:
         """What serves each of the `length` time steps from `start` on.
@@ -141,7 +153,7 @@ class StepNorm(_NormBase):
 
     def smallest_group(self, samples: int) -> int:
         """How many of `samples` are measured together at the least."""
-        policy = self.steps[0].statistics
+        policy = self.policy
         return min(policy.lengths(samples), default=0) if isinstance(policy, Ghost) else samples
 
     def forward(

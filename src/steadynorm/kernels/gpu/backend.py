@@ -76,6 +76,7 @@ class GpuKernels(ClosedForm):
                 and t.device == device
                 and t.layout is torch.strided
                 and not t.is_neg()
+                and not t._is_zerotensor()
             ):
                 continue
             name = _name(call, t)
@@ -148,30 +149,25 @@ def _fits(call: Call) -> bool:
     """
     x, residual, batches = call.x, call.residual, call.num_batches_tracked
     device = x.get_device()
-    if x.__class__ not in PLAIN or x.is_neg():
+    if not _is_memory(x, device):
         return False
-    if residual is not None and not (
-        residual.dtype is x.dtype
-        and residual.__class__ in PLAIN
-        and residual.get_device() == device
-        and not residual.is_neg()
-    ):
+    if residual is not None and not (residual.dtype is x.dtype and _is_memory(residual, device)):
         return False
     for t in (call.weight, call.bias, call.running_mean, call.running_var):
-        if t is not None and not (
-            t.is_contiguous()
-            and t.__class__ in PLAIN
-            and t.get_device() == device
-            and not t.is_neg()
-        ):
+        if t is not None and not (t.is_contiguous() and _is_memory(t, device)):
             return False
     if call.running_var is not None and call.running_var.dtype is not torch.float32:
         return False
-    return batches is None or (
-        batches.dtype is torch.int64
-        and batches.__class__ in PLAIN
-        and batches.get_device() == device
-        and not batches.is_neg()
+    return batches is None or (batches.dtype is torch.int64 and _is_memory(batches, device))
+
+
+def _is_memory(t: Tensor, device: int) -> bool:
+    """Whether a strided tensor is nothing but memory on that device."""
+    return (
+        t.__class__ in PLAIN
+        and t.get_device() == device
+        and not t.is_neg()
+        and not t._is_zerotensor()
     )
 
 
