@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from steadynorm.kernels.spec import HALF
 from steadynorm.models.changes import Change, Changes
 from steadynorm.models.equivalence import (
     answers,
@@ -46,7 +47,6 @@ from steadynorm.statistics import (
 )
 
 Model = TypeVar("Model", bound=nn.Module)
-HALF = (torch.float16, torch.bfloat16)
 FUSED_TOLERANCE = 1e-7  # float64: two thousand times what rounding made of any network tried
 
 

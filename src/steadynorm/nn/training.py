@@ -168,9 +168,9 @@ class _WriteThroughTransforms(torch.autograd.Function):
                     "statistics=sn.Frozen()."
                 )
             if buffer_dim is not None:
-                spread = value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
+                stacked = value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
                 first = buffer.movedim(buffer_dim, 0)
-                values[i] = spread.expand_as(first).movedim(0, buffer_dim)
+                values[i] = stacked.expand_as(first).movedim(0, buffer_dim)
         done: Tensor = _WriteThroughTransforms.apply(  # type: ignore[no-untyped-call]
             *buffers, *values
         )

@@ -125,7 +125,7 @@ class Plan:
             template, share, weight = self._running, 0.0, 0.0
         x, residual = call.x, call.residual
         if residual is not None:
-            residual = slabs.alike(residual, x, "residual")
+            residual = slabs.laid_out_as(residual, x, "residual")
         y = self.empty_like(x)
         rows = torch.empty_like(self.rows)
         partial_sums = None if self.partial_sums is None else torch.empty_like(self.partial_sums)
@@ -155,7 +155,7 @@ class Plan:
 
     def infer(self, call: Call) -> Tensor:
         """Normalize by the running statistics, where no backward can follow."""
-        x, residual = call.x, slabs.residual_alike(call.residual, call.x)
+        x, residual = call.x, slabs.residual_laid_out_as(call.residual, call.x)
         y = self.empty_like(x)
         rows = torch.empty_like(self.scale_and_shift)
         a = Arguments.from_buffer_copy(self._inference)
@@ -170,7 +170,7 @@ class Plan:
     def backward(self, tensors: Any, rest: Rest, grad: Tensor, needs: Any) -> Gradients:
         """The gradients, that of x included; all per-channel work inside the kernel."""
         x, rows, y, residual = self._as_saved(*tensors[:4])
-        grad = slabs.alike(grad, x, "grad")
+        grad = slabs.laid_out_as(grad, x, "grad")
         want = needs[3] and self.activation is not None
         dx = self.empty_like(x)
         dresidual = self.empty_like(x) if want else None

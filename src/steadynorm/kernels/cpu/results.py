@@ -60,6 +60,6 @@ def prototype(dtype: torch.dtype, *sizes: int) -> Tensor:
     return torch.empty(1, dtype=dtype, device="cpu").expand(sizes)
 
 
-def like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
     """Uninitialized memory laid out as x is."""
     return large_like(x) if x.nbytes >= LARGE else torch.empty_like(x)

@@ -57,7 +57,7 @@ def shape_of(x: Tensor) -> Shape | None:
     return Shape(sizes[0], positions, sizes[1], 1) if last else None
 
 
-def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
+def laid_out_as(t: Tensor, x: Tensor, name: str) -> Tensor:
     """t in x's type and laid out in memory as x is: t itself if it is so already."""
     if t.shape != x.shape:
         raise ValueError(f"`{name}` must have x's shape {tuple(x.shape)}; got {tuple(t.shape)}.")
@@ -70,9 +70,9 @@ def alike(t: Tensor, x: Tensor, name: str) -> Tensor:
     return torch.empty_like(x).copy_(t)
 
 
-def residual_alike(residual: Tensor | None, x: Tensor) -> Tensor | None:
+def residual_laid_out_as(residual: Tensor | None, x: Tensor) -> Tensor | None:
     """The residual laid out as x is, if there is one."""
-    return None if residual is None else alike(residual, x, "residual")
+    return None if residual is None else laid_out_as(residual, x, "residual")
 
 
 def per_channel(t: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
@@ -88,9 +88,9 @@ def per_channel(t: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
     return torch.empty(t.shape, dtype=statistics_dtype(x), device="cpu").copy_(t)
 
 
-def given(out: Tensor, x: Tensor) -> Tensor:
+def checked_output(out: Tensor, x: Tensor) -> Tensor:
     """A caller's memory for a result, which has to be laid out as x is."""
-    if alike(out, x, "out") is not out:
+    if laid_out_as(out, x, "out") is not out:
         raise ValueError(
             f"`out` must have x's type and strides, {x.dtype} and {x.stride()}; "
             f"got {out.dtype} and {out.stride()}."

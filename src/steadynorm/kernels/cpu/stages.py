@@ -21,9 +21,18 @@ from steadynorm.statistics.moments import Moments
 from . import loops
 from .kernels import SCALARS, backward_kernel, forward_kernel, gradient_options
 from .readable import name_of
-from .results import like
+from .results import empty_like
 from .signs import empty_signs, outputs_for
-from .slabs import MOMENTS, Slab, alike, given, per_channel, residual_alike, shape_of, slabs
+from .slabs import (
+    MOMENTS,
+    Slab,
+    checked_output,
+    laid_out_as,
+    per_channel,
+    residual_laid_out_as,
+    shape_of,
+    slabs,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -103,9 +112,9 @@ def apply(
 
     Into `signs`, if given (see `empty_signs`), where the activation lets the gradient through.
     """
-    y = like(x) if out is None else given(out, x)
+    y = empty_like(x) if out is None else checked_output(out, x)
     center, scale, shift = (per_channel(t, x, groups) for t in (center, scale, shift))
-    residual = residual_alike(residual, x)
+    residual = residual_laid_out_as(residual, x)
     kernel = forward_kernel(x.dtype, activation, add=residual is not None)
     for slab in slabs(x, groups):
         slab.values(residual=residual, y=y)
@@ -131,10 +140,10 @@ def normalize(
 
     y = activation((x - mean)/√(var + eps)·weight + bias + residual), in `out` if given.
     """
-    y = like(x) if out is None else given(out, x)
+    y = empty_like(x) if out is None else checked_output(out, x)
     weight = None if weight is None else per_channel(weight, x)
     bias = None if bias is None else per_channel(bias, x)
-    residual = residual_alike(residual, x)
+    residual = residual_laid_out_as(residual, x)
     kernel = forward_kernel(x.dtype, activation, add=residual is not None)
     mean, low, var, scale, shift = _results_per_channel(5, x, groups)
     counts = []
@@ -155,7 +164,7 @@ class _Backward:
     def __init__(
         self, grad: Tensor, x: Tensor, maps: tuple[Tensor, Tensor, Tensor], **kept: Unpack[Kept]
     ) -> None:
-        self.x, self.sources = x, GradientSources.of(alike, grad, x, **kept)
+        self.x, self.sources = x, GradientSources.of(laid_out_as, grad, x, **kept)
         self.maps = tuple(per_channel(t, x, self.sources.groups) for t in maps)
 
     def kernel(self, *, want: bool = False, masked: bool = False) -> Any:
@@ -180,11 +189,12 @@ class _Backward:
         """Where dx and the residual's gradient go."""
         x = self.x
         if out is None:
-            return like(x), like(x) if want else None
+            return empty_like(x), empty_like(x) if want else None
         dx, dresidual = out
         if want and dresidual is None:
             raise ValueError("`out` must hold memory for the residual's gradient, too; got None.")
-        return given(dx, x), given(dresidual, x) if want and dresidual is not None else None
+        dx = checked_output(dx, x)
+        return dx, checked_output(dresidual, x) if want and dresidual is not None else None
 
 
 def reduce_grad(

@@ -256,7 +256,7 @@ def stream_of(x: Tensor) -> int:
     return raw_stream(x.get_device()) if x.is_cuda else 0
 
 
-def alike(t: Tensor, x: Tensor) -> Tensor:
+def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
     """`t`, of x's shape, in x's type and layout; itself if it has both."""
     if t.dtype is x.dtype and t.stride() == x.stride() and not t.is_neg():
         return t

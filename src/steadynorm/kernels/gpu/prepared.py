@@ -29,7 +29,7 @@ from steadynorm.statistics import (
 
 from . import plan as plans
 from . import policies, replay, visit
-from .plan import alike
+from .plan import laid_out_as
 from .policies import ROWS
 from .replay import ALIGNED, Replay, is_current
 from .stages import KEPT, Read, partial_values, plan_of, run_apply, run_moments
@@ -176,7 +176,7 @@ def forward(call: Call) -> tuple[Tensor, Packed]:
     """y, and what the backward needs; a training call moves the running statistics."""
     kind, x, residual, mask = call.plan, call.x, call.residual, call.mask
     if kind.copies_residual and residual is not None:
-        residual = alike(residual, x)
+        residual = laid_out_as(residual, x)
     if mask is not None:
         mask = mask.contiguous()
     gradient = call.gradient
@@ -249,7 +249,7 @@ def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
     x = as_saved(x, kind.strides)
     y, residual = (t if t is None else as_saved(t, kind.strides) for t in (y, residual))
     need_x, need_weight, need_bias, need_residual = needs
-    plan, grad = kind.plan, alike(grad, x)
+    plan, grad = kind.plan, laid_out_as(grad, x)
     through = need_x and kind.measured
     whole, sums = through and plan.whole, through or need_weight or need_bias
     dx = torch.empty_like(x) if need_x else None

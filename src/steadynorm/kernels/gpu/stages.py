@@ -17,7 +17,7 @@ from steadynorm.statistics.moments import Moments
 
 from . import backward, forward, replay
 from . import plan as plans
-from .plan import Plan, alike
+from .plan import Plan, laid_out_as
 from .policies import COUNT, ROWS
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def laid_out(t: Tensor, x: Tensor, name: str) -> Tensor:
     """`t` in x's type and layout, if it has x's shape."""
     if t.shape != x.shape:
         raise ValueError(f"`{name}` must have x's shape {tuple(x.shape)}; got {tuple(t.shape)}.")
-    return alike(t, x)
+    return laid_out_as(t, x)
 
 
 def run_moments(

@@ -13,7 +13,7 @@ from torch import Tensor
 from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.spec import Groups, Keep
 
-Alike = Callable[[Tensor, Tensor, str], Tensor]
+LayOut = Callable[[Tensor, Tensor, str], Tensor]
 """A tensor in x's type and layout, given x and the tensor's name: itself if it has both."""
 
 
@@ -45,7 +45,7 @@ class GradientSources(NamedTuple):
     @classmethod
     def of(
         cls,
-        alike: Alike,
+        laid_out_as: LayOut,
         grad: Tensor,
         x: Tensor,
         *,
@@ -59,9 +59,9 @@ class GradientSources(NamedTuple):
         keep = derivative_from(activation, y, signs)
         return cls(
             keep,
-            alike(grad, x, "grad"),
-            alike(y, x, "y") if y is not None and keep is Keep.OUTPUT else None,
-            alike(residual, x, "residual")
+            laid_out_as(grad, x, "grad"),
+            laid_out_as(y, x, "y") if y is not None and keep is Keep.OUTPUT else None,
+            laid_out_as(residual, x, "residual")
             if residual is not None and keep is Keep.REBUILT
             else None,
             signs,
