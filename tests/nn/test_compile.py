@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,3 +106,21 @@ def test_two_modes_and_batch_sizes_of_one_network() -> None:
         twin.train(training)
         torch.testing.assert_close(compiled(x), made(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(twin.state_dict(), made.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_ghosts_of_batches_of_changing_size(dynamic: Any) -> None:
+    """From the second size on the compiler knows the length of the batch by a symbol alone."""
+    made = sn.BatchNorm1d(3, statistics=sn.Ghost(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for samples in (4, 5, 7, 6):
+        x = torch.randn(samples, 3, 6)
+        groups = np.split(x.double().numpy(), range(2, samples - 1, 2))
+        truth = [
+            (group - group.mean((0, 2), keepdims=True))
+            / np.sqrt(group.var((0, 2), keepdims=True) + 1e-5)
+            for group in groups
+        ]
+        found = compiled(x).detach().numpy()
+        np.testing.assert_allclose(found, np.concatenate(truth), rtol=1e-5, atol=1e-5)

@@ -34,7 +34,7 @@ class Ghost(Policy):
 
     def lengths(self, samples: int) -> tuple[int, ...]:
         """How many samples each group of a batch holds."""
-        full, rest = divmod(samples, self.size)
+        full, rest = samples // self.size, samples % self.size  # Dynamo follows no divmod
         groups = [self.size] * full
         if rest >= 2 or (rest and not groups):
             groups.append(rest)
