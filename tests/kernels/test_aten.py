@@ -1,7 +1,9 @@
 """PyTorch's own operator, where overhead rules: as accurate as what serves more values."""
 
+import numpy as np
 import pytest
 import torch
+from tests import truth
 
 import steadynorm as sn
 from steadynorm.kernels import dispatch
@@ -48,3 +50,24 @@ def test_half_precision_is_rounded_once_and_comes_back_in_its_type(dtype, wide):
     y = layer(x, residual=residual)
     assert y.dtype == (torch.float32 if wide else dtype)
     torch.testing.assert_close(y, exact.to(y.dtype), rtol=torch.finfo(y.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["every other value", "one value for all"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_weight_with_gaps_is_read_right(training, kind):
+    """In the backward of (N, C), PyTorch's operator reads its memory as if it had none."""
+    seed = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(8, 5, generator=seed) for _ in range(2))
+    values = torch.rand(5, 2, generator=seed) + 0.5
+    weight = values[:, 0] if kind == "every other value" else values[:1, 0].expand(5)
+    running = truth.Running(np.full(5, 0.3), np.full(5, 0.7))
+    setting = truth.Setting(weight.numpy())
+    if training:
+        expected = truth.train(x.numpy(), sn.Batch(), running, setting, grad=grad.numpy())
+    else:
+        expected = truth.infer(x.numpy(), running, setting, grad=grad.numpy())
+    mean, var = torch.full((5,), 0.3), torch.full((5,), 0.7)
+    y = sn.functional.batch_norm(x.requires_grad_(), mean, var, weight, training=training)
+    y.backward(grad)
+    np.testing.assert_allclose(y.detach().numpy(), expected.y, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(x.grad.numpy(), expected.dx, rtol=0, atol=5e-6)

@@ -63,6 +63,8 @@ class Aten(Backend):
         dtype = wide if call.weight is None else call.weight.dtype
         if dtype is not wide and (on_cpu or dtype is not x.dtype):
             return "types of input and parameters that its operator refuses"
+        if on_cpu and call.weight is not None and not call.weight.is_contiguous():
+            return "a weight with gaps, which its operator's backward reads without (torch 2.13.0)"
         if mean is not None and not mean.dtype is call.running_var.dtype in (wide, dtype):  # type: ignore[union-attr]
             return "a type of the running statistics that its operator refuses"
         return None
