@@ -71,3 +71,28 @@ def test_a_weight_with_gaps_is_read_right(training, kind):
     y.backward(grad)
     np.testing.assert_allclose(y.detach().numpy(), expected.y, rtol=0, atol=2e-6)
     np.testing.assert_allclose(x.grad.numpy(), expected.dx, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3, 4), (4, 5, 1, 7), (4, 5, 3, 1), (2, 5, 3, 1, 4)])
+@pytest.mark.parametrize("odd", ["input", "gradient"])
+@pytest.mark.parametrize("training", [False, True])
+def test_channels_last_with_an_axis_of_length_one_is_read_right(training, odd, shape):
+    """Strides of that axis may say otherwise, as where (L, N, C) is what comes after the layer."""
+    seed = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=seed) for _ in range(2))
+    for front in range(len(shape)):  # the axis whose stride is the largest
+        order = [front, *(i for i in (0, *range(2, len(shape)), 1) if i != front)]
+        back = [order.index(i) for i in range(len(shape))]
+        ours, upper = (
+            t.permute(order).contiguous().permute(back) if odd == name else t
+            for t, name in ((x.clone(), "input"), (grad, "gradient"))
+        )
+        running = truth.Running(np.full(5, 0.3), np.full(5, 0.7))
+        if training:
+            expected = truth.train(x.numpy(), sn.Batch(), running, grad=grad.numpy())
+        else:
+            expected = truth.infer(x.numpy(), running, grad=grad.numpy())
+        mean, var = torch.full((5,), 0.3), torch.full((5,), 0.7)
+        y = sn.functional.batch_norm(ours.requires_grad_(), mean, var, training=training)
+        y.backward(upper)
+        np.testing.assert_allclose(ours.grad.numpy(), expected.dx, rtol=0, atol=5e-6)

@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.reference.torch_arrays import finished, in_type
+from steadynorm.kernels.reference.torch_arrays import finished, in_type, misread
 from steadynorm.kernels.spec import HALF, Backend, Call, Packed, statistics_dtype
 
 # Values on CPU up to which it beats a Python autograd node; see benchmarks/small_calls.py.
@@ -63,8 +63,8 @@ class Aten(Backend):
         dtype = wide if call.weight is None else call.weight.dtype
         if dtype is not wide and (on_cpu or dtype is not x.dtype):
             return "types of input and parameters that its operator refuses"
-        if on_cpu and call.weight is not None and not call.weight.is_contiguous():
-            return "a weight with gaps, which its operator's backward reads without (torch 2.13.0)"
+        if on_cpu and torch.is_grad_enabled() and misread(x, call.weight):
+            return "what its operator's backward may misread: gaps in a weight, an axis of length 1"
         if mean is not None and not mean.dtype is call.running_var.dtype in (wide, dtype):  # type: ignore[union-attr]
             return "a type of the running statistics that its operator refuses"
         return None

@@ -135,6 +135,19 @@ def in_type(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
     return (t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
 
 
+def misread(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the backward of PyTorch's operator may read memory wrongly (torch 2.13.0, on CPU).
+
+    Over (N, C) it reads a weight as if it had no gaps. And an axis of length 1 has no say in a
+    memory format, but its stride has in PyTorch's choice of one: a gradient of shape (1, 5, 3, 4)
+    and strides (5, 1, 20, 5) is channels_last and is read as contiguous.
+    """
+    if weight is not None and not weight.is_contiguous():
+        return True
+    planes = x.shape[0] * x.shape[1]
+    return x.ndim > 3 and 1 in x.shape and x.numel() > planes
+
+
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "relu6": partial(F.relu6, inplace=True),
