@@ -18,6 +18,7 @@ from steadynorm.models.layers import (
     channels,
     describe,
     is_host,
+    meets_channels,
     named,
     recognize,
     replace,
@@ -54,8 +55,8 @@ def fold(
         model: in inference (`model.eval()`).
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them
             the model may be any Python code, shapes are checked, and both models are run on them
-            and compared. Without them `torch.fx` must be able to follow the model, and a batch norm
-            after `nn.Linear` is taken to act on (N, C).
+            and compared. Without them `torch.fx` must be able to follow the model, inputs are taken
+            to have a batch axis, and a `BatchNorm1d` beside `nn.Linear` to act on (N, C).
         inplace: change the model given instead of a copy.
 
     Returns the folded model and the changes. The model given is left as it was unless `inplace`.
@@ -218,7 +219,8 @@ class _Folding:
             for user, place in call_.ends(axis):
                 if user.module is not norm:
                     return f"its output also goes to {user.name}"
-                if place not in (None, 1):
+                unmet = place is None and is_host(host) and not meets_channels(host, norm)
+                if unmet or place not in (None, 1):
                     return "the batch norm acts on another axis than its channels"
         if channels(host)[1] != channels(norm)[1]:
             return f"it has {channels(host)[1]} channels, the batch norm {channels(norm)[1]}"
@@ -240,6 +242,8 @@ class _Folding:
         if channels(host)[0] != channels(norm)[0]:
             return f"it takes {channels(host)[0]} channels, the batch norm has {channels(norm)[0]}"
         shape = user.inputs[0].shape
+        if axis is None and not meets_channels(host, norm):
+            return "the batch norm acts on another axis than its channels"
         if axis is not None and shape is not None and axis != channel_axis(host, len(shape)):
             return "the batch norm acts on another axis than its channels"
         return None

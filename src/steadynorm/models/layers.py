@@ -24,6 +24,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 )  # fmt: skip
+AXES = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+"""How many axes the inputs of torch's layers, and of ours, may have."""
 TORCH_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
@@ -146,6 +148,16 @@ def why_untouchable(module: nn.Module) -> str | None:
 def channel_axis(host: nn.Module, axes: int) -> int:
     """The axis of its channels in a tensor with that many axes."""
     return axes - 1 - (len(host.kernel_size) if isinstance(host, _ConvNd) else 0)
+
+
+def meets_channels(host: nn.Module, norm: nn.Module) -> bool:
+    """Whether a batch norm beside a layer can act on its channels, by how many axes each takes."""
+    axes = 2 + (len(host.kernel_size) if isinstance(host, _ConvNd) else 0)
+    for kind, taken in AXES.items():
+        refuses = (kind._check_input_dim, SteadyNorm._check_input_dim)
+        if isinstance(norm, kind) and type(norm)._check_input_dim in refuses:
+            return axes in taken
+    return True
 
 
 def channels(module: nn.Module) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from tests.models.surgery.test_fold import Forward, check
 from tests.models.surgery.zoo import disturb
 from torch import Tensor, nn
 
+import steadynorm as sn
 from steadynorm.models.fold import fold
 
 
@@ -170,6 +171,24 @@ def test_channels_are_followed_through_rearranging(how: str) -> None:
 
 def test_batch_norm_over_another_axis_stays() -> None:
     _, changes = fold(disturb(Tokens("wrong")).eval(), torch.randn(3, 5, 6))
+    assert "acts on another axis" in changes.left[0].why
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.BatchNorm2d(4), nn.Linear(4, 3)),
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Linear(4, 4), sn.BatchNorm3d(4)),
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm1d(4)),  # of one image without a batch axis
+    ],
+)
+def test_numbers_of_axes_tell_channels_apart_without_inputs(model: nn.Module) -> None:
+    """Width or batch is 4 as well: only the layers' kinds say that these are not the channels."""
+    ranks = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, sn.BatchNorm3d: 5}
+    rank = next(ranks[type(layer)] for layer in model if type(layer) in ranks)
+    check(model, torch.randn(*([4] * rank)), folded=0)
+    _, changes = fold(model)
     assert "acts on another axis" in changes.left[0].why
 
 
