@@ -15,6 +15,7 @@ from tests.models.surgery.test_convert import same
 from tests.models.surgery.test_fuse import X4, Block, X
 from tests.models.surgery.zoo import disturb
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import steadynorm as sn
@@ -251,3 +252,22 @@ def test_classes_that_others_make_of_fused_blocks_are_kept() -> None:
     assert type(result[0]) is theirs
     back, _ = convert(result, to="torch", inplace=True)
     assert type(back[0]) is theirs
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_a_parametrized_layer_is_left_and_still_runs(name: str) -> None:
+    """Its class holds the parametrization: with another it would have no weight at all."""
+    layer, x = nn.BatchNorm2d(3), torch.randn(4, 3, 2, 2)
+    parametrize.register_parametrization(layer, name, nn.Softplus())
+    expected = copy.deepcopy(layer)(x)
+    for change in (sn.convert, sn.freeze):
+        result, changes = change(nn.Sequential(layer))
+        assert [(row.what, row.why) for row in changes] == [
+            ("left", "its weights are parametrized")
+        ]
+        assert torch.equal(copy.deepcopy(result)(x), expected)
+    ours = sn.BatchNorm2d(3)
+    parametrize.register_parametrization(ours, name, nn.Softplus())
+    result, changes = sn.convert(nn.Sequential(ours), to="torch")
+    assert changes.tally() == {"left": 1}
+    torch.testing.assert_close(result(x), expected, rtol=0, atol=1e-6)

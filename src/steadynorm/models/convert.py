@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from steadynorm.kernels.spec import HALF
 from steadynorm.models.changes import Change, Changes
@@ -223,6 +224,8 @@ def _to_torch(name: str, module: nn.Module) -> Change | None:
     if isinstance(module, TimeStep):
         why = "a time step of a batch-normalized LSTM, which torch does not have"
         return Change("left", name, before, before, why)
+    if parametrize.is_parametrized(module):
+        return Change("left", name, before, before, PARAMETRIZED)
     if module.activation is not None:
         why = f"torch's layer has no place for its activation, {module.activation}"
         return Change("left", name, before, before, why)
@@ -237,6 +240,9 @@ OURS_ALONE = (
     "_memory_is_new",
 )  # fmt: skip
 """Attributes that torch's layers do not have."""
+
+PARAMETRIZED = "its weights are parametrized"
+"""Why a layer cannot change its class: torch.nn.utils.parametrize has put properties there."""
 
 BEFORE_FREEZE = "before_freeze"
 """The attribute of a layer that `freeze` froze, with what `unfreeze` puts back."""
@@ -272,6 +278,8 @@ BY_RANK = {"1d": ours.BatchNorm1d, "2d": ours.BatchNorm2d, "3d": ours.BatchNorm3
 
 def why_not_ours(module: nn.Module, norm: Norm) -> str | None:
     """Why a batch norm cannot become ours, None where it can."""
+    if norm.kind != "ours" and parametrize.is_parametrized(module):
+        return PARAMETRIZED
     if norm.kind in ("ours", "torch"):
         return None
     name = type(module).__name__

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple, TypeVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from steadynorm.models.changes import Change, Changes
-from steadynorm.models.convert import BEFORE_FREEZE, OURS_ALONE, adopt
+from steadynorm.models.convert import BEFORE_FREEZE, OURS_ALONE, PARAMETRIZED, adopt
 from steadynorm.models.layers import Norm, describe, named, recognize, require_module
 from steadynorm.nn.steps import StepNorm
 from steadynorm.statistics import Frozen, Policy
@@ -137,6 +138,8 @@ def _described(module: nn.Module) -> str:
 
 
 def _why_not(module: nn.Module, norm: Norm) -> str | None:
+    if parametrize.is_parametrized(module):
+        return PARAMETRIZED
     if norm.kind == "other" and not norm.frozen:
         return f"{type(module).__name__} has its own forward; convert the model first"
     if isinstance(module.running_mean, nn.parameter.UninitializedBuffer):
