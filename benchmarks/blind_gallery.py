@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10, help="of each fault")
     parser.add_argument("--healthy", type=int, default=100, help="networks")
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
-    parser.add_argument("--only", default="", help="faults whose code or name contains this")
+    parser.add_argument("--only", default="", help="faults whose code or name has one of these")
     parser.add_argument("--minutes", type=float, default=60, help="begin no draw after so many")
     parser.add_argument("--record", type=Path, help="a file of lines of JSON, gone on with")
     arguments = parser.parse_args()
@@ -67,7 +67,8 @@ def held(record: Path | None) -> list[str]:
 
 def planned(arguments: argparse.Namespace) -> list[tuple[str, tuple[Any, ...]]]:
     """All faults once, some healthy networks, all faults again, so that any part is a fair one."""
-    names = [name for name, f in FAULTS.items() if arguments.only in f"{f.code} {name}"]
+    parts = arguments.only.split(",")
+    names = [n for n, f in FAULTS.items() if any(part in f"{f.code} {n}" for part in parts)]
     share = -(-arguments.healthy // arguments.draws)
     made: list[tuple[str, tuple[Any, ...]]] = []
     first = arguments.first

@@ -21,10 +21,11 @@ from steadynorm.doctor.evidence.model import optimizers
 from steadynorm.doctor.evidence.passes import CALLS, feeding, loss_of, read
 from steadynorm.doctor.finding import Finding
 from steadynorm.doctor.rules import find_rule
+from steadynorm.kernels.spec import HALF
 from steadynorm.models import bias
 from steadynorm.models.calibrate import calibrate
 from steadynorm.models.changes import Change, Changes
-from steadynorm.models.convert import HALF, convert
+from steadynorm.models.convert import convert
 from steadynorm.models.equivalence import copied
 from steadynorm.models.files import write
 from steadynorm.models.layers import unwrapped
@@ -78,10 +79,11 @@ def fix(
     code names; everything else is left for you to decide.
 
     Each is proved: where the mean loss of inference rises by more than two standard errors, it is
-    taken back. Calibration is proved on batches held back: on one half after measuring the other.
-    Nothing is calibrated without a loss, unless inference gives NaN or infinity as it is: a network
-    that was trained with frozen batch norms would be harmed. Nothing is calibrated either where
-    `against` shows other data than `batches`. The model given stays as it was.
+    taken back. Calibration must lower it by as much on batches held back, measured on one half and
+    proved on the other; otherwise the statistics stay. Nothing is calibrated without a loss, unless
+    inference gives NaN or infinity as it is: a network that was trained with frozen batch norms
+    would be harmed. Nothing is calibrated either where `against` shows other data than `batches`.
+    The model given stays as it was.
 
     Args:
         model: the one that was diagnosed.
@@ -118,7 +120,7 @@ def fix(
             trial = copied(cured, "diagnose")
             made = Changes(apply(trial, repair, layers))
             before, after = (_losses(network, read_batches, repair) for network in (cured, trial))
-            reason = _worse(before, after, "of inference")
+            reason = _worse(before, after)
             if reason is None:
                 cured = trial
             else:
@@ -144,12 +146,28 @@ def _left(act: str, layers: list[str], reason: str) -> Change:
     return Change("left", layers[0] or "(model)", unchanged, unchanged, reason)
 
 
-def _worse(before: np.ndarray, after: np.ndarray, where: str) -> str | None:
+def _worse(before: np.ndarray, after: np.ndarray) -> str | None:
     """Why a cure is to be taken back, by the loss on each batch; None where it is not."""
     change = loss_change(after, before)
-    if change is not None and change.clear(2):
-        return f"the loss {where} rose from {change.after:.3g} to {change.before:.3g}"
+    if change is None:
+        lost = np.isfinite(before).all() and not np.isfinite(after).all()
+        return "the loss of inference is no longer finite" if lost else None
+    if change.clear(2):
+        return f"the loss of inference rose from {change.after:.3g} to {change.before:.3g}"
     return None
+
+
+def _no_better(before: np.ndarray, after: np.ndarray) -> str | None:
+    """Why calibration has not proved itself, by the loss on each batch; None where it has."""
+    change = loss_change(before, after)
+    if change is None:
+        return _worse(before, after)
+    if change.before - change.after > 2 * change.error:
+        return None
+    return (
+        f"the loss on batches held back does not clearly fall: {change.before:.3g} before, "
+        f"{change.after:.3g} after"
+    )
 
 
 def _losses(model: nn.Module, batches: list[Any], repair: Repair) -> np.ndarray:
@@ -201,7 +219,7 @@ def _calibrate(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[
     reason = _why_not_calibrate(repair)
     if reason is None:
         try:
-            reason = _rises_on_held_back(model, repair)
+            reason = _no_better_on_held_back(model, repair)
             if reason is None:
                 yield from map(_calibrated, _measure(model, repair.batches, repair).moved)
         except ValueError as error:  # batches that are not finite
@@ -210,7 +228,7 @@ def _calibrate(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[
         yield _left("calibrate", layers, reason)
 
 
-def _rises_on_held_back(model: nn.Module, repair: Repair) -> str | None:
+def _no_better_on_held_back(model: nn.Module, repair: Repair) -> str | None:
     batches = read(feeding(repair.batches, model), "batches")
     before: list[np.ndarray] = []
     after: list[np.ndarray] = []
@@ -219,7 +237,7 @@ def _rises_on_held_back(model: nn.Module, repair: Repair) -> str | None:
         _measure(trial, measured or batches, repair)
         for network, losses in ((model, before), (trial, after)):
             losses.append(_losses(network, proof, repair))
-    return _worse(np.concatenate(before), np.concatenate(after), "on batches held back")
+    return _no_better(np.concatenate(before), np.concatenate(after))
 
 
 def _measure(model: nn.Module, batches: Any, repair: Repair) -> CalibrationReport:

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steadynorm.doctor import Report, Severity
-from steadynorm.doctor.fixes import ACTS, Repair, acts, fix
+from steadynorm.doctor.fixes import Repair, acts, fix
 
 SEEDS = 2
 """Healthy networks of each kind in a hundred of draws, in which faults are planted."""
 
 GOLDEN = 0.618034
+
+ACT_OF = {"converted": "convert", "dropped": "drop_redundant_bias", "calibrated": "calibrate"}
+"""What did a change, by what the change says."""
 
 Trial = dict[str, Any]
 
@@ -67,7 +70,8 @@ def _cured(planted: Planted, report: Report, before: Tensor, code: str) -> Trial
         return {}
     gain = correct(fixed.model, planted) - before
     repair = Repair(report, case.given.get("batches"), case.given)
-    done = {(act, layer) for act in ACTS for layer in repair.layers(act)}
+    made = {ACT_OF[change.what] for change in fixed.changes if change.what in ACT_OF}
+    done = {(act, layer) for act in made for layer in repair.layers(act)}
     own = any(
         code in (finding.code, *finding.because)
         and done & {(act, finding.layer) for act in acts(finding)}

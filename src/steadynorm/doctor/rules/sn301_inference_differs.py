@@ -47,6 +47,7 @@ def _check(evidence: Evidence) -> Findings:
         message += f", and the loss is {worse.before:.3g} where training has {worse.after:.3g}"
     first = first_divergent(evidence)
     severity = ERROR if is_worse else INFO
+    safe = worse is None or is_worse  # else there is no loss to win back
     if first is None:
         message += "; running statistics agree with the batches' on average, so it is how much "
         message += "single batches differ from one another"
@@ -66,4 +67,4 @@ def _check(evidence: Evidence) -> Findings:
             "std_ratio": divergence.typical_ratio,
             "divergence": divergence.mean_kl,
         }
-    yield rule.finding(None, message, numbers, severity=severity)
+    yield rule.finding(None, message, numbers, severity=severity, safe=safe)
