@@ -82,6 +82,18 @@ def test_export_in_training(policy: sn.Batch) -> None:
 
 
 @everywhere
+def test_what_is_exported_in_training_can_be_saved(policy: sn.Batch, tmp_path: Path) -> None:
+    made, x = network(policy), data()
+    program = exported_in_training(made, x).run_decompositions()
+    torch.export.save(program, tmp_path / "net.pt2")
+    loaded = torch.export.load(tmp_path / "net.pt2").module()
+    torch.testing.assert_close(loaded(x), made(x), rtol=1e-5, atol=1e-5)
+    buffers = dict(loaded.named_buffers())
+    for name, buffer in made.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, rtol=1e-5, atol=1e-6)
+
+
+@everywhere
 def test_strict_export_in_training(policy: sn.Batch) -> None:
     """By Dynamo: the same values, and the same warning."""
     made, x = network(policy), data()
@@ -131,3 +143,23 @@ def test_trace_in_inference() -> None:
     traced = torch.jit.trace(made, (x,))
     torch.testing.assert_close(traced(x[:2]), made(x[:2]), rtol=1e-5, atol=1e-5)
     assert "aten::batch_norm" in str(traced.inlined_graph)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_would_keep_the_groups_of_one_batch_size() -> None:
+    made, x = network(sn.Ghost(2)), data()
+    before = copy.deepcopy(made.state_dict())
+    with pytest.raises(NotImplementedError, match="would keep the groups of this batch size"):
+        torch.jit.trace(made, (x,))
+    torch.testing.assert_close(made.state_dict(), before, rtol=0, atol=0)
+
+
+def test_onnx_by_a_trace_in_training_warns(tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="an optional extra")
+    made, training = network(sn.Running()), torch.onnx.TrainingMode.TRAINING
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = tmp_path / "net.onnx"
+        torch.onnx.export(made, (data(),), path, dynamo=False, training=training)
+    assert any("in training for ever" in str(each.message) for each in caught)

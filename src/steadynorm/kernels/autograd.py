@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels import aten, compat
-from steadynorm.kernels.checks import warn_of_export
+from steadynorm.kernels.checks import check_export
 from steadynorm.kernels.cpu import operators
 from steadynorm.kernels.reference.differentiable import (
     differentiable,
@@ -75,8 +75,8 @@ class Traced(Backend):
         if _is_exported():
             if aten.is_one_operator(call):
                 return aten.one_operator(call), ((), None)
-            if compat.is_exporting():
-                warn_of_export(call.policy)
+            compiled, onnx = torch.compiler.is_compiling(), torch.onnx.is_in_onnx_export()
+            check_export(call.policy, grouped=bool(call.groups), compiled=compiled, onnx=onnx)
         by_operators = operators.serve(call)
         live = None
         if measured and by_device(call):

@@ -55,6 +55,18 @@ def warn_of_export(policy: Any) -> None:
     )
 
 
+def check_export(policy: Any, *, grouped: bool, compiled: bool, onnx: bool) -> None:
+    """Refuse, or warn of, what a program that is exported in training would do."""
+    if grouped and not compiled:
+        raise NotImplementedError(
+            f"statistics={policy!r} in training: torch.jit.trace, and the ONNX export by it, would "
+            f"keep the groups of this batch size for every other. Call model.eval() before, or use "
+            f"torch.export."
+        )
+    if compiled or onnx:
+        warn_of_export(policy)
+
+
 # The compiler calls it as it traces, rather than look inside. As the public
 # `torch.compiler.assume_constant_result` says, which would load the compiler at once.
 warn_of_export._dynamo_marked_constant = True  # type: ignore[attr-defined]

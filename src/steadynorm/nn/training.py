@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +111,8 @@ class TrainingStep(Call):
         if compat.is_transforming():
             _WriteThroughTransforms.apply(*buffers, *after)  # type: ignore[no-untyped-call]
             return
-        with torch.no_grad():
+        # Exported, a mode makes a subgraph of its own, which torch.export.save cannot write.
+        with nullcontext() if compat.is_exporting() else torch.no_grad():
             _copy(buffers, after)
 
 
