@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import steadynorm as sn
 from steadynorm.kernels import dispatch
 from steadynorm.kernels.gpu import backend
 from steadynorm.kernels.gpu import plan as plans
 from steadynorm.kernels.gpu.backend import GPU, NOT_ON_A_GPU, NOT_SWITCHED_ON, GpuKernels
-from steadynorm.kernels.spec import Call
+from steadynorm.kernels.spec import RECORDED, Call
 from steadynorm.statistics import Batch
 
 SHAPE = (8, 64, 16, 16)
@@ -56,6 +57,17 @@ def test_without_a_device():
         sn.kernels.use("gpu", on=False)
 
 
+def test_a_mode_that_records_operators_gets_operators(ready):
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    asked = call()
+    with Mode():
+        assert GPU.supports(asked) == RECORDED
+    assert GPU.supports(asked) is None
+
+
 def test_not_switched_on():
     assert not GPU.on
     with FakeTensorMode():
@@ -81,7 +93,7 @@ def test_a_device_without_triton(monkeypatch):
     for name in ("stages", "prepared", "forward", "backward", "lanes", "tiles", "policies"):
         monkeypatch.delitem(sys.modules, f"steadynorm.kernels.gpu.{name}", raising=False)
     backend = GpuKernels("gpu", None, compiled=True)
-    backend.on = True
+    backend.on = backend.counted = True
     with FakeTensorMode():
         said = backend.supports(call(torch.empty(SHAPE, device="cuda")))
     assert said is not None
@@ -147,6 +159,7 @@ def test_an_old_device(monkeypatch):
     monkeypatch.setattr(GPU, "load", lambda: None)
     monkeypatch.setattr(GPU, "stages", Planned)
     monkeypatch.setattr(GPU, "_unreadable", lambda call: None)  # the tensor is fake
+    monkeypatch.setattr(GPU, "counted", True)  # under a mode
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backend, "_capability", lambda device: (7, 5))  # past its cache
     with FakeTensorMode():

@@ -27,6 +27,7 @@ from steadynorm.statistics import (
 
 Groups = tuple[int, ...] | None
 HALF = (torch.float16, torch.bfloat16)
+RECORDED = "a mode of PyTorch's dispatcher records operators, and no kernel is one"
 
 
 class Keep(Enum):

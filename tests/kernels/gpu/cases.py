@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import steadynorm as sn
 from steadynorm.kernels.gpu import plan as plans
 from steadynorm.kernels.gpu import stages
+from steadynorm.kernels.gpu.backend import GPU
 from steadynorm.kernels.spec import Keep
 
 GRADIENT_BAR = 1e-6
@@ -120,6 +121,14 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+
+    def __enter__(self) -> Any:
+        GPU.counted = True
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        GPU.counted = False
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         name = function.overloadpacket.__name__

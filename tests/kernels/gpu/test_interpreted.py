@@ -10,6 +10,7 @@ from tests import truth
 from tests.kernels.gpu import cases
 from tests.kernels.gpu.cases import Case, Step, Tensors, check, numpy
 from tests.kernels.gpu.checked import checked
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import steadynorm as sn
 from steadynorm.kernels import dispatch
@@ -305,3 +306,17 @@ def test_a_graph_capture_gets_a_workspace_of_its_own(monkeypatch):
     assert plans.workspace(x, 8, 5000, 10).sizes == (5000, 30)
     assert plans.workspace(x, 8, 5, 31).sizes == (5000, 31)
     assert made == [(4096, 30), (4096, 30), (5, 20), (5000, 30), (5000, 31)]
+
+
+def test_make_fx_records_operators_and_no_kernel_is_one():
+    """What it recorded of a kernel was memory that nobody had written."""
+    torch.manual_seed(0)
+    layer = sn.BatchNorm2d(3, activation="relu").requires_grad_(False)
+
+    def gradient(x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(layer(x).square().sum(), x)[0]
+
+    recorded = make_fx(gradient)(torch.randn(4, 3, 5, 5))
+    x = torch.randn(4, 3, 5, 5)
+    np.testing.assert_allclose(recorded(x.clone()), gradient(x.clone()), rtol=1e-4, atol=1e-5)

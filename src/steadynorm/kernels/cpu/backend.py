@@ -12,7 +12,7 @@ from steadynorm._extras import lacking
 from steadynorm.kernels import compat
 from steadynorm.kernels.reference.closed_form import ClosedForm
 from steadynorm.kernels.reference.differentiable import in_operators
-from steadynorm.kernels.spec import Call, Gradients, Packed, Saved
+from steadynorm.kernels.spec import RECORDED, Call, Gradients, Packed, Saved
 
 from .readable import PLAIN, readable, unreadable
 
@@ -44,7 +44,7 @@ class CpuKernels(ClosedForm):
         if self.prepared is None and self.load() is not None:
             return self.refusal
         if compat.dispatch_modes():
-            return "a mode of PyTorch's dispatcher records operators, and no kernel is one"
+            return RECORDED
         x, residual = call.x, call.residual
         if (call.basic or call.blends) and readable(x) and (residual is None or readable(residual)):
             plan = self.prepared(
