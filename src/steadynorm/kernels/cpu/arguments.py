@@ -17,7 +17,7 @@ PASSES = 6
 
 _SHAPE = (
     # Geometry (see loops.py) and how the work is cut.
-    "rows", "channels", "length", "block", "blocks", "parts", "together", "planes", "streams",
+    "rows", "channels", "length", "block", "blocks", "parts", "rows_per_strip", "planes", "streams",
     # Set by the kernel where a pivot lay too far from its mean, and the reduction is repeated.
     "pivot_moved",
     # The address of the system's sched_yield.

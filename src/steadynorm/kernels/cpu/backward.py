@@ -66,7 +66,7 @@ def remember(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, consta
     share, rate = as_float(args[at.share]), as_float(args[at.rate])
     each, old, channels = 1.0 / as_float(args[at.count]), 1.0 - rate, args[at.channels]
     moves = args[at.memory_after] != 0
-    for c in range(chunk.here):
+    for c in range(chunk.in_block):
         k = chunk.first + c
         r = like(rho[k], share)
         mean, var = (like(gap[k], share) - low[k]) * r, r * r * batch_var[k]
@@ -106,7 +106,7 @@ def write_sums(args: Any, chunk: Any, sums_1: Any, sums_2: Any, slope: Any, cons
     constant_factor = pointer_like(args[at.constant_factor], slope)
     low, mean_gap = pointer_like(args[at.center_low], slope), pointer_like(args[at.mean_gap], slope)
     rho, grad_weight = pointer_like(args[at.rho], slope), pointer_like(args[at.grad_weight], slope)
-    for c in range(chunk.here):
+    for c in range(chunk.in_block):
         k = chunk.first + c
         sum_grad[k] = like(sums_1[c], sum_grad[k])
         sum_grad_x[k] = like(sums_2[c], sum_grad_x[k])
@@ -151,11 +151,11 @@ def sums_of_planes(ACT: int) -> Any:
         grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, chunk: Any,
         center: Any, scale: Any, shift: Any, sums_1: Any, sums_2: Any, code: Any,
     ) -> None:  # fmt: skip
-        clear(sums_1, chunk.here)
-        clear(sums_2, chunk.here)
+        clear(sums_1, chunk.in_block)
+        clear(sums_2, chunk.in_block)
         piece = SUM_LENGTH if signs is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
-            for c in range(chunk.here):
+            for c in range(chunk.in_block):
                 k = chunk.first + c
                 m, s, t = center[k], scale[k], shift[k]
                 total_1, total_2 = 0.0, 0.0
@@ -185,15 +185,15 @@ def sums_of_strips(ACT: int) -> Any:
         grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, chunk: Any,
         m: Any, s: Any, t: Any, wide_1: Any, wide_2: Any, sums_1: Any, sums_2: Any, code: Any,
     ) -> None:  # fmt: skip
-        clear(sums_1, chunk.here)
-        clear(sums_2, chunk.here)
-        columns = chunk.here * chunk.length
+        clear(sums_1, chunk.in_block)
+        clear(sums_2, chunk.in_block)
+        columns = chunk.in_block * chunk.length
         clear(wide_1, chunk.copies * columns)
         clear(wide_2, chunk.copies * columns)
         held = 0
-        for row in range(chunk.top, chunk.bottom, chunk.together):
+        for row in range(chunk.top, chunk.bottom, chunk.rows_per_strip):
             start = start_of(chunk, row)
-            several = min(chunk.together, chunk.bottom - row) * columns
+            several = min(chunk.rows_per_strip, chunk.bottom - row) * columns
             source = gated_from(grad, start, several, signs, chunk, row, 0, 0, gated)
             for i in range(several):
                 d = widen(x[start + i]) - m[i]
@@ -223,7 +223,7 @@ def map_planes(ACT: int) -> Any:
         streams = args[at.streams] != 0
         piece = STAGE if streams else chunk.length if signs is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
-            for c in range(chunk.here):
+            for c in range(chunk.in_block):
                 k = chunk.first + c
                 m, s, t, slope, constant = center[k], scale[k], shift[k], slopes[k], constants[k]
                 for begin in range(0, chunk.length, piece):
@@ -260,9 +260,9 @@ def map_strips(ACT: int) -> Any:
     ) -> None:  # fmt: skip
         streams = args[at.streams] != 0
         piece = STAGE if streams else WIDTH
-        for row in range(chunk.top, chunk.bottom, chunk.together):
-            rows = min(chunk.together, chunk.bottom - row)
-            width = rows * chunk.here * chunk.length
+        for row in range(chunk.top, chunk.bottom, chunk.rows_per_strip):
+            rows = min(chunk.rows_per_strip, chunk.bottom - row)
+            width = rows * chunk.in_block * chunk.length
             if mask is not None:
                 spread_mask(mask, chunk, row, rows, valid)
             for begin in range(0, width, piece):

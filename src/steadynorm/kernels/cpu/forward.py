@@ -59,7 +59,7 @@ def write_scale_and_shift(args: Any, chunk: Any, var: Any, scale: Any, shift: An
     noinline()
     low, eps = pointer_like(args[at.center_low], var), as_float(args[at.eps])
     weight, bias = pointer_like(args[at.weight], var), pointer_like(args[at.bias], var)
-    for c in range(chunk.first, chunk.first + chunk.here):
+    for c in range(chunk.first, chunk.first + chunk.in_block):
         gain = (weight[c] if args[at.weight] != 0 else like(1.0, var[c])) / math.sqrt(var[c] + eps)
         scale[c] = like(gain, scale[c])
         offset = -low[c] * gain if args[at.center_low] != 0 else 0.0 * gain
@@ -78,7 +78,7 @@ def blend(args: Any, chunk: Any, mean: Any, var: Any) -> None:
     running_mean = pointer_like(args[at.running_mean], var)
     running_var = pointer_like(args[at.running_var], var)
     share, weight = as_float(args[at.share]), as_float(args[at.momentum])
-    for c in range(chunk.first, chunk.first + chunk.here):
+    for c in range(chunk.first, chunk.first + chunk.in_block):
         old, batch = like(running_mean[c], share), like(mean[c], share)
         delta, v, old_var = (batch - old) + low[c], var[c], running_var[c]
         step = share * delta
@@ -105,7 +105,7 @@ def move_running(args: Any, chunk: Any, mean: Any, var: Any) -> None:
     running_var = pointer_like(args[at.running_var], var)
     count, weight = as_float(args[at.count]), as_float(args[at.momentum])
     unbiased = count / (count - 1.0) if count > 1.0 else 1.0
-    for c in range(chunk.first, chunk.first + chunk.here):
+    for c in range(chunk.first, chunk.first + chunk.in_block):
         gap[c], batch_var[c] = low[c], var[c]
         if args[at.running_mean] != 0:
             m, v = running_mean[c], running_var[c]
@@ -120,7 +120,7 @@ def take_running(args: Any, chunk: Any, mean: Any, var: Any) -> None:
     low = pointer_like(args[at.center_low], var)
     running_mean = pointer_like(args[at.running_mean], var)
     running_var = pointer_like(args[at.running_var], var)
-    for c in range(chunk.first, chunk.first + chunk.here):
+    for c in range(chunk.first, chunk.first + chunk.in_block):
         mean[c], low[c], var[c] = running_mean[c], like(0.0, var[c]), running_var[c]
 
 
@@ -134,7 +134,7 @@ def record_step(args: Any, chunk: Any, var: Any, scale: Any) -> None:
     eps, part = as_float(args[at.eps]), as_float(args[at.share]) / as_float(args[at.count])
     if args[at.num_batches_tracked] != 0 and chunk.first == 0:
         pointer(args[at.num_batches_tracked], np.int64)[0] += 1
-    for c in range(chunk.first, chunk.first + chunk.here):
+    for c in range(chunk.first, chunk.first + chunk.in_block):
         r = 1.0 / math.sqrt(var[c] + eps)
         rho[c] = like(r, rho[c])
         slope[c] = like(scale[c] * r * r * part, slope[c])
@@ -166,7 +166,7 @@ def map_chunk(ACT: int) -> Any:
         if chunk.planes:
             piece = STAGE if streams else WIDTH if signed else chunk.length
             for row in range(chunk.top, chunk.bottom):
-                for c in range(chunk.here):
+                for c in range(chunk.in_block):
                     k = chunk.first + c
                     m, s, t = mean[k], scale[k], shift[k]
                     for begin in range(0, chunk.length, piece):
@@ -189,8 +189,9 @@ def map_chunk(ACT: int) -> Any:
             spread(shifted(scale, chunk.first), chunk, wide_2)
             spread(shifted(shift, chunk.first), chunk, wide_3)
             piece = STAGE if streams else WIDTH
-            for row in range(chunk.top, chunk.bottom, chunk.together):
-                width = min(chunk.together, chunk.bottom - row) * chunk.here * chunk.length
+            for row in range(chunk.top, chunk.bottom, chunk.rows_per_strip):
+                rows = min(chunk.rows_per_strip, chunk.bottom - row)
+                width = rows * chunk.in_block * chunk.length
                 for begin in range(0, width, piece):
                     start, several = start_of(chunk, row) + begin, min(piece, width - begin)
                     target = staged if streams else shifted(y, start)

@@ -8,7 +8,7 @@ times a range of rows. There are two ways through a chunk:
               other, since long stretches are read faster; in a map alone also shorter planes
     strips    shorter: one row's planes of a block of channels, at most WIDTH elements (in
               channels-last rows MAX_WIDTH), are one strip; where a row has less than half of that,
-              `together` rows are one
+              `rows_per_strip` rows are one
 
 A call is a list of passes over all chunks, such as: reduce, merge, map. Threads take chunks one by
 one, and wait for one another between passes.
@@ -51,7 +51,8 @@ RUNNING = 256  # the running statistics normalize, and stay
 
 Chunk = namedtuple(
     "Chunk",
-    "rows channels length part block blocks first here top bottom together copies planes words",
+    "rows channels length part block blocks first in_block top bottom rows_per_strip copies "
+    "planes words",
 )
 
 COMPILED = {"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -94,16 +95,19 @@ def words_of(count: Any) -> Any:
 def chunk_at(args: Any, mode: Any, index: Any) -> Any:
     """The block of channels and the range of rows that chunk `index` of a pass stands for."""
     rows, channels, length = args[at.rows], args[at.channels], args[at.length]
-    parts, together = parts_in(args, mode), args[at.together]
+    parts, rows_per_strip = parts_in(args, mode), args[at.rows_per_strip]
     if mode & BACKWARDS:
         index = parts * args[at.blocks] - 1 - index
     part, block = index // args[at.blocks], index % args[at.blocks]
     first = block * args[at.block]
-    here = min(channels - first, args[at.block])
-    strips = (rows + together - 1) // together
-    top, bottom = strips * part // parts * together, strips * (part + 1) // parts * together
+    in_block = min(channels - first, args[at.block])
+    strips = (rows + rows_per_strip - 1) // rows_per_strip
+    top, bottom = (
+        strips * part // parts * rows_per_strip,
+        strips * (part + 1) // parts * rows_per_strip,
+    )
     bottom = min(bottom, rows)
-    copies = min(together, bottom - top)
+    copies = min(rows_per_strip, bottom - top)
     return Chunk(
         rows,
         channels,
@@ -112,15 +116,15 @@ def chunk_at(args: Any, mode: Any, index: Any) -> Any:
         block,
         args[at.blocks],
         first,
-        here,
+        in_block,
         top,
         bottom,
-        together,
+        rows_per_strip,
         copies,
         args[at.planes] != 0,
         args[at.block] * words_of(length)
         if args[at.planes] != 0
-        else words_of(together * args[at.block] * length),
+        else words_of(rows_per_strip * args[at.block] * length),
     )
 
 
@@ -133,7 +137,7 @@ def start_of(chunk: Any, row: Any) -> Any:
 @compiled  # type: ignore[untyped-decorator]
 def signs_of(chunk: Any, row: Any, plane: Any, begin: Any) -> Any:
     """Where the signs lie of what begins at value `begin` of a strip, or of the block's `plane`."""
-    first = (row // chunk.together * chunk.blocks + chunk.block) * chunk.words
+    first = (row // chunk.rows_per_strip * chunk.blocks + chunk.block) * chunk.words
     return first + plane * words_of(chunk.length) + begin // LANES
 
 
@@ -150,14 +154,14 @@ def spread(values: Any, chunk: Any, wide: Any) -> None:
     at = 0
     for _ in range(chunk.copies):
         if chunk.length == 1:
-            for c in range(chunk.here):
+            for c in range(chunk.in_block):
                 wide[at + c] = values[c]
         else:
-            for c in range(chunk.here):
+            for c in range(chunk.in_block):
                 v = values[c]
                 for i in range(chunk.length):
                     wide[at + c * chunk.length + i] = v
-        at += chunk.here * chunk.length
+        at += chunk.in_block * chunk.length
 
 
 @called  # type: ignore[untyped-decorator]
@@ -166,7 +170,7 @@ def spread_mask(mask: Any, chunk: Any, row: Any, several: Any, valid: Any) -> No
     noinline()
     at = 0
     for r in range(row, row + several):
-        for _ in range(chunk.here):
+        for _ in range(chunk.in_block):
             for i in range(chunk.length):
                 valid[at + i] = mask[r * chunk.length + i]
             at += chunk.length
@@ -206,15 +210,15 @@ def flush(wide: Any, chunk: Any, sums: Any) -> None:
     at = 0
     for _ in range(chunk.copies):
         if chunk.length == 1:
-            for c in range(chunk.here):
+            for c in range(chunk.in_block):
                 sums[c] += wide[at + c]
         else:
-            for c in range(chunk.here):
+            for c in range(chunk.in_block):
                 total = 0.0
                 for i in range(chunk.length):
                     total += wide[at + c * chunk.length + i]
                 sums[c] += total
-        at += chunk.here * chunk.length
+        at += chunk.in_block * chunk.length
     clear(wide, at)
 
 
@@ -228,7 +232,7 @@ def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
     total = chunk.rows * chunk.length
     few = min(total, SAMPLE)
     seen = 0
-    clear(pivots, chunk.here)
+    clear(pivots, chunk.in_block)
     for k in range(few):
         at = k * total // few
         if mask is not None and mask[at] == 0:
@@ -237,12 +241,12 @@ def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
         row, i = at // chunk.length, at % chunk.length
         start = (row * chunk.channels + chunk.first) * chunk.length + i
         if chunk.length == 1:
-            for c in range(chunk.here):
+            for c in range(chunk.in_block):
                 pivots[c] += widen(x[start + c])
         else:
-            for c in range(chunk.here):
+            for c in range(chunk.in_block):
                 pivots[c] += widen(x[start + c * chunk.length])
-    for c in range(chunk.here):
+    for c in range(chunk.in_block):
         pivot = pivots[c] / like(max(seen, 1), pivots[c])
         pivots[c] = pivot if math.isfinite(pivot) else like(0.0, pivot)
 
@@ -251,7 +255,7 @@ def sample(x: Any, mask: Any, chunk: Any, pivots: Any) -> None:
 def pivot_at(mean: Any, chunk: Any, pivots: Any) -> None:
     """Take the means as pivots."""
     noinline()
-    for c in range(chunk.here):
+    for c in range(chunk.in_block):
         m = mean[chunk.first + c]
         pivots[c] = m if math.isfinite(m) else like(0.0, m)
 
@@ -259,10 +263,10 @@ def pivot_at(mean: Any, chunk: Any, pivots: Any) -> None:
 @summed  # type: ignore[untyped-decorator]
 def moments_of_planes(x: Any, mask: Any, chunk: Any, pivots: Any, sums_1: Any, sums_2: Any) -> None:
     """Σ(x - pivot) and Σ(x - pivot)² of every channel of the chunk, over valid positions."""
-    clear(sums_1, chunk.here)
-    clear(sums_2, chunk.here)
+    clear(sums_1, chunk.in_block)
+    clear(sums_2, chunk.in_block)
     for row in range(chunk.top, chunk.bottom):
-        for c in range(chunk.here):
+        for c in range(chunk.in_block):
             pivot = pivots[c]
             total_1, total_2 = 0.0, 0.0
             for begin in range(0, chunk.length, SUM_LENGTH):
@@ -286,15 +290,15 @@ def moments_of_strips(
     sums_1: Any, sums_2: Any,
 ) -> None:  # fmt: skip
     """Σ(x - pivot) and Σ(x - pivot)² of every channel of the chunk, over valid positions."""
-    clear(sums_1, chunk.here)
-    clear(sums_2, chunk.here)
-    columns = chunk.here * chunk.length
+    clear(sums_1, chunk.in_block)
+    clear(sums_2, chunk.in_block)
+    columns = chunk.in_block * chunk.length
     clear(wide_1, chunk.copies * columns)
     clear(wide_2, chunk.copies * columns)
     held = 0
-    for row in range(chunk.top, chunk.bottom, chunk.together):
+    for row in range(chunk.top, chunk.bottom, chunk.rows_per_strip):
         start = start_of(chunk, row)
-        several = min(chunk.together, chunk.bottom - row)
+        several = min(chunk.rows_per_strip, chunk.bottom - row)
         if mask is not None:
             spread_mask(mask, chunk, row, several, valid)
         for i in range(several * columns):
@@ -317,7 +321,7 @@ def store_partial(partial: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
     """Write this part's sums, for the pass that merges."""
     noinline()
     start = 2 * chunk.part * chunk.channels + chunk.first
-    for c in range(chunk.here):
+    for c in range(chunk.in_block):
         partial[start + c] = sums_1[c]
         partial[start + chunk.channels + c] = sums_2[c]
 
@@ -326,11 +330,11 @@ def store_partial(partial: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
 def add_partials(partial: Any, parts: Any, chunk: Any, sums_1: Any, sums_2: Any) -> None:
     """Add the sums of all parts."""
     noinline()
-    clear(sums_1, chunk.here)
-    clear(sums_2, chunk.here)
+    clear(sums_1, chunk.in_block)
+    clear(sums_2, chunk.in_block)
     for part in range(parts):
         start = 2 * part * chunk.channels + chunk.first
-        for c in range(chunk.here):
+        for c in range(chunk.in_block):
             sums_1[c] += partial[start + c]
             sums_2[c] += partial[start + chunk.channels + c]
 
@@ -346,7 +350,7 @@ def write_moments(
     """
     noinline()
     far = False
-    for c in range(chunk.here):
+    for c in range(chunk.in_block):
         step = sums_1[c] / count
         spread_about = sums_2[c] / count - step * step
         far = far or step * step > spread_about

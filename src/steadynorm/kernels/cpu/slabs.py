@@ -107,7 +107,7 @@ class Plan(NamedTuple):
 
     block: int
     blocks: int
-    together: int
+    rows_per_strip: int
     parts: int
     threads: int
     visit: bool
@@ -119,7 +119,7 @@ class Plan(NamedTuple):
         Else each piece ends within a line, of which both parts are ordinary stores beside
         non-temporal ones: maps of 28 x 28 values in bfloat16 took 1.4 to 1.9 times as long.
         """
-        row = self.together * shape.channels * shape.length
+        row = self.rows_per_strip * shape.channels * shape.length
         step = shape.length if self.planes else math.gcd(row, self.block * shape.length)
         return step * itemsize % LINE == 0
 
@@ -141,9 +141,9 @@ class Plan(NamedTuple):
 def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
     """Cut for the cache and the threads; see loops.py for planes and strips."""
     row = channels * length
-    block, together, planes = 1, 1, 2 * row > WIDTH and length >= PLANES_FROM
+    block, rows_per_strip, planes = 1, 1, 2 * row > WIDTH and length >= PLANES_FROM
     if 2 * row <= WIDTH:
-        block, together = channels, min(rows, WIDTH // row)
+        block, rows_per_strip = channels, min(rows, WIDTH // row)
     elif not planes:
         widest = MAX_WIDTH if length == 1 and channels <= MAX_WIDTH else WIDTH
         block = min(channels, widest // length)
@@ -156,10 +156,10 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
     blocks = -(-channels // block)
     if rows * row < PARALLEL_FROM:
         threads = 1
-    strips = -(-rows // together)
+    strips = -(-rows // rows_per_strip)
     parts = 1 if blocks >= PARTS * threads else min(strips, -(-PARTS * threads // blocks))
     visit = rows * block * length * itemsize <= VISIT_UP_TO and blocks >= threads
-    return Plan(block, blocks, together, parts, threads, visit, planes)
+    return Plan(block, blocks, rows_per_strip, parts, threads, visit, planes)
 
 
 @lru_cache(maxsize=4096)
@@ -204,7 +204,7 @@ class Slab:
         large = math.prod(shape) * itemsize >= stream_from
         self.arguments = Arguments(
             rows=rows, channels=shape.channels, length=shape.length, block=self.plan.block,
-            blocks=self.plan.blocks, parts=self.plan.parts, together=self.plan.together,
+            blocks=self.plan.blocks, parts=self.plan.parts, rows_per_strip=self.plan.rows_per_strip,
             planes=self.plan.planes, streams=large and self.plan.begins_lines(shape, itemsize),
             x=address + self._skip,
         )  # fmt: skip
@@ -233,11 +233,11 @@ class Slab:
 
         The last block's count in full, as if it had all channels.
         """
-        block, blocks, together, *_ = self.plan
-        strips = -(-self.rows // together) * blocks
+        block, blocks, rows_per_strip, *_ = self.plan
+        strips = -(-self.rows // rows_per_strip) * blocks
         if self.plan.planes:
             return strips * block, self.length
-        return strips, together * block * self.length
+        return strips, rows_per_strip * block * self.length
 
     @property
     def words(self) -> int:
