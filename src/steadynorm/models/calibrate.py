@@ -118,11 +118,12 @@ def adapt(
         mean = (prior·running_mean + n·target_mean)/(prior + n)
         var  = (prior·running_var  + n·target_var) /(prior + n)
 
-    with n the target's samples that reach the layer (not its values). As in the paper the variances
-    are mixed without a term for the distance of the means. `prior=0` takes the target's statistics
-    alone. While it measures, a layer normalizes each batch with the mixture for that batch, so one
-    batch gives the paper's procedure; with passes="layerwise", layers before the measured one
-    normalize with their final mixture. Calling it again mixes with what the first call left.
+    with n the target's samples that reach the layer (not its values; with a mask, samples that have
+    a valid position). As in the paper the variances are mixed without a term for the distance of
+    the means. `prior=0` takes the target's statistics alone. While it measures, a layer normalizes
+    each batch with the mixture for that batch, so one batch gives the paper's procedure; with
+    passes="layerwise", layers before the measured one normalize with their final mixture. Calling
+    it again mixes with what the first call left.
 
     Args:
         model, batches, forward, max_batches, device, passes, synchronize, progress: as `calibrate`.

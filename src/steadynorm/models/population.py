@@ -64,7 +64,8 @@ class MeasuringPass:
         where = float64_device(module.running_mean)
         source = self.sources[layer.name]
         before = RunningStatistics(source.mean.to(where), source.var.to(where), None)
-        part = LayerMoments(moments_of(x, mask), 1, x.shape[0])
+        samples = x.shape[0] if mask is None else int(mask.reshape(len(x), -1).any(1).sum())
+        part = LayerMoments(moments_of(x, mask), int(samples > 0), samples)
         # As in training, the biased variance normalizes; a mixture does as it will in inference.
         unbiased = layer.unbiased and self.mixture.prior is not None
         now = self.mixture.mixed(before, part, unbiased=unbiased)
@@ -84,7 +85,9 @@ class MeasuringPass:
 def _without_nonfinite(part: LayerMoments) -> LayerMoments:
     """Drops the batch if a value is NaN or infinite, which is what `nonfinite="skip"` asks."""
     finite = part.moments.mean.isfinite().all() & part.moments.var.isfinite().all()
-    return part._replace(moments=Moments(*(torch.where(finite, v, 0.0) for v in part.moments)))
+    if finite:
+        return part
+    return LayerMoments(Moments(*(torch.zeros_like(v) for v in part.moments)), 0, 0)
 
 
 @dataclass

@@ -70,6 +70,23 @@ def test_batches_count_together() -> None:
     torch.testing.assert_close(kept[0].running_var, kept[1].running_var)
 
 
+@pytest.mark.parametrize("left_out", ["masked", "masked beside others", "not finite"])
+def test_samples_that_are_left_out_do_not_count(left_out: str) -> None:
+    x = torch.tensor([[4.0], [6.0]])
+    valid, none = torch.tensor([True, True]), torch.tensor([False, False])
+    batches = {
+        "masked": [(x, valid), (x, none)],
+        "masked beside others": [(torch.cat([x, x]), torch.cat([valid, none]))],
+        "not finite": [(x, valid), (x / 0, valid)],
+    }[left_out]
+    layer = sn.BatchNorm1d(1, nonfinite="skip")
+    sn.adapt(
+        layer, batches, prior=6, progress=False, forward=lambda model, b: model(b[0], mask=b[1])
+    )
+    assert (layer.running_mean.item(), layer.running_var.item()) == (1.25, 1.25)
+    assert layer.num_batches_tracked.item() == 1
+
+
 class Recurrent(nn.Module):
     """Feeds its batch norm with what it gave."""
 
