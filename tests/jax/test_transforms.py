@@ -29,6 +29,38 @@ def test_first_and_second_derivatives(policy: Any) -> None:
         check_grads(loss, (x, weight, bias), order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [sn.Steady(window=None), sn.Renorm(warmup=0, r_ramp=1, d_ramp=1)],
+    ids=["steady", "renorm"],
+)
+def test_what_carries_no_gradient_carries_none_in_second_derivatives(policy: Any) -> None:
+    constant = jax.lax.stop_gradient
+    with jax.enable_x64(True):
+        x, grad = draw(5, 2), draw(5, 2, seed=1)
+        mean, var = jnp.array([0.3, -0.1]), jnp.array([1.5, 0.7])
+        state = RunningStatistics(mean, var, jnp.asarray(3))
+
+        def ours(x: jax.Array) -> jax.Array:
+            return batch_norm(x, state, statistics=policy)[0]
+
+        def truth(x: jax.Array) -> jax.Array:
+            m, v = x.mean(0), x.var(0)
+            if isinstance(policy, sn.Renorm):
+                r = constant(jnp.clip(jnp.sqrt((v + 1e-5) / (var + 1e-5)), 1 / 3, 3))
+                d = constant(jnp.clip((m - mean) / jnp.sqrt(var + 1e-5), -5, 5))
+                return (x - m) / jnp.sqrt(v + 1e-5) * r + d
+            k = max(5 / (5 + 16), 1 / 4)
+            u = (1 - k) * var + k * v + k * (1 - k) * constant(m - mean) ** 2
+            return (x - mean - k * (m - mean)) / jnp.sqrt(u + 1e-5)
+
+        found, wanted = (
+            jax.jacrev(jax.grad(lambda x, f=f: (jnp.sin(f(x)) * grad).sum()))(x)
+            for f in (ours, truth)
+        )
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_vmap_is_a_loop_in_values_states_and_gradients() -> None:
     x, grad = draw(4, 6, 3), draw(4, 6, 3, seed=1)
     state = initial_state(3)

@@ -244,7 +244,32 @@ def _policy_step(
         _, after = advance(settings.replicas.gather(batch), running, context)
     if after is not None and state is not None:
         after = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, state)
-    return batch, normalizer, after
+    return batch, _by_share(normalizer, batch), after
+
+
+def _by_share(normalizer: Normalizer, batch: Moments) -> Normalizer:
+    """The same values; gradient flows by the share alone, in second derivatives too."""
+    still = jax.tree.map(lambda part: jax.lax.stop_gradient(jnp.asarray(part)), normalizer)
+    mean = batch.mean + batch.mean_low
+    return normalizer._replace(
+        mean=still.mean,
+        mean_low=_moved_by(still.mean_low, still.share, mean),
+        var=_moved_by(still.var, still.share, batch.var),
+        gain=normalizer.gain if isinstance(normalizer.gain, float) else still.gain,
+        offset=normalizer.offset if isinstance(normalizer.offset, float) else still.offset,
+    )
+
+
+@jax.custom_jvp
+def _moved_by(value: Array, share: Array, live: Array) -> Array:
+    """`value`, whose derivative is that of `share`·`live`."""
+    return value
+
+
+@_moved_by.defjvp
+def _moved_by_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    value, share, _ = primals
+    return value, jnp.asarray(share * tangents[2], value.dtype)
 
 
 def _forward(
