@@ -122,3 +122,16 @@ def test_what_needs_a_state_says_so() -> None:
         batch_norm(X + 1j, STATE)
     with pytest.raises(ValueError, match="BatchNorm: `activation` must be None or one of"):
         BatchNorm(3, activation="no", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_running_statistics_in_half_precision_serve_in_inference_alone(dtype: Any) -> None:
+    """In bfloat16 a running mean stopped at 2.2 where 3 is right."""
+    state = initial_state(2, dtype=dtype)
+    x = jnp.ones((4, 2), dtype)
+    with pytest.raises(TypeError, match=r"`state\.mean` must be float32 or wider in training"):
+        batch_norm(x, state)
+    for settings in ({"use_running_average": True}, {"statistics": "frozen"}):
+        y, after = batch_norm(x, state, **settings)
+        assert after is state
+        np.testing.assert_allclose(y.astype(jnp.float32), 1.0, rtol=1e-2)

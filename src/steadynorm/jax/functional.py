@@ -124,6 +124,7 @@ def batch_norm(
     Args:
         x: real numbers of any shape.
         state: running statistics, from `initial_state` or the call before; None to keep none.
+            Float32 or wider in training, whatever x is.
         weight: (C,), or None for 1.
         bias: (C,), or None for 0.
         use_running_average: whether this is inference.
@@ -190,6 +191,8 @@ def batch_norm(
     if mask is not None:
         mask = checks.expanded_mask(mask, x, axis, owner)
     inference = use_running_average or isinstance(policy, Frozen)
+    if not inference:
+        checks.state_can_move(state, owner)
     replicas = None
     if axis_name is not None and not inference:
         index_groups = tuple(tuple(group) for group in axis_index_groups or ())
