@@ -176,7 +176,7 @@ def mutated(folder, file, old, new):
 
 def run(case, backend, name, monkeypatch):
     """The case with that backend, and with the plans that the case asks for."""
-    backend.GPU.on = backend.GPU.interpreted = True
+    backend.GPU.on = backend.GPU.interpreted = backend.GPU.counted = True
     assert backend.GPU.load() is None
     theirs = sys.modules[f"{name}.stages"]
     monkeypatch.setattr(theirs, "planned", cases.cut(case))
