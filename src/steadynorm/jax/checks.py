@@ -79,7 +79,9 @@ def state_kind(state: Any, owner: str) -> None:
 
 def state_can_move(state: RunningStatistics | None, owner: str) -> None:
     """Half precision is too coarse to average in: bfloat16's 2.2 takes up no 0.008."""
-    for name, array in (("mean", state.mean), ("var", state.var)) if state is not None else ():
+    if state is None:
+        return
+    for name, array in (("mean", state.mean), ("var", state.var)):
         if array.dtype.itemsize < 4:
             raise TypeError(
                 f"{owner}: `state.{name}` must be float32 or wider in training; got {array.dtype}, "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
 from steadynorm.kernels.reference.gradient_memory import Memory
-from steadynorm.kernels.reference.torch_arrays import xp
+from steadynorm.kernels.reference.torch_arrays import valid_samples, xp
 from steadynorm.statistics import (
     Batch,
     Coefficients,
@@ -149,8 +149,7 @@ class Call:
         mask = self.mask
         if mask is None:
             return self.x.shape[0]
-        valid = mask if mask.ndim == 1 else mask.flatten(1).any(1)
-        return valid.sum().to(statistics_dtype(self.x))
+        return valid_samples(mask).to(statistics_dtype(self.x))
 
     def by_policy_alone(self) -> bool:
         """Whether a kernel may decide in its place, by policy, settings and buffers alone."""

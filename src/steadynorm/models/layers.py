@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from steadynorm.kernels import activations
-from steadynorm.nn.batchnorm import SteadyNorm
+from steadynorm.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SteadyNorm
 from steadynorm.statistics import Frozen, Policy, RunningStatistics
 from steadynorm.statistics import fold as scale_and_shift
 
@@ -24,8 +24,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 )  # fmt: skip
-AXES = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-"""How many axes the inputs of torch's layers, and of ours, may have."""
+OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+"""Ours for each of torch's layers: inputs have as many axes."""
 TORCH_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
@@ -153,10 +153,10 @@ def channel_axis(host: nn.Module, axes: int) -> int:
 def meets_channels(host: nn.Module, norm: nn.Module) -> bool:
     """Whether a batch norm beside a layer can act on its channels, by how many axes each takes."""
     axes = 2 + (len(host.kernel_size) if isinstance(host, _ConvNd) else 0)
-    for kind, taken in AXES.items():
+    for kind, ours in OURS.items():
         refuses = (kind._check_input_dim, SteadyNorm._check_input_dim)
         if isinstance(norm, kind) and type(norm)._check_input_dim in refuses:
-            return axes in taken
+            return axes in ours._axes
     return True
 
 

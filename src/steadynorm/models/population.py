@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steadynorm.kernels.reference.torch_arrays import valid_samples
 from steadynorm.models.batches import Batches
 from steadynorm.models.layers import NormLayer
 from steadynorm.models.observe import float64_device, moments_of, observing
@@ -64,7 +65,7 @@ class MeasuringPass:
         where = float64_device(module.running_mean)
         source = self.sources[layer.name]
         before = RunningStatistics(source.mean.to(where), source.var.to(where), None)
-        samples = x.shape[0] if mask is None else int(mask.reshape(len(x), -1).any(1).sum())
+        samples = x.shape[0] if mask is None else int(valid_samples(mask))
         part = LayerMoments(moments_of(x, mask), int(samples > 0), samples)
         # As in training, the biased variance normalizes; a mixture does as it will in inference.
         unbiased = layer.unbiased and self.mixture.prior is not None

@@ -102,11 +102,8 @@ def chunk_at(args: Any, mode: Any, index: Any) -> Any:
     first = block * args[at.block]
     in_block = min(channels - first, args[at.block])
     strips = (rows + rows_per_strip - 1) // rows_per_strip
-    top, bottom = (
-        strips * part // parts * rows_per_strip,
-        strips * (part + 1) // parts * rows_per_strip,
-    )
-    bottom = min(bottom, rows)
+    top = strips * part // parts * rows_per_strip
+    bottom = min(strips * (part + 1) // parts * rows_per_strip, rows)
     copies = min(rows_per_strip, bottom - top)
     return Chunk(
         rows,

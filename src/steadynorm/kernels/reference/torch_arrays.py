@@ -135,6 +135,11 @@ def in_type(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
     return (t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
 
 
+def valid_samples(mask: Tensor) -> Tensor:
+    """How many samples have a position that the mask leaves valid."""
+    return (mask if mask.ndim == 1 else mask.flatten(1).any(1)).sum()
+
+
 def misread(x: Tensor, weight: Tensor | None) -> bool:
     """Whether the backward of PyTorch's operator may read memory wrongly (torch 2.13.0, on CPU).
 
