@@ -116,9 +116,9 @@ def record(config: Config) -> list[Launch]:
     replay.launch = launch
     plans.multiprocessors = lambda device: MULTIPROCESSORS
     try:
-        call.plan = prepared.Kind(call)
-        y, saved = prepared.forward(call)
-        prepared.backward(saved, torch.empty_like(y), (True, True, True, config.residual))
+        call.plan = kind = prepared.Kind(call)
+        y, (tensors, left) = kind.forward(call)
+        kind.backward(tensors, left, torch.empty_like(y), (True, True, True, config.residual))
     finally:
         replay.launch, plans.multiprocessors = kept
     return launched

@@ -80,7 +80,7 @@ def launches() -> dict[str, Call]:
 
     with mock.patch.object(replay, "launch", noting):
         ours(PARTS)
-    again = next(iter(prepared.KINDS.values())).forward[True]
+    again = next(iter(prepared.KINDS.values())).replays_forward[True]
     addresses = tuple(range(0, 14 * replay.ALIGNED, replay.ALIGNED))
     return {
         "Triton": lambda: [call() for call in noted],

@@ -23,7 +23,7 @@ from steadynorm.evidence.bench.measure import machine
 from steadynorm.evidence.timing import in_turns, seconds
 from steadynorm.kernels.cpu import slabs as cpu_slabs
 from steadynorm.kernels.cpu.pointers import like, widen
-from steadynorm.kernels.cpu.prepared import Plan
+from steadynorm.kernels.cpu.prepared import CpuPlan
 from steadynorm.kernels.spec import Call
 from steadynorm.statistics import Batch
 
@@ -81,19 +81,21 @@ def steps(
     """The layer's forward, its backward, and its inference, with results past the caches or not."""
     for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
         setattr(cpu_slabs, name, stream_from)
-    shape = cpu_slabs.shape_of(x)
-    assert shape is not None
-    plan = Plan(shape, x.dtype, "relu", residual=True)
+    plan = CpuPlan(x.shape, x.stride(), x.dtype, "relu", residual=True)
     channels = x.shape[1]
-    call = Call(
-        x, torch.ones(channels), torch.zeros(channels), residual, policy=Batch(), momentum=0.1,
-        activation="relu", running_mean=torch.zeros(channels), running_var=torch.ones(channels),
+    training, inference = (
+        Call(
+            x, torch.ones(channels), torch.zeros(channels), residual, policy=policy, momentum=0.1,
+            activation="relu", running_mean=torch.zeros(channels), running_var=torch.ones(channels),
+        )
+        for policy in (Batch(), None)
     )  # fmt: skip
-    _, (saved, _) = plan.forward(call)
+    training.gradient = True
+    _, saved = plan.forward(training)
     return {
-        "forward": lambda: plan.forward(call),
-        "backward": lambda: plan.backward(saved, grad, (True,) * 4),
-        "inference": lambda: plan.infer(call),
+        "forward": lambda: plan.forward(training),
+        "backward": lambda: plan.backward(*saved, grad, (True,) * 4),
+        "inference": lambda: plan.forward(inference),
     }
 
 

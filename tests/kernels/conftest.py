@@ -27,14 +27,14 @@ def way(request, monkeypatch):
     if "past the caches" in request.param:
         for name in ("STREAM_FROM", "STREAM_VISITS_FROM", "STREAM_MAPS_FROM"):
             monkeypatch.setattr(slabs, name, 0)
-        monkeypatch.setattr(slabs.Plan, "begins_lines", lambda *_: True)
+        monkeypatch.setattr(slabs.Cut, "begins_lines", lambda *_: True)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    slabs.plan.cache_clear()
+    slabs.cut.cache_clear()
     prepared.prepared.cache_clear()
     yield request.param
     torch.set_num_threads(threads)
-    slabs.plan.cache_clear()
+    slabs.cut.cache_clear()
     prepared.prepared.cache_clear()
 
 

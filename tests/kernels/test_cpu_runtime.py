@@ -131,7 +131,7 @@ FORK = """
     torch.set_num_threads(2)
     x = torch.randn(16, 24, 30, 30)
     right, _ = cpu.normalize(x, None, None, 1e-5)
-    assert slabs.plan(16, 24, 900, 4, 2).threads == 2
+    assert slabs.cut(16, 24, 900, 4, 2).threads == 2
     child = os.fork()
     if child == 0:
         signal.alarm(60)  # a hang is a failure

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.reference import Groups
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.reference.torch_arrays import valid_samples, xp
 from steadynorm.statistics import (
@@ -25,7 +26,6 @@ from steadynorm.statistics import (
     of_running,
 )
 
-Groups = tuple[int, ...] | None
 HALF = (torch.float16, torch.bfloat16)
 RECORDED = "a mode of PyTorch's dispatcher records operators, and no kernel is one"
 

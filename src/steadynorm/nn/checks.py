@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels import checks
-from steadynorm.kernels.spec import Groups
+from steadynorm.kernels.reference import Groups
 from steadynorm.nn.synchronize import synchronize_setting
 from steadynorm.statistics import Ghost, Policy, Renorm, policy_from
 

@@ -6,13 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from steadynorm._extras import lacking
-from steadynorm.kernels import compat
 from steadynorm.kernels.reference.closed_form import ClosedForm
-from steadynorm.kernels.reference.differentiable import in_operators
-from steadynorm.kernels.spec import RECORDED, Call, Gradients, Packed, Saved
+from steadynorm.kernels.spec import RECORDED, Call
 
 from .readable import PLAIN, readable, unreadable
 
@@ -43,7 +40,7 @@ class CpuKernels(ClosedForm):
         """Tensors in memory that kernels can read, of a type and layout that they take."""
         if self.prepared is None and self.load() is not None:
             return self.refusal
-        if compat.dispatch_modes():
+        if self.is_recorded():
             return RECORDED
         x, residual = call.x, call.residual
         if (call.basic or call.blends) and readable(x) and (residual is None or readable(residual)):
@@ -72,33 +69,6 @@ class CpuKernels(ClosedForm):
         residual_dtype = None if residual is None else residual.dtype
         why: str | None = self.stages.unsupported(x.shape, x.stride(), x.dtype, residual_dtype)
         return why
-
-    def forward(self, call: Call) -> tuple[Tensor, Packed]:
-        """By the plan where there is one, else by stages."""
-        if call.plan is None:
-            return super().forward(call)
-        if call.by_running and not call.gradient:
-            return call.plan.infer(call), ((), None)
-        result: tuple[Tensor, Packed] = call.plan.forward(call)
-        return result
-
-    def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
-        """The gradients in closed form."""
-        if compat.dispatch_modes():  # which record no kernel
-            return in_operators(self, self.unpack(saved), grad, needs)
-        tensors, rest = saved
-        if needs[0] and hasattr(rest, "plan"):
-            gradients: Gradients = rest.plan.backward(tensors, rest, grad, needs)
-            return gradients
-        return super().backward(saved, grad, needs)
-
-    def unpack(self, saved: Packed) -> Saved:
-        """What `forward` left, in full."""
-        tensors, rest = saved
-        if hasattr(rest, "plan"):
-            expanded: Saved = rest.plan.unpack(tensors, rest)
-            return expanded
-        return super().unpack(saved)
 
 
 CPU = CpuKernels("cpu", None, compiled=True)

@@ -12,13 +12,12 @@ Second derivatives, and the backward of an input that needs no gradient, are don
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.reference.closed_form import as_saved
-from steadynorm.kernels.reference.gradient_memory import Memory
+from steadynorm.kernels.reference.closed_form import Planned, as_saved
 from steadynorm.kernels.spec import (
     Call,
     Gradients,
@@ -41,19 +40,7 @@ _fill_forward, _FORWARD = writer("eps", "momentum", "share", *FORWARD)
 _fill_backward, _BACKWARD = writer("rate", "eps", "momentum", "share", *FORWARD, *BACKWARD)
 
 
-class Rest(NamedTuple):
-    """What a prepared forward leaves for its backward, but for tensors.
-
-    `share` is how much of the statistics is the batch's: 0 in inference.
-    """
-
-    plan: Plan
-    eps: float
-    share: float
-    memory: Memory | None
-
-
-class Plan:
+class CpuPlan:
     """Calls of `Batch`, of `Steady` and in inference for one shape, layout, type and activation.
 
     A forward leaves one tensor for its backward, in int16: the rows that arguments.py names, in the
@@ -79,8 +66,8 @@ class Plan:
         self.kept = Keep.needed(activation, residual=residual, compiled=True)
         large = self.count * self.channels * dtype.itemsize >= LARGE
         self.empty_like = large_like if large else torch.empty_like
-        self.threads = slab.plan.threads
-        self.partial_sums = None if slab.plan.visit else prototype(torch.float64, slab.sums)
+        self.threads = slab.cut.threads
+        self.partial_sums = None if slab.cut.visit else prototype(torch.float64, slab.sums)
         self.per_channel = prototype(self.real, self.channels)
         self.scale_and_shift = prototype(self.real, 2, self.channels)
         self.step = shape.channels * self.real.itemsize
@@ -92,10 +79,10 @@ class Plan:
         self._forward = forward_kernel(dtype, activation, add=residual)
         mapping = slabs.Slab(shape, dtype.itemsize, only_maps=True)
         training = loops.DECIDE | loops.RECORD
-        self._training = _template(slab, *slab.plan.forward(training))
-        self._blending = _template(slab, *slab.plan.forward(training | loops.BLEND))
+        self._training = _template(slab, *slab.cut.forward(training))
+        self._blending = _template(slab, *slab.cut.forward(training | loops.BLEND))
         self._running = _template(slab, loops.RUNNING | loops.DECIDE | loops.RECORD, loops.MAP)
-        self._gradients = _template(slab, *slab.plan.backward())
+        self._gradients = _template(slab, *slab.cut.backward())
         self._gradient_of_x = _template(slab, loops.MAP)
         self._inference = _template(mapping, loops.DECIDE, loops.MAP)
 
@@ -118,6 +105,8 @@ class Plan:
 
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
         """Normalize as the policy says and move the running statistics; or by these, unmoved."""
+        if call.by_running and not call.gradient:
+            return self._infer(call), ((), None)
         template, share, weight = self._training, 1.0, call.momentum
         if call.blends:
             template, (share, weight) = self._blending, call.weights(self.count)
@@ -151,9 +140,9 @@ class Plan:
             x, rows, y if self.kept is Keep.OUTPUT else None,
             residual if self.kept is Keep.REBUILT else None, gamma, beta,
         )  # fmt: skip
-        return y, (tensors, Rest(self, call.eps, share, call.memory))
+        return y, (tensors, Planned(self, call.eps, call.memory, share))
 
-    def infer(self, call: Call) -> Tensor:
+    def _infer(self, call: Call) -> Tensor:
         """Normalize by the running statistics, where no backward can follow."""
         x, residual = call.x, slabs.residual_laid_out_as(call.residual, call.x)
         y = self.empty_like(x)
@@ -167,15 +156,17 @@ class Plan:
         self._forward(a, self.threads)
         return y
 
-    def backward(self, tensors: Any, rest: Rest, grad: Tensor, needs: Any) -> Gradients:
+    def backward(self, tensors: Any, left: Planned, grad: Tensor, needs: Any) -> Gradients | None:
         """The gradients, that of x included; all per-channel work inside the kernel."""
+        if not needs[0]:
+            return None
         x, rows, y, residual = self._as_saved(*tensors[:4])
         grad = slabs.laid_out_as(grad, x, "grad")
         want = needs[3] and self.activation is not None
         dx = self.empty_like(x)
         dresidual = self.empty_like(x) if want else None
         template, dweight, dbias = self._gradient_of_x, None, None
-        if rest.share or needs[1] or needs[2]:
+        if left.share or needs[1] or needs[2]:
             template = self._gradients
             dweight = torch.empty_like(self.per_channel)
             dbias = torch.empty_like(self.per_channel)
@@ -183,12 +174,12 @@ class Plan:
         a = Arguments.from_buffer_copy(template)
         first = rows.data_ptr()
         end = first + self.rows_bytes
-        memory, rate, before, after = rest.memory, 0.0, None, None
+        memory, rate, before, after = left.memory, 0.0, None, None
         if memory is not None:
             rate = memory.rate
             before, after = memory.in_place()
         _fill_backward(
-            a, _BACKWARD, rate, 0.0, 0.0, rest.share, x.data_ptr(),
+            a, _BACKWARD, rate, 0.0, 0.0, left.share, x.data_ptr(),
             0 if residual is None else residual.data_ptr(), 0 if y is None else y.data_ptr(), end,
             0 if partial_sums is None else partial_sums.data_ptr(), 0, 0, 0, 0, 0,
             *range(first, end, self.step), grad.data_ptr(), dx.data_ptr(),
@@ -196,7 +187,7 @@ class Plan:
             0 if dbias is None else dbias.data_ptr(), 0 if dweight is None else dweight.data_ptr(),
             0 if before is None else before.data_ptr(), 0 if after is None else after.data_ptr(),
         )  # fmt: skip
-        if not rest.share:  # the factors are 0: they serve as slope and constant, unmultiplied
+        if not left.share:  # the factors are 0: they serve as slope and constant, unmultiplied
             a.slope, a.constant = a.slope_factor, a.constant_factor
             a.slope_factor = a.constant_factor = 0
         kernel = self._backward[want] or self._load(want=want)
@@ -231,23 +222,23 @@ class Plan:
         self._backward[want] = kernel
         return kernel
 
-    def unpack(self, tensors: Any, rest: Rest) -> Saved:
+    def unpack(self, tensors: Any, left: Planned) -> Saved:
         """What a forward left, as the stages leave it."""
         x, rows, y, residual = self._as_saved(*tensors[:4])
         weight, bias = tensors[4:]
         words = self.rows_bytes // 2
         named = dict(zip(ROWS, rows[:words].view(self.real).view(len(ROWS), -1), strict=True))
         center, gap = named["center"], named["mean_gap"]
-        normalizer = Normalizer(center, named["center_low"], named["var"], 1, 0, rest.share)
+        normalizer = Normalizer(center, named["center_low"], named["var"], 1, 0, left.share)
         batch = None
-        if rest.share:
+        if left.share:
             mean, low = two_sum(center, gap)
             batch = Moments(self.count, mean, named["batch_var"], low)
-        known = coefficients_of(normalizer, x, weight, bias, rest.eps)
+        known = coefficients_of(normalizer, x, weight, bias, left.eps)
         signs = rows[words:] if self.signs else None
         return Saved(
-            x, weight, bias, residual, None, y, signs, batch, normalizer, known, rest.eps,
-            self.activation, None, None, self.dtype, rest.memory,
+            x, weight, bias, residual, None, y, signs, batch, normalizer, known, left.eps,
+            self.activation, None, None, self.dtype, left.memory,
         )  # fmt: skip
 
 
@@ -269,9 +260,9 @@ def prepared(
     residual: torch.dtype | None,
     activation: str | None,
     threads: int,
-) -> Plan | str:
+) -> CpuPlan | str:
     """The plan for such inputs, built once; or why the kernels do not take them."""
     why = unsupported(sizes, strides, dtype, residual)
     if why is not None:
         return why
-    return Plan(sizes, strides, dtype, activation, residual is not None)
+    return CpuPlan(sizes, strides, dtype, activation, residual is not None)

@@ -18,7 +18,7 @@ from numba.core.extending import intrinsic
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
-from steadynorm.kernels.spec import Groups
+from steadynorm.kernels.reference import Groups
 
 from .activations import CODES, NAMES, by_activation
 from .loops import called
@@ -52,7 +52,7 @@ def outputs_for(signs: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
     for slab in slabs(x, groups):
         runs, size = slab.runs
         mine, bits = bits[: slab.words], bits[slab.words :]
-        rows = -(-slab.rows // slab.plan.rows_per_strip) * slab.plan.rows_per_strip
+        rows = -(-slab.rows // slab.cut.rows_per_strip) * slab.cut.rows_per_strip
         values = mine.reshape(runs, -1)[:, :size].reshape(rows, -1)
         values = values[: slab.rows, : slab.channels * slab.length]
         flat[done : done + values.size] = torch.from_numpy(values.reshape(-1).copy())

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import Groups, statistics_dtype
+from steadynorm.kernels.reference import Groups
+from steadynorm.kernels.spec import statistics_dtype
 
 from . import loops
 from .arguments import PASSES, Arguments
@@ -98,7 +99,7 @@ def checked_output(out: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-class Plan(NamedTuple):
+class Cut(NamedTuple):
     """How the work is cut: blocks of channels, parts of the rows, rows together in a strip.
 
     `visit`: a block's values stay in the cache from the reduction to the map, and there is a block
@@ -138,7 +139,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
+def cut(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Cut:
     """Cut for the cache and the threads; see loops.py for planes and strips."""
     row = channels * length
     block, rows_per_strip, planes = 1, 1, 2 * row > WIDTH and length >= PLANES_FROM
@@ -159,13 +160,13 @@ def plan(rows: int, channels: int, length: int, itemsize: int, threads: int) -> 
     strips = -(-rows // rows_per_strip)
     parts = 1 if blocks >= PARTS * threads else min(strips, -(-PARTS * threads // blocks))
     visit = rows * block * length * itemsize <= VISIT_UP_TO and blocks >= threads
-    return Plan(block, blocks, rows_per_strip, parts, threads, visit, planes)
+    return Cut(block, blocks, rows_per_strip, parts, threads, visit, planes)
 
 
 @lru_cache(maxsize=4096)
-def plan_to_map(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Plan:
+def cut_to_map(rows: int, channels: int, length: int, itemsize: int, threads: int) -> Cut:
     """Cut for a map alone: it follows memory, a reduction follows channels from row to row."""
-    usual = plan(rows, channels, length, itemsize, threads)
+    usual = cut(rows, channels, length, itemsize, threads)
     if length < SHORTEST_PLANE:
         return usual
     block = max(1, min(channels, BLOCK_OF_MAP // length))
@@ -195,17 +196,17 @@ class Slab:
         self.group, self.first, self.rows = group, first, rows
         self.channels, self.length = shape.channels, shape.length
         self.count = rows * shape.length
-        cut = plan_to_map if only_maps else plan
-        self.plan = cut(rows, shape.channels, shape.length, itemsize, torch.get_num_threads())
+        how = cut_to_map if only_maps else cut
+        self.cut = how(rows, shape.channels, shape.length, itemsize, torch.get_num_threads())
         self._words_before = words_before
         self._skip = first * shape.channels * shape.length * itemsize
-        stream_from = STREAM_VISITS_FROM if self.plan.visit else STREAM_FROM
+        stream_from = STREAM_VISITS_FROM if self.cut.visit else STREAM_FROM
         stream_from = STREAM_MAPS_FROM if only_maps else stream_from
         large = math.prod(shape) * itemsize >= stream_from
         self.arguments = Arguments(
-            rows=rows, channels=shape.channels, length=shape.length, block=self.plan.block,
-            blocks=self.plan.blocks, parts=self.plan.parts, rows_per_strip=self.plan.rows_per_strip,
-            planes=self.plan.planes, streams=large and self.plan.begins_lines(shape, itemsize),
+            rows=rows, channels=shape.channels, length=shape.length, block=self.cut.block,
+            blocks=self.cut.blocks, parts=self.cut.parts, rows_per_strip=self.cut.rows_per_strip,
+            planes=self.cut.planes, streams=large and self.cut.begins_lines(shape, itemsize),
             x=address + self._skip,
         )  # fmt: skip
 
@@ -233,9 +234,9 @@ class Slab:
 
         The last block's count in full, as if it had all channels.
         """
-        block, blocks, rows_per_strip, *_ = self.plan
+        block, blocks, rows_per_strip, *_ = self.cut
         strips = -(-self.rows // rows_per_strip) * blocks
-        if self.plan.planes:
+        if self.cut.planes:
             return strips * block, self.length
         return strips, rows_per_strip * block * self.length
 
@@ -259,12 +260,12 @@ class Slab:
         if loops.MERGE in passes:
             partial = torch.empty(self.sums, dtype=torch.float64, device="cpu")
             a.partial = partial.data_ptr()
-        kernel(a, self.plan.threads)
+        kernel(a, self.cut.threads)
 
     @property
     def sums(self) -> int:
         """How many float64 a reduction in parts leaves."""
-        return 2 * self.plan.parts * self.channels
+        return 2 * self.cut.parts * self.channels
 
 
 def slabs(x: Tensor, groups: Groups) -> Iterator[Slab]:

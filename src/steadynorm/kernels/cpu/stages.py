@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.reference import Groups
 from steadynorm.kernels.reference.gradient_sources import GradientSources, Kept
-from steadynorm.kernels.spec import Groups, statistics_dtype
+from steadynorm.kernels.spec import statistics_dtype
 from steadynorm.statistics.moments import Moments
 
 from . import loops
@@ -154,7 +155,7 @@ def normalize(
         slab.signs(signs)
         slab.shared(weight=weight, bias=bias)
         slab.by_channel(center=mean, center_low=low, var=var, scale=scale, shift=shift)
-        slab.run(kernel, *slab.plan.forward(loops.DECIDE))
+        slab.run(kernel, *slab.cut.forward(loops.DECIDE))
     return y, Moments(_counts(counts, x, groups, None), mean, var, low)
 
 
@@ -281,5 +282,5 @@ def normalize_grad(
             slope_factor=slope_factor, constant_factor=constant_factor, center_low=mean_low,
             mean_gap=mean_gap,
         )  # fmt: skip
-        slab.run(kernel, *slab.plan.backward())
+        slab.run(kernel, *slab.cut.backward())
     return dx, dresidual if writes or not want_residual else grad, sum_grad, sum_grad_x

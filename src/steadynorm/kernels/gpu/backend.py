@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels import compat
 from steadynorm.kernels.cpu.readable import PLAIN, name_of
 from steadynorm.kernels.reference.closed_form import ClosedForm
-from steadynorm.kernels.reference.differentiable import in_operators
-from steadynorm.kernels.spec import HALF, RECORDED, Call, Gradients, Packed, Saved
+from steadynorm.kernels.spec import HALF, RECORDED, Call
 
 TYPES = (torch.float32, *HALF)
 NOT_ON_A_GPU = "the input is not on a GPU"
@@ -30,8 +28,6 @@ class GpuKernels(ClosedForm):
     on = False
     interpreted = False
     """Whether tensors in this machine's memory serve: in Triton's interpreter, for tests."""
-    counted = False
-    """Whether calls under modes of PyTorch's dispatcher are served: tests count launches by one."""
     prepared: Any = None
     refusal: str | None = None
     """Why the kernels cannot be loaded."""
@@ -56,7 +52,7 @@ class GpuKernels(ClosedForm):
             return NOT_ON_A_GPU
         if not self.on:
             return NOT_SWITCHED_ON
-        if self._is_recorded():
+        if self.is_recorded():
             return RECORDED
         if self.prepared is None and self.load() is not None:
             return self.refusal
@@ -71,10 +67,6 @@ class GpuKernels(ClosedForm):
         if why is None and decidable:
             call.plan = prepared.kind_of(call)
         return why
-
-    def _is_recorded(self) -> bool:
-        """Whether a mode such as make_fx records operators."""
-        return bool(compat.dispatch_modes()) and not self.counted
 
     def _unreadable(self, call: Call) -> str | None:
         """Whether every tensor is nothing but memory on the input's device."""
@@ -122,30 +114,6 @@ class GpuKernels(ClosedForm):
             return f"`num_batches_tracked` is {name_of(batches.dtype)}, not int64"
         plan = self.stages.planned(x, call.groups)
         return plan if plan.__class__ is str else None
-
-    def forward(self, call: Call) -> tuple[Tensor, Packed]:
-        """With the decision in the kernel where the policy alone takes it, else by stages."""
-        if call.plan is None:
-            return super().forward(call)
-        result: tuple[Tensor, Packed] = self.prepared.forward(call)
-        return result
-
-    def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
-        """The gradients in closed form."""
-        if self._is_recorded():
-            return in_operators(self, self.unpack(saved), grad, needs)
-        if not hasattr(saved[1], "kind"):
-            return super().backward(saved, grad, needs)
-        gradients: Gradients = self.prepared.backward(saved, grad, needs)
-        return gradients
-
-    def unpack(self, saved: Packed) -> Saved:
-        """What `forward` left, in full."""
-        tensors, rest = saved
-        if not hasattr(rest, "kind"):
-            return super().unpack(saved)
-        expanded: Saved = self.prepared.unpack(tensors, rest)
-        return expanded
 
 
 def _is_strided(call: Call) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.spec import Groups
+from steadynorm.kernels.reference import Groups
 
 TILE, WARPS, WIDE, NARROW = 2048, 8, 1024, 64
 """Values of a tile, warps that share it; its most columns channels-first, and channels-last."""

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.reference.closed_form import as_saved
+from steadynorm.kernels.reference import Groups
+from steadynorm.kernels.reference.closed_form import Planned, as_saved
 from steadynorm.kernels.reference.gradient_memory import Memory
-from steadynorm.kernels.spec import Call, Gradients, Groups, Keep, Packed, Saved
+from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved
 from steadynorm.statistics import (
     Batch,
     Coefficients,
@@ -72,8 +73,9 @@ class Kind:
         self.tickets, self.partials = self._workspace(x)
         """What a reduction of the forward needs; no tickets where no program waits for others."""
         self.partials_of_backward = partial_values(x, plan, 2)
-        self.forward: list[Replay | None] = [None, None]  # without and with a backward to follow
-        self.backward: dict[Any, Replay | None] = {}
+        # Without and with a backward to follow; and by what the backward is asked for.
+        self.replays_forward: list[Replay | None] = [None, None]
+        self.replays_backward: dict[Any, Replay | None] = {}
 
     def _workspace(self, x: Tensor) -> tuple[int, int]:
         if self.decision is None:
@@ -90,6 +92,132 @@ class Kind:
         maps = raw[self.maps_at :][: self.maps_at // ROWS * MAPS].view(torch.float32)
         signs = raw[self.signs_at :][: self.sign_bytes] if self.sign_bytes else None
         return rows, maps.view(MAPS, *self.shape), signs
+
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
+        """y, and what the backward needs; a training call moves the running statistics."""
+        x, residual, mask = call.x, call.residual, call.mask
+        if self.copies_residual and residual is not None:
+            residual = laid_out_as(residual, x)
+        if mask is not None:
+            mask = mask.contiguous()
+        gradient = call.gradient
+        y = torch.empty_like(x)
+        kept = x.new_empty(self.values) if gradient or self.measured else None
+        weight, bias, mean, var = call.weight, call.bias, call.running_mean, call.running_var
+        batches, stream, space = call.num_batches_tracked, plans.stream_of(x), None
+        if self.tickets:
+            space = plans.workspace(x, stream, self.tickets, self.partials)
+        again = self.replays_forward[gradient]
+        # Written out: a loop over the tensors takes 0.8 µs more.
+        if again is None or not (is_current(x) and again(stream, (
+            x.data_ptr(), 0 if residual is None else residual.data_ptr(),
+            0 if mask is None else mask.data_ptr(), y.data_ptr(),
+            0 if kept is None else kept.data_ptr() + self.signs_at,
+            0 if self.starts is None else self.starts.data_ptr(),
+            *((0, 0) if space is None else space.addresses),
+            0 if kept is None else kept.data_ptr(),
+            0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            0 if mean is None else mean.data_ptr(), 0 if var is None else var.data_ptr(),
+            0 if batches is None else batches.data_ptr(),
+        ))):  # fmt: skip
+            rows, _, signs = (None,) * 3 if kept is None else self.views(kept)
+            tensors = (
+                x, residual, mask, y, signs if gradient else None, self.starts,
+                *((None, None) if space is None else space[:2]), rows, weight, bias, mean, var,
+                batches,
+            )  # fmt: skip
+            if again is None:
+                self.replays_forward[gradient] = replay.note(
+                    tensors, _launch_forward, self, *tensors
+                )
+            else:
+                _launch_forward(self, *tensors)
+        if self.measured:
+            if mean is not None and var is not None:
+                written = (mean, var) if batches is None else (mean, var, batches)
+                torch.autograd.graph.increment_version(written)
+            if call.memory is not None and call.policy is not None:
+                call.memory.rate = call.policy.gradient_rate(x.shape[0])
+        saved = (
+            x, weight, bias, residual if self.kept is Keep.REBUILT else None, mask,
+            y if self.kept is Keep.OUTPUT else None, kept,
+        )  # fmt: skip
+        return y, (saved, Planned(self, self.eps, call.memory))
+
+    def backward(self, tensors: Any, left: Planned, grad: Tensor, needs: Any) -> Gradients:
+        """The gradients, all work per channel inside the kernels."""
+        x, weight, bias, residual, mask, y, kept = self._as_saved(*tensors)
+        memory = left.memory
+        need_x, need_weight, need_bias, need_residual = needs
+        plan, grad = self.plan, laid_out_as(grad, x)
+        through = need_x and self.measured
+        whole, sums = through and plan.whole, through or need_weight or need_bias
+        dx = torch.empty_like(x) if need_x else None
+        dresidual = torch.empty_like(x) if need_residual and self.activation is not None else None
+        dweight = torch.empty_like(weight) if need_weight else None
+        dbias = torch.empty_like(bias) if need_bias else None
+        before, state, rate, first = _memory(memory if through else None)
+        stream, space, extra = plans.stream_of(x), None, y if residual is None else residual
+        if sums and not whole:
+            space = plans.workspace(x, stream, plan.blocks, self.partials_of_backward)
+        first_kept, has_maps = kept.data_ptr(), through and not whole
+        key = needs if memory is None else (needs, first, rate)
+        again = self.replays_backward.get(key)
+        if again is None or not (is_current(x) and again(stream, (
+            grad.data_ptr(), x.data_ptr(), 0 if extra is None else extra.data_ptr(),
+            first_kept + self.signs_at, 0 if mask is None else mask.data_ptr(),
+            0 if dx is None else dx.data_ptr(), 0 if dresidual is None else dresidual.data_ptr(),
+            0 if self.starts is None else self.starts.data_ptr(),
+            *((0, 0) if space is None else space.addresses), first_kept, first_kept + self.maps_at,
+            0 if dweight is None else dweight.data_ptr(), 0 if dbias is None else dbias.data_ptr(),
+            0 if before is None else before.data_ptr(), 0 if state is None else state.data_ptr(),
+        ))):  # fmt: skip
+            rows, maps, signs = self.views(kept)
+            launched = (
+                grad, x, extra, signs, mask, dx, dresidual, self.starts,
+                *((None, None) if space is None else space[:2]), rows, maps if has_maps else None,
+                dweight, dbias, before, state,
+            )  # fmt: skip
+            launches = (self, whole, sums, first, rate, *launched)
+            if again is None:
+                self.replays_backward[key] = replay.note(launched, _launch_backward, *launches)
+            else:
+                _launch_backward(*launches)
+        same = need_residual and self.activation is None
+        return dx, dweight, dbias, grad if same else dresidual
+
+    def unpack(self, tensors: Any, left: Planned) -> Saved:
+        """What a forward left, as the stages leave it."""
+        x, weight, bias, residual, mask, y, kept = self._as_saved(*tensors)
+        rows, _, signs = self.views(kept)
+        rows = rows if self.groups is not None else rows[:, 0]
+
+        def row(k: Any) -> Tensor:
+            found: Tensor = rows[k.value]
+            return found
+
+        batch = None
+        if self.measured:
+            count = row(policies.COUNT)[..., :1]
+            means = (policies.MEAN, policies.VAR, policies.MEAN_LOW)
+            batch = Moments(count, *(row(k) for k in means))
+        normal = ("CENTER", "CENTER_LOW", "SPREAD", "GAIN", "OFFSET", "SHARE")
+        normalizer = Normalizer(*(row(getattr(policies, name)) for name in normal))
+        known = Coefficients(
+            *(row(getattr(policies, name)) for name in ("CENTER", "SCALE", "SHIFT", "RHO"))
+        )
+        return Saved(
+            x, weight, bias, residual, mask, y, signs, batch, normalizer, known, self.eps,
+            self.activation, self.groups, None, self.residual_dtype, left.memory,
+        )  # fmt: skip
+
+    def _as_saved(
+        self, x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, y: Any, kept: Any
+    ) -> tuple[Any, ...]:
+        """The forward's tensors in the layout that the kernels read."""
+        x = as_saved(x, self.strides)
+        y, residual = (t if t is None else as_saved(t, self.strides) for t in (y, residual))
+        return x, weight, bias, residual, mask, y, kept
 
 
 KINDS: dict[Any, Kind] = {}
@@ -119,13 +247,6 @@ def kind_of(call: Call) -> Kind:
             KINDS.clear()
         found = KINDS[key] = Kind(call)
     return found
-
-
-class Rest(NamedTuple):
-    """What a forward leaves for its backward, but for tensors."""
-
-    kind: Kind
-    memory: Memory | None
 
 
 def decidable(call: Call) -> bool:
@@ -172,55 +293,6 @@ def _decision(call: Call) -> _Decision:
     return _Decision(pace, prior, known, constants)
 
 
-def forward(call: Call) -> tuple[Tensor, Packed]:
-    """y, and what the backward needs; a training call moves the running statistics."""
-    kind, x, residual, mask = call.plan, call.x, call.residual, call.mask
-    if kind.copies_residual and residual is not None:
-        residual = laid_out_as(residual, x)
-    if mask is not None:
-        mask = mask.contiguous()
-    gradient = call.gradient
-    y = torch.empty_like(x)
-    kept = x.new_empty(kind.values) if gradient or kind.measured else None
-    weight, bias, mean, var = call.weight, call.bias, call.running_mean, call.running_var
-    batches, stream, space = call.num_batches_tracked, plans.stream_of(x), None
-    if kind.tickets:
-        space = plans.workspace(x, stream, kind.tickets, kind.partials)
-    again = kind.forward[gradient]
-    # Written out: a loop over the tensors takes 0.8 µs more.
-    if again is None or not (is_current(x) and again(stream, (
-        x.data_ptr(), 0 if residual is None else residual.data_ptr(),
-        0 if mask is None else mask.data_ptr(), y.data_ptr(),
-        0 if kept is None else kept.data_ptr() + kind.signs_at,
-        0 if kind.starts is None else kind.starts.data_ptr(),
-        *((0, 0) if space is None else space.addresses),
-        0 if kept is None else kept.data_ptr(),
-        0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        0 if mean is None else mean.data_ptr(), 0 if var is None else var.data_ptr(),
-        0 if batches is None else batches.data_ptr(),
-    ))):  # fmt: skip
-        rows, _, signs = (None,) * 3 if kept is None else kind.views(kept)
-        tensors = (
-            x, residual, mask, y, signs if gradient else None, kind.starts,
-            *((None, None) if space is None else space[:2]), rows, weight, bias, mean, var, batches,
-        )  # fmt: skip
-        if again is None:
-            kind.forward[gradient] = replay.note(tensors, _launch_forward, kind, *tensors)
-        else:
-            _launch_forward(kind, *tensors)
-    if kind.measured:
-        if mean is not None and var is not None:
-            written = (mean, var) if batches is None else (mean, var, batches)
-            torch.autograd.graph.increment_version(written)
-        if call.memory is not None and call.policy is not None:
-            call.memory.rate = call.policy.gradient_rate(x.shape[0])
-    saved = (
-        x, weight, bias, residual if kind.kept is Keep.REBUILT else None, mask,
-        y if kind.kept is Keep.OUTPUT else None, kept,
-    )  # fmt: skip
-    return y, (saved, Rest(kind, call.memory))
-
-
 def _launch_forward(
     kind: Kind, x: Tensor, residual: Tensor | None, mask: Tensor | None, y: Tensor,
     signs: Tensor | None, starts: Tensor | None, tickets: Tensor | None, partials: Tensor | None,
@@ -241,50 +313,6 @@ def _launch_forward(
                     **constants)  # fmt: skip
     run_apply(x, plan, y, starts, rows, residual, kind.activation, signs, *parameters, kind.eps,
               fixed=fixed)  # fmt: skip
-
-
-def backward(saved: Packed, grad: Tensor, needs: Any) -> Gradients:
-    """The gradients, all work per channel inside the kernels."""
-    (x, weight, bias, residual, mask, y, kept), (kind, memory) = saved
-    x = as_saved(x, kind.strides)
-    y, residual = (t if t is None else as_saved(t, kind.strides) for t in (y, residual))
-    need_x, need_weight, need_bias, need_residual = needs
-    plan, grad = kind.plan, laid_out_as(grad, x)
-    through = need_x and kind.measured
-    whole, sums = through and plan.whole, through or need_weight or need_bias
-    dx = torch.empty_like(x) if need_x else None
-    dresidual = torch.empty_like(x) if need_residual and kind.activation is not None else None
-    dweight = torch.empty_like(weight) if need_weight else None
-    dbias = torch.empty_like(bias) if need_bias else None
-    before, state, rate, first = _memory(memory if through else None)
-    stream, space, extra = plans.stream_of(x), None, y if residual is None else residual
-    if sums and not whole:
-        space = plans.workspace(x, stream, plan.blocks, kind.partials_of_backward)
-    first_kept, has_maps = kept.data_ptr(), through and not whole
-    key = needs if memory is None else (needs, first, rate)
-    again = kind.backward.get(key)
-    if again is None or not (is_current(x) and again(stream, (
-        grad.data_ptr(), x.data_ptr(), 0 if extra is None else extra.data_ptr(),
-        first_kept + kind.signs_at, 0 if mask is None else mask.data_ptr(),
-        0 if dx is None else dx.data_ptr(), 0 if dresidual is None else dresidual.data_ptr(),
-        0 if kind.starts is None else kind.starts.data_ptr(),
-        *((0, 0) if space is None else space.addresses), first_kept, first_kept + kind.maps_at,
-        0 if dweight is None else dweight.data_ptr(), 0 if dbias is None else dbias.data_ptr(),
-        0 if before is None else before.data_ptr(), 0 if state is None else state.data_ptr(),
-    ))):  # fmt: skip
-        rows, maps, signs = kind.views(kept)
-        tensors = (
-            grad, x, extra, signs, mask, dx, dresidual, kind.starts,
-            *((None, None) if space is None else space[:2]), rows, maps if has_maps else None,
-            dweight, dbias, before, state,
-        )  # fmt: skip
-        launches = (kind, whole, sums, first, rate, *tensors)
-        if again is None:
-            kind.backward[key] = replay.note(tensors, _launch_backward, *launches)
-        else:
-            _launch_backward(*launches)
-    same = need_residual and kind.activation is None
-    return dx, dweight, dbias, grad if same else dresidual
 
 
 def _launch_backward(
@@ -316,32 +344,3 @@ def _memory(memory: Memory | None) -> tuple[Tensor | None, Tensor | None, float,
         memory.before = torch.empty(state.shape, dtype=torch.float32, device=state.device)
         torch.autograd.graph.increment_version([state])
     return memory.before, state, float(memory.rate), first
-
-
-def unpack(tensors: Any, rest: Rest) -> Saved:
-    """What a forward left, as the stages leave it."""
-    x, weight, bias, residual, mask, y, kept = tensors
-    kind = rest.kind
-    x = as_saved(x, kind.strides)
-    y, residual = (t if t is None else as_saved(t, kind.strides) for t in (y, residual))
-    rows, _, signs = kind.views(kept)
-    rows = rows if kind.groups is not None else rows[:, 0]
-
-    def row(k: Any) -> Tensor:
-        found: Tensor = rows[k.value]
-        return found
-
-    batch = None
-    if kind.measured:
-        count = row(policies.COUNT)[..., :1]
-        means = (policies.MEAN, policies.VAR, policies.MEAN_LOW)
-        batch = Moments(count, *(row(k) for k in means))
-    normal = ("CENTER", "CENTER_LOW", "SPREAD", "GAIN", "OFFSET", "SHARE")
-    normalizer = Normalizer(*(row(getattr(policies, name)) for name in normal))
-    known = Coefficients(
-        *(row(getattr(policies, name)) for name in ("CENTER", "SCALE", "SHIFT", "RHO"))
-    )
-    return Saved(
-        x, weight, bias, residual, mask, y, signs, batch, normalizer, known, kind.eps,
-        kind.activation, kind.groups, None, kind.residual_dtype, rest.memory,
-    )  # fmt: skip

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
+from steadynorm.kernels.reference import Groups
 from steadynorm.kernels.reference.gradient_sources import GradientSources, Kept
-from steadynorm.kernels.spec import Groups, Keep
+from steadynorm.kernels.spec import Keep
 from steadynorm.statistics.moments import Moments
 
 from . import backward, forward, replay

@@ -1,15 +1,19 @@
 """A call by the four stages: forward `moments`, `apply`; backward `reduce_grad`, `apply_grad`.
 
-The gradient is the closed form of `statistics/normalizer.py`, for every policy.
+The gradient is the closed form of `statistics/normalizer.py`, for every policy. A backend with
+kernels that serve a whole direction at once has a plan for such calls.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from steadynorm.kernels import compat
+from steadynorm.kernels.reference.differentiable import in_operators
+from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Backend, Call, Gradients, Keep, Packed, Saved, coefficients_of
 from steadynorm.statistics import (
@@ -21,6 +25,29 @@ from steadynorm.statistics import (
 )
 
 
+class CallPlan(Protocol):
+    """How kernels serve a whole direction of calls that differ only in values and addresses."""
+
+    def forward(self, call: Call) -> tuple[Tensor, Packed]:
+        """y, and what the backward needs: tensors, and a `Planned`."""
+
+    def backward(self, tensors: Any, left: Planned, grad: Tensor, needs: Any) -> Gradients | None:
+        """The gradients; None where the stages are the better way to them."""
+
+    def unpack(self, tensors: Any, left: Planned) -> Saved:
+        """What the forward left, as the stages leave it."""
+
+
+class Planned(NamedTuple):
+    """What a forward by a plan leaves for its backward, but for tensors."""
+
+    plan: CallPlan
+    eps: float
+    memory: Memory | None
+    share: float = 1.0
+    """How much of the statistics is the batch's, where the tensors do not say it."""
+
+
 class ClosedForm(Backend):
     """A backend over a module of stages.
 
@@ -30,12 +57,21 @@ class ClosedForm(Backend):
 
     differentiable = False
     visit = False
+    counted = False
+    """Whether kernels run under modes of PyTorch's dispatcher: tests count launches by one."""
 
     def __init__(self, name: str, stages: Any, *, compiled: bool) -> None:
         self.name, self.stages, self.compiled = name, stages, compiled
 
+    def is_recorded(self) -> bool:
+        """Whether a mode such as make_fx records operators, of which a kernel is none."""
+        return self.compiled and compat.dispatch_modes() > 0 and not self.counted
+
     def forward(self, call: Call) -> tuple[Tensor, Packed]:
-        """Measure, let the call decide, and map."""
+        """By the plan where the call has one; else measure, let the call decide, and map."""
+        if call.plan is not None:
+            planned: tuple[Tensor, Packed] = call.plan.forward(call)
+            return planned
         stages, x, residual, mask = self.stages, call.x, call.residual, call.mask
         kept = Keep.needed(call.activation, residual=residual is not None, compiled=self.compiled)
         options = {"residual": residual, "activation": call.activation, "groups": call.groups}
@@ -64,6 +100,10 @@ class ClosedForm(Backend):
 
     def unpack(self, saved: Packed) -> Saved:
         """What `forward` left, in full; sign bits follow x in memory."""
+        tensors, left = saved
+        if left.__class__ is Planned:
+            planned: Saved = left.plan.unpack(tensors, left)
+            return planned
         found = super().unpack(saved)
         if found.signs is None or found.strides is None:
             return found
@@ -71,6 +111,13 @@ class ClosedForm(Backend):
 
     def backward(self, saved: Packed, grad: Tensor, needs: Any) -> Gradients:
         """The gradients in closed form."""
+        if self.is_recorded():
+            return in_operators(self, self.unpack(saved), grad, needs)
+        tensors, left = saved
+        if left.__class__ is Planned:
+            gradients: Gradients | None = left.plan.backward(tensors, left, grad, needs)
+            if gradients is not None:
+                return gradients
         return self.gradients(self.unpack(saved), grad, needs)
 
     def gradients(self, saved: Saved, grad: Tensor, needs: Any) -> Gradients:

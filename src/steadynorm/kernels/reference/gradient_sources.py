@@ -11,7 +11,8 @@ from typing import NamedTuple, TypedDict
 from torch import Tensor
 
 from steadynorm.kernels.activations import ACTIVATIONS
-from steadynorm.kernels.spec import Groups, Keep
+from steadynorm.kernels.reference import Groups
+from steadynorm.kernels.spec import Keep
 
 LayOut = Callable[[Tensor, Tensor, str], Tensor]
 """A tensor in x's type and layout, given x and the tensor's name: itself if it has both."""
