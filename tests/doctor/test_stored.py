@@ -6,7 +6,6 @@ import io
 import json
 import os
 import struct
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -326,9 +325,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> None:
 
 
 def test_torchscript_is_refused(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        script(tmp_path / "script.pt")
+    script(tmp_path / "script.pt")
     code, line = doctor(tmp_path / "script.pt")
     assert (code, line.count("\n")) == (2, 1)
 

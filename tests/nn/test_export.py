@@ -136,7 +136,6 @@ def test_onnx(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, made(x).detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_trace_in_inference() -> None:
     made, x = network(sn.Steady()).eval(), data()
@@ -145,7 +144,6 @@ def test_trace_in_inference() -> None:
     assert "aten::batch_norm" in str(traced.inlined_graph)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_would_keep_the_groups_of_one_batch_size() -> None:
     made, x = network(sn.Ghost(2)), data()

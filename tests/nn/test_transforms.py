@@ -10,9 +10,6 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 
 import steadynorm as sn
 
-# PyTorch's own first use of forward mode compiles a script.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
 POLICIES = {
     "batch": sn.Batch(),
     "steady": sn.Steady(window=None),

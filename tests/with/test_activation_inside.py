@@ -138,7 +138,6 @@ def test_the_cures() -> None:
     torch.testing.assert_close(synchronized(made)(X), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_reads_every_attribute_still_works() -> None:
     made = network("relu")

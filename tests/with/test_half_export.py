@@ -43,7 +43,6 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @HALVES
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_programs_compute_what_the_float32_model_does(dtype: torch.dtype) -> None:
     made, x = network(), data()
