@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steadynorm as sn
@@ -121,7 +121,8 @@ def test_what_it_serves(shape, dtype, ready):
         ({"x": torch.empty(0, 64)}, "the input is empty"),
         ({"x": torch.empty(SHAPE)[::2, ::2]},
          "the input is contiguous neither channels-first nor channels-last"),
-        ({"x": torch._neg_view(torch.empty(SHAPE))}, "`x` is not plain memory"),
+        ({"x": torch._neg_view(torch.empty(SHAPE))},
+         "`x` is a view whose values are not in memory"),
         ({"residual": torch.empty(SHAPE).bfloat16()},
          "the residual is bfloat16, the input float32"),
         ({"weight": torch.empty(64, dtype=torch.float64)},
@@ -130,7 +131,7 @@ def test_what_it_serves(shape, dtype, ready):
         ({"running_mean": torch.empty(64).half()}, "`running_mean` is float16, or not contiguous"),
         ({"num_batches_tracked": torch.tensor(0, dtype=torch.int32)},
          "`num_batches_tracked` is int32, not int64"),
-        ({"weight": torch.empty(64, device="meta")}, "`weight` is on meta, the input on cpu"),
+        ({"weight": torch.empty(64, device="meta")}, "`weight` is on meta, not on cpu"),
         ({"mask": torch.empty(SHAPE)}, "every channel has its own valid positions"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -143,7 +144,7 @@ def test_a_subclass_is_named(ready):
     class Own(torch.Tensor):
         pass
 
-    assert why(torch.empty(SHAPE).as_subclass(Own)) == "`x` is a Own"
+    assert why(torch.empty(SHAPE).as_subclass(Own)) == "the input is a Own"
     assert why(torch.nn.Parameter(torch.empty(SHAPE))) is None
 
 
@@ -158,7 +159,8 @@ def test_an_old_device(monkeypatch):
     monkeypatch.setattr(GPU, "on", True)
     monkeypatch.setattr(GPU, "load", lambda: None)
     monkeypatch.setattr(GPU, "stages", Planned)
-    monkeypatch.setattr(GPU, "_unreadable", lambda call: None)  # the tensor is fake
+    monkeypatch.setattr(backend, "unreadable_argument", lambda *_: None)  # the tensor is fake
+    monkeypatch.setattr(backend, "PLAIN", {FakeTensor})
     monkeypatch.setattr(GPU, "counted", True)  # under a mode
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backend, "_capability", lambda device: (7, 5))  # past its cache

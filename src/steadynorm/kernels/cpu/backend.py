@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,10 +10,7 @@ from steadynorm._extras import lacking
 from steadynorm.kernels.reference.closed_form import ClosedForm
 from steadynorm.kernels.spec import RECORDED, Call
 
-from .readable import PLAIN, readable, unreadable
-
-TENSORS = tuple(field.name for field in fields(Call))
-"""The names of a call's arguments, its tensors first."""
+from .readable import PLAIN, readable, unreadable_argument
 
 
 class CpuKernels(ClosedForm):
@@ -58,12 +54,9 @@ class CpuKernels(ClosedForm):
     def _refusal(self, call: Call) -> str | None:
         """Whether the stages take a call that has no plan, and why not."""
         x, residual = call.x, call.residual
-        found = unreadable(
-            x, call.weight, call.bias, residual, call.mask, call.running_mean, call.running_var,
-            call.num_batches_tracked,
-        )  # fmt: skip
-        if found is not None:
-            return f"`{TENSORS[found[0]]}` {found[1]}"
+        unreadable = unreadable_argument(call)
+        if unreadable is not None:
+            return unreadable
         if x.__class__ not in PLAIN:
             return f"the input is a {x.__class__.__name__}"
         residual_dtype = None if residual is None else residual.dtype

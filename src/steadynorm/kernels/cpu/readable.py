@@ -7,6 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.spec import Call
+
+CPU = torch.device("cpu")
+TENSORS = (
+    "x", "weight", "bias", "residual", "mask", "running_mean", "running_var", "num_batches_tracked",
+)  # fmt: skip
+"""The names of a call's tensors."""
 PLAIN: frozenset[Any] = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 STRIDED = torch.strided
 
@@ -27,21 +34,23 @@ def readable(t: Tensor) -> bool:
     )
 
 
-def unreadable(*tensors: Tensor | None) -> tuple[int, str] | None:
-    """The first that a kernel cannot use by its address: its index, and why; None if it can all."""
-    for index, t in enumerate(tensors):
-        if t is not None and not readable(t):
-            why = _why(t)
-            if why is not None:
-                return index, why
-    return None
-
-
-def _why(t: Tensor) -> str | None:
+def why_unreadable(t: Tensor, device: torch.device = CPU) -> str | None:
+    """Why a kernel on the device cannot use a tensor by its address; None if it can."""
     if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # as of a DTensor
         return f"is a {type(t).__name__}"
-    if t.layout is not torch.strided:
+    if t.layout is not STRIDED:
         return f"has layout {t.layout}"
-    if not t.is_cpu:
-        return f"is on {t.device.type}"
+    if t.device != device:
+        return f"is on {t.device}, not on {device}"
     return "is a view whose values are not in memory" if t.is_neg() or t._is_zerotensor() else None
+
+
+def unreadable_argument(call: Call, device: torch.device = CPU) -> str | None:
+    """Which tensor of a call a kernel on the device cannot use by its address, and why."""
+    for name in TENSORS:
+        t = getattr(call, name)
+        if t is not None:
+            why = why_unreadable(t, device)
+            if why is not None:
+                return f"`{name}` {why}"
+    return None

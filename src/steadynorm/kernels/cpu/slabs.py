@@ -17,7 +17,7 @@ from steadynorm.kernels.spec import statistics_dtype
 from . import loops
 from .arguments import PASSES, Arguments
 from .pointers import LANES, LINE, MAX_WIDTH, WIDTH
-from .readable import readable, unreadable
+from .readable import readable, why_unreadable
 from .runtime import Kernel
 
 MOMENTS = (loops.REDUCE, loops.MERGE, loops.REDUCE | loops.PIVOTED, loops.MERGE | loops.PIVOTED)
@@ -65,7 +65,7 @@ def laid_out_as(t: Tensor, x: Tensor, name: str) -> Tensor:
     if (
         t.dtype is x.dtype
         and (t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()))
-        and (readable(t) or unreadable(t) is None)
+        and (readable(t) or why_unreadable(t) is None)
     ):
         return t
     return torch.empty_like(x).copy_(t)
@@ -84,7 +84,7 @@ def per_channel(t: Tensor, x: Tensor, groups: Groups = None) -> Tensor:
             f"an argument per channel must have shape {rows}, C = {x.shape[1]}; "
             f"got {tuple(t.shape)}."
         )
-    if t.dtype is statistics_dtype(x) and t.is_contiguous() and unreadable(t) is None:
+    if t.dtype is statistics_dtype(x) and t.is_contiguous() and why_unreadable(t) is None:
         return t
     return torch.empty(t.shape, dtype=statistics_dtype(x), device="cpu").copy_(t)
 

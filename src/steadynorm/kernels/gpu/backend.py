@@ -6,18 +6,22 @@ took longer to launch them on small tensors than PyTorch for its own operators (
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.cpu.readable import PLAIN, name_of
+from steadynorm.kernels.cpu.readable import PLAIN, name_of, unreadable_argument
 from steadynorm.kernels.reference.closed_form import ClosedForm
 from steadynorm.kernels.spec import HALF, RECORDED, Call
 
 TYPES = (torch.float32, *HALF)
+PER_CHANNEL = {
+    **dict.fromkeys(("weight", "bias"), TYPES),
+    **dict.fromkeys(("running_mean", "running_var"), (torch.float32,)),
+}
+"""The types in which the kernels take what is per channel."""
 NOT_ON_A_GPU = "the input is not on a GPU"
 NOT_SWITCHED_ON = 'steadynorm.kernels.use("gpu") has not switched the GPU kernels on'
 
@@ -63,34 +67,15 @@ class GpuKernels(ClosedForm):
             if known is not None and _fits(call):
                 call.plan = known
                 return None
-        why = self._unreadable(call) or self._unsupported(call)
+        why = unreadable_argument(call, call.x.device) or self._unsupported(call)
         if why is None and decidable:
             call.plan = prepared.kind_of(call)
         return why
 
-    def _unreadable(self, call: Call) -> str | None:
-        """Whether every tensor is nothing but memory on the input's device."""
-        device = call.x.device
-        for t in (call.x, call.weight, call.bias, call.residual, call.mask, call.running_mean,
-                  call.running_var, call.num_batches_tracked):  # fmt: skip
-            if t is None or (
-                t.__class__ in PLAIN
-                and t.device == device
-                and t.layout is torch.strided
-                and not t.is_neg()
-                and not t._is_zerotensor()
-            ):
-                continue
-            name = _name(call, t)
-            if t.__class__ not in PLAIN:
-                return f"`{name}` is a {t.__class__.__name__}"
-            if t.device != device:
-                return f"`{name}` is on {t.device}, the input on {device}"
-            return f"`{name}` is not plain memory"
-        return None
-
     def _unsupported(self, call: Call) -> str | None:
         x, residual, mask = call.x, call.residual, call.mask
+        if x.__class__ not in PLAIN:
+            return f"the input is a {x.__class__.__name__}"
         if x.dtype not in TYPES:
             return f"the input is {name_of(x.dtype)}, not float32, float16 or bfloat16"
         if not x.numel():
@@ -103,12 +88,10 @@ class GpuKernels(ClosedForm):
             return f"the residual is {name_of(residual.dtype)}, the input {name_of(x.dtype)}"
         if mask is not None and mask.shape != (*x.shape[:1], *x.shape[2:]):
             return "every channel has its own valid positions"
-        for t in (call.weight, call.bias):
-            if t is not None and not (t.dtype in TYPES and t.is_contiguous()):
-                return f"`{_name(call, t)}` is {name_of(t.dtype)}, or not contiguous"
-        for t in (call.running_mean, call.running_var):
-            if t is not None and not (t.dtype is torch.float32 and t.is_contiguous()):
-                return f"`{_name(call, t)}` is {name_of(t.dtype)}, or not contiguous"
+        for name, types in PER_CHANNEL.items():
+            t = getattr(call, name)
+            if t is not None and not (t.dtype in types and t.is_contiguous()):
+                return f"`{name}` is {name_of(t.dtype)}, or not contiguous"
         batches = call.num_batches_tracked
         if batches is not None and batches.dtype is not torch.int64:
             return f"`num_batches_tracked` is {name_of(batches.dtype)}, not int64"
@@ -125,7 +108,7 @@ def _is_strided(call: Call) -> bool:
 def _fits(call: Call) -> bool:
     """Whether the tensors of a call of a known kind are memory that its kernels can use.
 
-    What the kind does not say: `_unreadable` and `_unsupported`, in the time that a small call has.
+    What the kind does not say of that, in the time that a small call has.
     """
     x, residual, batches = call.x, call.residual, call.num_batches_tracked
     device = x.get_device()
@@ -149,11 +132,6 @@ def _is_memory(t: Tensor, device: int) -> bool:
         and not t.is_neg()
         and not t._is_zerotensor()
     )
-
-
-def _name(call: Call, tensor: Tensor) -> str:
-    """Which argument of a call the tensor is."""
-    return next(f.name for f in fields(Call) if getattr(call, f.name, None) is tensor)
 
 
 @lru_cache(maxsize=64)
