@@ -121,10 +121,12 @@ def test_what_its_operator_may_not_serve(settings, why):
     assert said.refusals["cpu"]
 
 
-def test_without_a_device_exact_changes_nothing():
+def test_without_a_device_exact_keeps_small_calls_from_its_operator():
     x = torch.randn(2, 16, 4, 4)
-    assert dispatch.explain(x, numerics="exact") == dispatch.explain(x)
     assert dispatch.explain(x).kernel == "aten"
+    said = dispatch.explain(x, numerics="exact")
+    assert said.kernel == "cpu"
+    assert said.refusals["aten"] == 'numerics="exact" asks for our own stages'
 
 
 @pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16])

@@ -15,7 +15,8 @@ from steadynorm.kernels import dispatch
 from steadynorm.kernels.gpu import backend
 from steadynorm.kernels.gpu import plan as plans
 from steadynorm.kernels.gpu.backend import GPU, NOT_ON_A_GPU, NOT_SWITCHED_ON, GpuKernels
-from steadynorm.kernels.spec import RECORDED, Call
+from steadynorm.kernels.reference.closed_form import RECORDED
+from steadynorm.kernels.spec import Call
 from steadynorm.statistics import Batch
 
 SHAPE = (8, 64, 16, 16)

@@ -9,7 +9,8 @@ Half precision on CPU is widened first: the operator would sum its gradients in 
 some layouts (off by 0.03 at 16 rows), and a constant channel of 1e6 came out as 14.
 
 Accelerators go without a pivot: it would add 2 passes over x to the operator's 3. Numerics at
-large means are then the device's own, unless `numerics="exact"` keeps the call from here.
+large means are then the device's own. Third derivatives in training are refused everywhere.
+`numerics="exact"` keeps the call from here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from steadynorm.kernels.reference.differentiable import refuse_third_derivatives
 from steadynorm.kernels.reference.torch_arrays import finished, in_type, misread
 from steadynorm.kernels.spec import HALF, Backend, Call, Packed, statistics_dtype
 
@@ -45,7 +47,7 @@ class Aten(Backend):
         values = x.numel()
         if on_cpu and values > LIMIT:  # most calls leave here
             return f"more than {LIMIT} values"
-        if call.exact and not on_cpu:
+        if call.exact:
             return 'numerics="exact" asks for our own stages'
         if x.__class__ is not Tensor:
             return f"the input is a {x.__class__.__name__}"
@@ -93,6 +95,7 @@ def _by_batch(call: Call) -> Tensor:
     if weight is not None and mean is not None and weight.dtype is not mean.dtype:
         weight, bias = in_type(mean.dtype, weight, bias)  # float32: the model is in half precision
     y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, call.eps, True)
+    refuse_third_derivatives(y, x, weight)
     if pivot is not None and mean is not None:
         mean.data.add_(pivot, alpha=momentum)  # an alias again: PyTorch has saved `mean`
     if call.num_batches_tracked is not None:
@@ -120,8 +123,7 @@ def _by_running(call: Call) -> Tensor:
 
 def is_one_operator(call: Call) -> bool:
     """Whether a call can be exported as PyTorch's operator; in training it moves the statistics."""
-    mean, dtype = call.running_mean, statistics_dtype(call.x)
-    moves = mean is not None and mean.dtype is dtype
+    moves = call.running_mean is not None and call.running_mean.dtype is statistics_dtype(call.x)
     return call.by_running or (call.basic and moves and not call.exact)
 
 

@@ -27,7 +27,6 @@ from steadynorm.statistics import (
 )
 
 HALF = (torch.float16, torch.bfloat16)
-RECORDED = "a mode of PyTorch's dispatcher records operators, and no kernel is one"
 
 
 class Keep(Enum):

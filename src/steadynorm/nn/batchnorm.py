@@ -301,8 +301,9 @@ class BatchNorm2d(SteadyNorm, torch.nn.BatchNorm2d):
         synchronize: True (the default process group) or a group: pool moments over replicas, on any
             backend of torch.distributed.
         nonfinite: "skip" keeps batches with NaN or infinity out of the running statistics.
-        numerics: "device" lets an accelerator run PyTorch's own operator under `Batch` and in
-            inference, with that operator's error at large means; "exact" runs our stages there.
+        numerics: "device" lets PyTorch's own operator serve under `Batch` and in inference, on an
+            accelerator with its error at large means, on CPU for small inputs; "exact" runs our
+            own stages, which have derivatives beyond the second in training, too.
 
     Shapes: input, residual and output (N, C, H, W); mask broadcasts against (N, H, W).
 

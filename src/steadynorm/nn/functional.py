@@ -76,9 +76,9 @@ def batch_norm(
             statistics.
         gradient_memory: (2, C), what `Steady(window=...)` remembers of the gradient; starts at 0,
             and moves in place in the backward pass.
-        numerics: "device" lets an accelerator run PyTorch's own operator under `Batch` and in
-            inference, with that operator's error at large means; "exact" runs our own stages there,
-            as they always run on CPU.
+        numerics: "device" lets PyTorch's own operator serve under `Batch` and in inference, on an
+            accelerator with its error at large means, on CPU for small inputs; "exact" runs our
+            own stages, which have derivatives beyond the second in training, too.
         owner: the name that errors begin with.
 
     Returns:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from steadynorm._extras import lacking
-from steadynorm.kernels.reference.closed_form import ClosedForm
-from steadynorm.kernels.spec import RECORDED, Call
+from steadynorm.kernels.reference.closed_form import RECORDED, ClosedForm
+from steadynorm.kernels.spec import Call
 
 from .readable import PLAIN, readable, unreadable_argument
 

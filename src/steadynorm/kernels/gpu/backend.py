@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.cpu.readable import PLAIN, name_of, unreadable_argument
-from steadynorm.kernels.reference.closed_form import ClosedForm
-from steadynorm.kernels.spec import HALF, RECORDED, Call
+from steadynorm.kernels.reference.closed_form import RECORDED, ClosedForm
+from steadynorm.kernels.spec import HALF, Call
 
 TYPES = (torch.float32, *HALF)
 PER_CHANNEL = {

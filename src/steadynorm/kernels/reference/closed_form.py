@@ -24,6 +24,8 @@ from steadynorm.statistics import (
     with_memory,
 )
 
+RECORDED = "a mode of PyTorch's dispatcher records operators, and no kernel is one"
+
 
 class CallPlan(Protocol):
     """How kernels serve a whole direction of calls that differ only in values and addresses."""

@@ -80,6 +80,62 @@ def several_at_once(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gra
     return in_operators(backend, saved, grad, needs)
 
 
+def refuse_third_derivatives(y: Tensor, x: Tensor, weight: Tensor | None) -> None:
+    """Of PyTorch's own operator, whose output y is: they come out wrong, and without an error.
+
+    Its second derivative takes the saved mean and variance for constants (torch 2.13 to 2.15).
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return  # by the parameters alone no third derivative passes the statistics
+
+    def before_backward(grads: Any) -> Any:
+        if not torch.is_grad_enabled():  # create_graph=False: no second derivative can follow
+            return None
+        followed = _First.apply(grads[0], x, weight)  # type: ignore[no-untyped-call]
+        return followed, *grads[1:]
+
+    # On the node: a hook on y costs 2 µs more, and would be in the way of callers' own.
+    y.grad_fn.register_prehook(before_backward)  # type: ignore[union-attr]
+
+
+class _First(torch.autograd.Function):
+    """The gradient that a first derivative begins with; a second one meets it on the way to x."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grad, None, None
+        found: tuple[Tensor | None, ...] = _Second.apply(  # type: ignore[no-untyped-call]
+            grad, *ctx.saved_tensors
+        )
+        return found
+
+
+class _Second(torch.autograd.Function):
+    """Adds nothing to a second derivative, and refuses a third."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None) -> Any:
+        return (
+            grad.clone(),
+            torch.zeros_like(x),
+            None if weight is None else torch.zeros_like(weight),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "batch normalization by PyTorch's own operator has wrong third derivatives: it takes "
+            "the batch's mean and variance for constants in them. Make the layer with "
+            'numerics="exact", which has derivatives of every order.'
+        )
+
+
 def _remembered(saved: Saved, live: Moments, grad: Tensor) -> Tensor:
     """What the memory of the gradient takes off; itself it is a constant to derivatives."""
     assert saved.memory is not None

@@ -1,0 +1,157 @@
+"""Derivatives beyond the second: right where our own stages serve, refused where PyTorch's do.
+
+PyTorch's operator takes the batch's mean and variance for constants in them, without an error. A
+loss with second derivatives by the input, as of a physics-informed network, asks for the third.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import steadynorm as sn
+from steadynorm.kernels import dispatch
+
+SMALL, LARGE = (3, 4, 3, 2), (16, 64, 4, 4)
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+SEEN = 5  # batches before
+EPS = 1e-5
+
+
+def made(policy: Any, shape: tuple[int, ...], **settings: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    layer = sn.BatchNorm2d(shape[1], statistics=policy, dtype=torch.float64, **settings)
+    with torch.no_grad():
+        for t in (layer.weight, layer.bias, layer.running_mean):
+            t.normal_(generator=generator)
+        layer.running_var.uniform_(0.5, 2, generator=generator)
+        layer.num_batches_tracked.fill_(SEEN)
+    return layer
+
+
+def defined(layer: Any, x: Tensor) -> Tensor:
+    """The layer's equation, for autograd to differentiate as often as it is asked."""
+    axes = (0, 2, 3)
+    mean, var = x.mean(axes), x.var(axes, correction=0)
+    old_mean, old_var = layer.running_mean.clone(), layer.running_var.clone()
+    name = type(layer.statistics).__name__
+    if not layer.training:
+        m, u = old_mean, old_var
+    elif name == "Batch":
+        m, u = mean, var
+    else:
+        count = x.numel() // x.shape[1]
+        k = max(layer.momentum, 1 / (SEEN + 1)) if name == "Running" else count / (count + 16)
+        m, u = (1 - k) * old_mean + k * mean, (1 - k) * old_var + k * var
+        if name == "Steady":
+            u = u + (k * (1 - k) * (mean - old_mean) ** 2).detach()
+
+    def channels(t: Tensor) -> Tensor:
+        return t.view(1, -1, 1, 1)
+
+    normalized = (x - channels(m)) / channels(u + EPS).sqrt()
+    z = channels(layer.weight) * normalized + channels(layer.bias)
+    return ACTIVATIONS[layer.activation](z)
+
+
+def derivatives(y: Tensor, inputs: tuple[Tensor, ...], orders: int) -> list[list[Tensor]]:
+    """Of the first to the last order, each along random directions."""
+    generator = torch.Generator().manual_seed(1)
+
+    def along(t: Tensor) -> Tensor:
+        return (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
+
+    total, found = along(y), []
+    for _ in range(orders):
+        gradients = torch.autograd.grad(total, inputs, create_graph=True, materialize_grads=True)
+        found.append([g.detach().clone() for g in gradients])
+        total = torch.stack([along(g) for g in gradients]).sum()
+    return found
+
+
+def compare(layer: Any, shape: tuple[int, ...], orders: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs = (x.requires_grad_(), layer.weight, layer.bias)
+    expected = derivatives(defined(layer, x), inputs, orders)
+    found = derivatives(layer(x), inputs, orders)
+    for order, truths in enumerate(expected):
+        for ours, truth in zip(found[order], truths, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("policy", ["batch", "running", sn.Steady(window=None)], ids=str)
+def test_four_orders(policy: Any, shape: tuple[int, ...], activation: str | None) -> None:
+    layer = made(policy, shape, activation=activation, numerics="exact")
+    assert dispatch.explain(torch.randn(shape), numerics="exact").kernel == "cpu"
+    compare(layer, shape, 4)
+
+
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+def test_four_orders_in_inference(shape: tuple[int, ...], activation: str) -> None:
+    compare(made("batch", shape, activation=activation).eval(), shape, 4)
+
+
+def test_pytorchs_operator_is_wrong() -> None:
+    """What is refused below; where this fails, PyTorch has mended it."""
+    theirs, ours = torch.nn.BatchNorm2d(4, dtype=torch.float64), made("batch", SMALL)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(SMALL, dtype=torch.float64, requires_grad=True)
+    inputs = (x, ours.weight, ours.bias)
+    expected = derivatives(defined(ours, x), inputs, 3)
+    found = derivatives(theirs(x), (x, theirs.weight, theirs.bias), 3)
+    errors = [float((a[0] - b[0]).abs().max()) for a, b in zip(found, expected, strict=True)]
+    assert max(errors[:2]) < 1e-9
+    assert errors[2] > 1e-2
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("wanted", ["all", "x", "weight"])
+def test_a_third_derivative_by_pytorchs_operator_is_refused(wanted: str, activation: Any) -> None:
+    layer = made("batch", SMALL, activation=activation)
+    x = torch.randn(SMALL, dtype=torch.float64, requires_grad=True)
+    inputs = {"all": (x, layer.weight, layer.bias), "x": (x,), "weight": (layer.weight,)}[wanted]
+    y = layer(x)
+    assert len(derivatives(y, inputs, 2)) == 2
+    with pytest.raises(NotImplementedError, match=r'wrong third derivatives.*numerics="exact"'):
+        derivatives(layer(x), (x, *inputs), 3)
+
+
+def test_a_loss_with_second_derivatives_by_the_input() -> None:
+    """Its gradient is a third derivative, though the norm's output gradient is constant."""
+
+    def gradient(numerics: str) -> Tensor:
+        torch.manual_seed(0)
+        net: Any = torch.nn.Sequential(
+            torch.nn.Linear(1, 8), torch.nn.Tanh(), sn.BatchNorm1d(8, numerics=numerics),
+            torch.nn.Linear(8, 1),
+        ).double()  # fmt: skip
+        x = torch.linspace(0, 1, 16, dtype=torch.float64).unsqueeze(1).requires_grad_()
+        (first,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first * x).sum(), x, create_graph=True)
+        second.square().mean().backward()
+        found: Tensor = net[0].weight.grad
+        return found
+
+    with pytest.raises(NotImplementedError, match="wrong third derivatives"):
+        gradient("device")
+    assert gradient("exact").isfinite().all()
+
+
+def test_a_gradient_penalty_is_not_refused() -> None:
+    layer = made("batch", SMALL)
+    x = torch.randn(SMALL, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    first.norm().backward()
+    truth = made("batch", SMALL)
+    (expected,) = torch.autograd.grad(defined(truth, x).pow(3).sum(), x, create_graph=True)
+    (weight,) = torch.autograd.grad(expected.norm(), truth.weight)
+    torch.testing.assert_close(layer.weight.grad, weight, rtol=1e-9, atol=1e-9)
