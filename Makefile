@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
 TRITON ?= .venv-triton
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
@@ -14,7 +15,7 @@ TOUR_ARGS   ?=
 BENCH_ARGS  ?=
 ATTACK_ARGS ?= --long
 
-.PHONY: help tour tour-short test test-slow test-all test-triton test-pythons test-oldest lint format types docs bench gpu clean attack
+.PHONY: help tour tour-short test test-slow test-all test-triton test-pythons test-oldest test-newest lint format types docs bench gpu clean attack
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +49,13 @@ test-oldest: constraints.txt  ## the layers on the oldest torch claimed; downloa
 	    tests/statistics tests/nn/test_checkpointing.py tests/nn/test_edges.py \
 	    tests/nn/test_policies.py tests/nn/test_names.py tests/nn/test_transforms.py \
 	    tests/models/surgery/test_convert.py tests/models/test_other_tools.py
+
+test-newest: constraints.txt  ## `make test` on the newest torch, else with the pins; downloads 3 GB
+	$(PYTHON) -m venv $(NEWEST)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade torch
+	$(NEWEST)/bin/python -m pip install --quiet --constraint $(NEWEST)/constraints.txt '.[dev]'
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(NEWEST)/bin/python -m pytest -q -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## style and layout, nothing changed
 	$(BIN)/ruff check .
