@@ -12,9 +12,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.evidence.lab import tiny
 from tests.evidence.lab.tiny import TINY
+from tests.evidence.test_digits import write_pair
 
 from steadynorm.evidence.lab import runner
 from steadynorm.evidence.lab.store import Store, read
@@ -131,6 +133,18 @@ def test_timed_results_have_a_name_of_their_own(tmp_path):
     for run in runs:
         store.put(timed, run, {"accuracy": 0.5 + run.seed / 10})
     assert store.finish(timed, "quick", runs) == tmp_path / "results" / "tiny.timed.json"
+
+
+def test_runs_on_other_files_of_the_same_size_are_not_taken_for_these(tmp_path):
+    labels = np.arange(20) % 10
+    for name, images in (("a", 9 * np.eye(4)), ("b", 9 * np.eye(4)[::-1])):
+        (tmp_path / name).mkdir()
+        write_pair(tmp_path / name, "t10k", np.tile(images, (20, 1, 1)), labels)
+    planned = TINY.planned("quick")[0]
+    stores = [runner._store(tmp_path, str(tmp_path / name)) for name in "aab"]
+    first, again, other = (store.path(TINY, planned) for store in stores)
+    assert first == again != other
+    assert len({store.data for store in stores}) == 1, "the words are the same"
 
 
 def fails(setting, seed, digits, tick):

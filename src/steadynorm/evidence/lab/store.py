@@ -21,17 +21,21 @@ class Store:
     """`folder/runs/NAME/KEY.json` for every run, `folder/results/NAME.json` for an experiment.
 
     The results of a timed experiment lie in `NAME.timed.json`: only these differ when everything is
-    run again.
+    run again. `checksum`: of `data`, where the words do not say all.
     """
 
-    def __init__(self, folder: str | Path, data: str, *, processes: int = 1) -> None:
+    def __init__(
+        self, folder: str | Path, data: str, *, checksum: str = "", processes: int = 1
+    ) -> None:
         self.folder = Path(folder)
         self.data = data
+        self.checksum = checksum
         self.processes = processes
 
     def path(self, experiment: Experiment, run: PlannedRun) -> Path:
         """Where a run lies, or will lie."""
-        return self.folder / "runs" / experiment.name / f"{run.key(experiment, self.data)}.json"
+        key = run.key(experiment, self.data + self.checksum)
+        return self.folder / "runs" / experiment.name / f"{key}.json"
 
     def results(self, experiment: Experiment) -> Path:
         """Where the results of an experiment lie, or will lie."""
