@@ -151,6 +151,12 @@ def test_accuracies_against_a_count_by_hand(digits):
     assert inference_accuracy(network, images, labels) == float((answers == labels).double().mean())
 
 
+def test_test_digits_that_fill_no_batch_have_no_accuracy_in_training(digits):
+    result = train(network_of("batch"), digits, Recipe(64, 640), seed=0)
+    assert result.stopped is None
+    assert (result.accuracy_in_training, result.error_in_training) == (None, None)
+
+
 def test_networks_start_alike_whatever_normalizes_them():
     plain, normalized = network_of(None, seed=7), network_of("batch", seed=7)
     mine = [module.weight for module in plain if isinstance(module, nn.Linear)]

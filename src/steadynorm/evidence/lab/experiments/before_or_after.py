@@ -53,11 +53,12 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     network = build(digits.pixels, placement, activation, setting["depth"])
     initialize(network, seed, nonlinearity=activation)
     done = train(network, digits, recipe(setting), seed=seed, tick=tick)
+    losses = [point.loss for point in done.points]
     return {
         "error": done.error,
         "step": [point.step for point in done.points],
-        "loss": [point.loss for point in done.points],
-        "mean_loss": sum(p.loss for p in done.points) / max(len(done.points), 1),
+        "loss": losses,
+        "mean_loss": sum(losses) / len(losses) if losses else None,
         "stopped": done.stopped,
     }
 
