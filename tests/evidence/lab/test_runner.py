@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tests.evidence.lab import tiny
 from tests.evidence.lab.tiny import TINY
 from tests.evidence.test_digits import write_pair
@@ -149,6 +150,16 @@ def test_runs_on_other_files_of_the_same_size_are_not_taken_for_these(tmp_path):
 
 def fails(setting, seed, digits, tick):
     raise ValueError("no such layer")
+
+
+def does_not_fit(setting, seed, digits, tick):
+    torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+def test_an_error_of_torchs_names_its_run():
+    planned = TINY.planned("quick")[0]
+    with pytest.raises(RuntimeError, match=r"^tiny: {.*}, seed 0: RuntimeError: mat1 and mat2 "):
+        runner.execute(replace(TINY, run=does_not_fit), planned, None)
 
 
 def test_an_error_names_its_run(tmp_path):

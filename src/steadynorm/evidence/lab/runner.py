@@ -29,7 +29,7 @@ def execute(
         return experiment.execute(
             run.setting, run.seed, load(data_dir), tick or (lambda steps: None)
         )
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"{experiment.name}: {dict(run.setting)}, seed {run.seed}: "
             f"{type(error).__name__}: {error}"
