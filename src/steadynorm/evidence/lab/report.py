@@ -137,11 +137,11 @@ def _main(one: SavedResults) -> str:
 def _number(value: float | None) -> str:
     """Three significant digits, without an exponent where one can do without.
 
-    >>> [_number(value) for value in (1234.5, 0.01234, 1.2e-7, None)]
-    ['1,234', '0.0123', '1.2e-07', '–']
+    >>> [_number(value) for value in (1234.5, 999.7, 0.01234, 1.2e-7, None)]
+    ['1,234', '1,000', '0.0123', '1.2e-07', '–']
     """
     if value is None:
         return "–"
-    if value == 0 or 1e-4 <= abs(value) < 1e3:
+    if value == 0 or 1e-4 <= abs(value) < 999.5:
         return f"{value:.3g}"
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.2g}"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.2g}"

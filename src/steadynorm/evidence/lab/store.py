@@ -81,9 +81,14 @@ def declaration(experiment: Experiment) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Runs]:
-    """A results file: all but the runs as a dict, and the runs."""
-    record = json.loads(Path(path).read_text("utf-8"))
-    return record, _finished(record.pop("runs"))
+    """A results file: all but the runs as a dict, and the runs. Raises ValueError for another."""
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        runs = _finished(record.pop("runs"))
+        record["experiment"], record["verdict"], record["revision"]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no results file of the lab ({error!r}).") from error
+    return record, runs
 
 
 def _finished(records: Sequence[Mapping[str, Any]]) -> Runs:
