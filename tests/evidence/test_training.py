@@ -13,6 +13,7 @@ from torch import nn
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.estimates import mean
 from steadynorm.evidence.networks import (
+    build,
     convolutional,
     fully_connected,
     initialize,
@@ -183,6 +184,18 @@ def test_the_residual_network_is_14_layers_deep():
     bare = [m for m in residual(None).modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)]
     assert len(bare) == 15
     assert all(conv.bias is not None for conv in bare)
+
+
+def test_every_width_but_the_first_halves_the_size():
+    network = residual(None, widths=(8, 16, 8), blocks=1)
+    assert network[:-3](torch.zeros(1, 1, 16, 16)).shape == (1, 8, 4, 4)
+
+
+def test_an_unknown_kind_of_network_is_refused(digits):
+    with pytest.raises(
+        ValueError, match=r"^build: `kind` must be one of fully connected, .*; got "
+    ):
+        build("convolutionl", "batch", digits, 0)
 
 
 def test_renorms_schedule_fits_the_run():
