@@ -32,6 +32,8 @@ def _unet3d() -> nn.Module:
     return net
 
 
+PACKAGES = ("transformers", "monai")
+"""What the networks are made of."""
 _IMAGE = (16, 3, 160, 160)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ResNet-18": (

@@ -63,7 +63,7 @@ def _table(group: Sequence[Measurement]) -> Table:
     for m in group:
         shapes[m.workload.size][m.contender, m.direction] = m.copies
     names = list(dict.fromkeys(m.contender for m in group))
-    peers = [name for name in names if name not in MINE]
+    peers = [name for name in names if name not in MINE] if "ours" in names else []
     shown = [(name, d) for name in names for d in _directions(name, load.training)]
     lines: list[list[str | float | None]] = []
     gains: dict[str, list[float]] = defaultdict(list)
@@ -73,7 +73,8 @@ def _table(group: Sequence[Measurement]) -> Table:
         lines.append(
             [shape, *(found[key] for key in shown), *(_times(gains[p][-1]) for p in peers)]
         )
-    for name, summary in (("geometric mean", statistics.geometric_mean), ("lowest", min)):
+    summaries = {"geometric mean": statistics.geometric_mean, "lowest": min} if peers else {}
+    for name, summary in summaries.items():
         lines.append([name, *[None] * len(shown), *(_times(summary(gains[p])) for p in peers)])
     return Table(
         load.title,
@@ -83,7 +84,7 @@ def _table(group: Sequence[Measurement]) -> Table:
         note=f"Times in copies of the input; least memory traffic: {sum(load.limit):g} copies "
         f"({'forward + backward' if load.training else 'forward'}).",
         digits=2,
-        emphasis=(len(lines) - 2, len(lines) - 1),
+        emphasis=range(len(shapes), len(lines)),
     )  # fmt: skip
 
 
