@@ -89,9 +89,9 @@ def _measure(name: str, rounds: int, device: str) -> list[str | float | None]:
     before, after = interleaved(steps, rounds, least=0.0).values()
     faster = speed_up(before, after)
     size = "x".join(map(str, x.shape))
-    spread = f"{faster.low:.2f}x to {faster.high:.2f}x"
+    quartiles = f"{faster.low:.2f}x to {faster.high:.2f}x"
     medians = (statistics.median(times) for times in (before, after))
-    return [name, size, *medians, f"{faster.middle:.2f}x", spread, len(changes)]
+    return [name, size, *medians, f"{faster.middle:.2f}x", quartiles, len(changes)]
 
 
 def measure_networks(

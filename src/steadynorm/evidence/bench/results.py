@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,12 @@ def rows(measurements: Iterable[Measurement], machine: Mapping[str, str]) -> lis
     ]
 
 
-def _grouped(measurements: Iterable[Measurement]) -> Iterator[list[Measurement]]:
+def _grouped(measurements: Iterable[Measurement]) -> list[list[Measurement]]:
     """One group for each suite, case, layout, type and mode, in order of appearance."""
     groups: dict[Workload, list[Measurement]] = defaultdict(list)
     for m in measurements:
         groups[m.workload._replace(shape=())].append(m)
-    yield from groups.values()
+    return list(groups.values())
 
 
 def tables(measurements: Sequence[Measurement]) -> list[Table]:
@@ -73,9 +73,9 @@ def _table(group: Sequence[Measurement]) -> Table:
         lines.append(
             [shape, *(found[key] for key in shown), *(_times(gains[p][-1]) for p in peers)]
         )
-    summaries = {"geometric mean": statistics.geometric_mean, "lowest": min} if peers else {}
-    for name, summary in summaries.items():
-        lines.append([name, *[None] * len(shown), *(_times(summary(gains[p])) for p in peers)])
+    if peers:
+        for name, summary in (("geometric mean", statistics.geometric_mean), ("lowest", min)):
+            lines.append([name, *[None] * len(shown), *(_times(summary(gains[p])) for p in peers)])
     return Table(
         load.title,
         ["shape", *(f"{name}, {direction}" for name, direction in shown),
