@@ -62,7 +62,7 @@ def error_of(accuracies: Sequence[float]) -> estimates.Estimate:
     return estimates.mean(100 * (1 - accuracy) for accuracy in accuracies)
 
 
-def spread(accuracies: Sequence[float]) -> dict[str, float]:
+def mean_and_range(accuracies: Sequence[float]) -> dict[str, float]:
     """Mean and range over the seeds, for `report.charts.intervals`."""
     return {
         "accuracy": sum(accuracies) / len(accuracies),
