@@ -21,6 +21,12 @@ Normalization = Callable[[int], nn.Module]
 Statistics = Policy | str | Normalization | None
 
 
+def _normalized(
+    layer: nn.Module, features: int, normalization: Normalization | None
+) -> list[nn.Module]:
+    return [layer] if normalization is None else [layer, normalization(features)]
+
+
 def fully_connected(
     inputs: int,
     normalization: Normalization | None,
@@ -35,10 +41,8 @@ def fully_connected(
     """
     layers: list[nn.Module] = [nn.Flatten()]
     for width in widths:
-        layers.append(nn.Linear(inputs, width, bias=normalization is None))
-        if normalization is not None:
-            layers.append(normalization(width))
-        layers.append(activation())
+        linear = nn.Linear(inputs, width, bias=normalization is None)
+        layers += [*_normalized(linear, width, normalization), activation()]
         inputs = width
     layers.append(nn.Linear(inputs, CLASSES))
     return nn.Sequential(*layers)
@@ -59,10 +63,8 @@ def convolutional(
     strides = strides or (1, *(2,) * (len(channels) - 1))
     for width, stride in zip(channels, strides, strict=True):
         bias = normalization is None
-        layers.append(nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=bias))
-        if normalization is not None:
-            layers.append(normalization(width))
-        layers.append(activation())
+        conv = nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=bias)
+        layers += [*_normalized(conv, width, normalization), activation()]
         inputs = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES)]
     return nn.Sequential(*layers)
@@ -81,7 +83,7 @@ class ResidualBlock(nn.Module):
         def normalized(inputs: int, kernel: int, stride: int) -> nn.Sequential:
             bias = normalization is None
             conv = nn.Conv2d(inputs, width, kernel, stride, padding=kernel // 2, bias=bias)
-            return nn.Sequential(conv, *([] if normalization is None else [normalization(width)]))
+            return nn.Sequential(*_normalized(conv, width, normalization))
 
         self.first, self.second = normalized(inputs, 3, stride), normalized(width, 3, 1)
         same = stride == 1 and inputs == width
@@ -104,10 +106,8 @@ def residual(
     (N, 1, H, W).
     """
     inputs = widths[0]
-    layers: list[nn.Module] = [nn.Conv2d(1, inputs, 3, padding=1, bias=normalization is None)]
-    if normalization is not None:
-        layers.append(normalization(inputs))
-    layers.append(nn.ReLU())
+    conv = nn.Conv2d(1, inputs, 3, padding=1, bias=normalization is None)
+    layers: list[nn.Module] = [*_normalized(conv, inputs, normalization), nn.ReLU()]
     for index, width in enumerate(widths):
         for block in range(blocks):
             stride = 2 if block == 0 and index > 0 else 1

@@ -101,9 +101,7 @@ def bench(
                     found += measure(load, names, rounds, lambda: bars.step("kernels"), device)
             if "networks" in wanted:
                 bars.begin("networks", len(NETWORKS))
-                networks = measure_networks(
-                    list(NETWORKS), rounds, lambda: bars.step("networks"), device
-                )
+                networks = measure_networks(rounds, lambda: bars.step("networks"), device)
         about = machine(device)
         paths = write(out, found, about, networks)
         if json:

@@ -232,5 +232,4 @@ def available(names: Sequence[str], device: str = "cpu") -> list[str]:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     has_jax = find_spec("jax") is not None and find_spec("flax") is not None
     kind = torch.device(device).type
-    here = [name for name in names if WHERE.get(name, kind) == kind]
-    return [name for name in here if name != "jax" or has_jax]
+    return [n for n in names if WHERE.get(n, kind) == kind and (n != "jax" or has_jax)]

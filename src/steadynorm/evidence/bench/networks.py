@@ -94,16 +94,14 @@ def _measure(name: str, rounds: int, device: str) -> list[str | float | None]:
     return [name, size, *medians, f"{faster.middle:.2f}x", quartiles, len(changes)]
 
 
-def measure_networks(
-    names: list[str], rounds: int, progress: Callable[[], None], device: str = "cpu"
-) -> Table:
+def measure_networks(rounds: int, progress: Callable[[], None], device: str) -> Table:
     """Median training step with `torch.nn`'s layers and with ours, in the same interleaved run.
 
     Each network runs in a process of its own: page faults on fresh memory are much of a
     step's cost, and their number depends on what others left in the heap.
     """
     lines: list[list[str | float | None]] = []
-    for name in names:
+    for name in NETWORKS:
         with get_context("spawn").Pool(1) as own:
             lines.append(own.apply(_measure, (name, rounds, device)))
         progress()
