@@ -76,7 +76,7 @@ def run(
         print(f"{table.title}\n\n{table.markdown()}\n")
     for name, words in (("error", "running"), ("error_calibrated", "calibrated")):
         for network in runs.distinct("network"):
-            some = batch_of_one.each(runs).where(network=network)
+            some = batch_of_one.by_network(runs).where(network=network)
             one, all_ = (
                 some.values(name, kind=k, batch=b) for k, b in (("two-way", 1), ("batch", 64))
             )
@@ -112,7 +112,7 @@ def seeds(
 
 def paired(runs: Runs) -> Verdict:
     """The difference of each pair, over all seeds and without the first group's."""
-    runs = batch_of_one.each(runs)
+    runs = batch_of_one.by_network(runs)
     findings, said = [], []
     for network, both in PAIRS.items():
         for name, bound in BOUNDS[network].items():
@@ -132,7 +132,7 @@ def paired(runs: Runs) -> Verdict:
 def picture(results: Path = RESULTS, out: Path = PICTURE) -> None:
     """Draw error over batch size: a panel for each network, a line for each kind."""
     _, runs = read(results)
-    replace_file(out, drawn(panels(batch_of_one.each(runs))))
+    replace_file(out, drawn(panels(batch_of_one.by_network(runs))))
 
 
 def panels(runs: Runs) -> dict[str, Any]:

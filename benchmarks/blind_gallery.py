@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    lines = [json.loads(line) for line in held(arguments.record)]
+    lines = [json.loads(line) for line in recorded(arguments.record)]
     end = monotonic() + 60 * arguments.minutes
     for kind, key in track(planned(arguments), "draws", transient=True):
         if any([kind, list(key)] == line[:2] for line in lines):
@@ -61,7 +61,7 @@ def main() -> None:
         blind_page.write(found)
 
 
-def held(record: Path | None) -> list[str]:
+def recorded(record: Path | None) -> list[str]:
     return record.read_text("utf-8").splitlines() if record and record.exists() else []
 
 

@@ -15,6 +15,7 @@ import platform
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -24,15 +25,10 @@ import steadynorm as sn
 from steadynorm.evidence import workers
 from steadynorm.evidence.digits import load, tensors
 from steadynorm.evidence.estimates import mean
-from steadynorm.evidence.networks import (
-    convolutional,
-    fully_connected,
-    initialize,
-    normalization_1d,
-    normalization_2d,
-)
+from steadynorm.evidence.networks import KINDS, Kind, build
 from steadynorm.evidence.training import Recipe, Tick, inference_accuracy, train
 from steadynorm.report.machine import processor
+from steadynorm.report.page import Table
 
 SAMPLES = 9_000
 BATCH = 64  # of the calibration, unless it says otherwise
@@ -42,18 +38,9 @@ class HalfWayError(Exception):
     """Ends a run at its middle."""
 
 
-def build(kind: str, seed: int) -> nn.Sequential:
-    if kind == "convolutional":
-        network = convolutional(normalization_2d("torch"))
-    else:
-        network = fully_connected(64, normalization_1d("torch"))
-    initialize(network, seed)
-    return network
-
-
-def trained(kind: str, batch_size: int, seed: int, *, half: bool, tick: Tick) -> nn.Sequential:
+def trained(kind: Kind, batch_size: int, seed: int, *, half: bool, tick: Tick) -> nn.Sequential:
     recipe = Recipe(batch_size, SAMPLES, points=1)
-    network, done = build(kind, seed), 0
+    network, done = build(kind, "torch", load(), seed), 0
 
     def watch(steps: int) -> None:
         nonlocal done
@@ -75,7 +62,7 @@ def after(network: nn.Module, change: Callable[[nn.Module], object]) -> float:
     return 100 * inference_accuracy(network, images, labels)
 
 
-def calibration(kind: str, half: bool, seed: int, *, tick: Tick) -> dict[str, float]:
+def calibration(kind: Kind, half: bool, seed: int, *, tick: Tick) -> dict[str, float]:
     network = trained(kind, 2, seed, half=half, tick=tick)
     images = tensors(load())[0]
 
@@ -128,12 +115,6 @@ def adaptation(seed: int, *, tick: Tick) -> dict[tuple[str, str], float]:
     return results
 
 
-def table(headings: list[str], rows: list[list[str]]) -> None:
-    for row in (headings, ["---"] * len(headings), *rows):
-        print("| " + " | ".join(row) + " |")
-    print()
-
-
 def show_calibration(runs: dict[tuple[str, bool], list[dict[str, float]]]) -> None:
     columns = list(next(iter(runs.values()))[0])
     rows = []
@@ -141,7 +122,8 @@ def show_calibration(runs: dict[tuple[str, bool], list[dict[str, float]]]) -> No
         gain = mean([run["calibrate"] - run["before"] for run in results])
         cells = [mean([run[column] for run in results]).plus_minus for column in columns]
         rows.append([f"{kind}, {'half-way' if half else 'at the end'}", *cells, str(gain)])
-    table(["network, trained at batch 2", *columns, "gain of calibrate"], rows)
+    heads = ["network, trained at batch 2", *columns, "gain of calibrate"]
+    print(f"{Table('calibrate', heads, rows).markdown()}\n")
 
 
 def show_adaptation(runs: list[dict[tuple[str, str], float]]) -> None:
@@ -150,7 +132,7 @@ def show_adaptation(runs: list[dict[tuple[str, str], float]]) -> None:
         [name, *(mean([run[name, column] for run in runs]).plus_minus for column in columns)]
         for name, _ in SHIFTS
     ]
-    table(["test digits", *columns], rows)
+    print(f"{Table('adapt', ['test digits', *columns], rows).markdown()}\n")
 
 
 def main() -> None:
@@ -158,10 +140,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     seeds = range(parser.parse_args().seeds)
     steps = SAMPLES // 2
+    cells = list(product(KINDS, (True, False)))
     work = [
         workers.Job("calibrate", (kind, half, seed), steps, calibration, (kind, half, seed))
-        for kind in ("fully connected", "convolutional")
-        for half in (True, False)
+        for kind, half in cells
         for seed in seeds
     ]
     work += [workers.Job("adapt", (seed,), steps, adaptation, (seed,)) for seed in seeds]
@@ -172,11 +154,7 @@ def main() -> None:
         f"steadynorm {sn.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}\n"
     )
-    measured: dict[tuple[str, bool], list[dict[str, float]]] = {}
-    for kind in ("fully connected", "convolutional"):
-        for half in (True, False):
-            measured[kind, half] = [outcomes[kind, half, seed] for seed in seeds]
-    show_calibration(measured)
+    show_calibration({cell: [outcomes[(*cell, seed)] for seed in seeds] for cell in cells})
     show_adaptation([outcomes[seed,] for seed in seeds])
 
 

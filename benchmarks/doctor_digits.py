@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +29,10 @@ from torch.nn import functional as F  # noqa: E402
 import steadynorm as sn  # noqa: E402
 from steadynorm.doctor.fixes import fix  # noqa: E402
 from steadynorm.evidence import workers  # noqa: E402
-from steadynorm.evidence.digits import load  # noqa: E402
+from steadynorm.evidence.digits import batches, load, tensors  # noqa: E402
 from steadynorm.evidence.estimates import mean  # noqa: E402
-from steadynorm.evidence.networks import fully_connected, initialize, normalization_1d  # noqa: E402
-from steadynorm.evidence.training import (  # noqa: E402
-    Recipe,
-    Tick,
-    batches,
-    inference_accuracy,
-    tensors,
-    train,
-)
+from steadynorm.evidence.networks import build  # noqa: E402
+from steadynorm.evidence.training import Recipe, Tick, inference_accuracy, train  # noqa: E402
 from steadynorm.statistics import Policy  # noqa: E402
 
 SAMPLES = 9_000
@@ -61,8 +55,7 @@ class Outcome(NamedTuple):
 def trained(
     statistics: Policy | str, batch_size: int, seed: int, tick: Tick
 ) -> tuple[nn.Module, float]:
-    network = fully_connected(64, normalization_1d(statistics))
-    initialize(network, seed)
+    network = build("fully connected", statistics, load(), seed)
     train(network, load(), Recipe(batch_size, SAMPLES, points=1), seed=seed, tick=tick)
     _, _, images, labels = tensors(load())
     return network.eval(), 100 * inference_accuracy(network, images, labels)
@@ -71,8 +64,8 @@ def trained(
 def run(seed: int, *, tick: Tick) -> Outcome:
     network, before = trained("torch", 2, seed, tick)
     images, labels, test_images, test_labels = tensors(load())
-    order = batches(len(labels), 2, seed)
-    data = [(images[i], labels[i]) for i, _ in zip(order, range(len(labels) // 2), strict=False)]
+    order = islice(batches(len(labels), 2, seed), len(labels) // 2)
+    data = [(images[batch], labels[batch]) for batch in order]
     report = sn.diagnose(network, data, loss=F.cross_entropy)
     fixed = fix(network, report, data, loss=F.cross_entropy)
     after = 100 * inference_accuracy(fixed.model, test_images, test_labels)

@@ -38,7 +38,6 @@ LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 WIDE, ODD, SMALL = (32, 256, 56, 56), (64, 2048, 9, 9), (4, 2048, 7, 7)
 """Planes of a multiple of a vector, odd ones, and channels that one program holds."""
 X_SIZED = ("x", "residual", "y", "grad", "extra", "dx", "dresidual")
-IN_FLIGHT = 30 << 10
 MULTIPROCESSORS = 132
 
 

@@ -14,7 +14,6 @@ few values amplify float32's own rounding.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import warnings
 from collections import Counter
@@ -33,13 +32,14 @@ from tests.models.surgery.test_models import inference, relative, step  # noqa: 
 from tests.models.surgery.zoo import ZOO, Entry, disturb, train_briefly  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from steadynorm.files import replace_file  # noqa: E402
 from steadynorm.models.changes import Changes  # noqa: E402
 from steadynorm.models.convert import convert  # noqa: E402
 from steadynorm.models.fold import fold  # noqa: E402
 from steadynorm.models.layers import recognize  # noqa: E402
+from steadynorm.report.machine import processor  # noqa: E402
 
 PAGE = ROOT / "docs" / "surgery.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 class Row(NamedTuple):
@@ -140,19 +140,18 @@ def table(rows: list[Row]) -> str:
 
 
 def where_and_when(types: str, command: str) -> str:
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return (
-        f"Measured {date.today().isoformat()} on {cpu}, {types}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, MONAI {monai.__version__}, by "
-        f"`python {command}`."
+        f"Measured {date.today().isoformat()} on {processor()}, {types}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"MONAI {monai.__version__}, by `python {command}`."
     )
+
+
+def put(name: str, text: str) -> None:
+    """Write what stands between the marks of this name in docs/surgery.md."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = PAGE.read_text("utf-8").split(begin)
+    replace_file(PAGE, f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
@@ -165,8 +164,7 @@ def main() -> None:
     text = f"{where_and_when(types, 'benchmarks/surgery_table.py')}\n\n{table(rows)}"
     print(text)
     if arguments.write:
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        put("table", text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the networks, which the tests share
 
 import torch  # noqa: E402
-from benchmarks.surgery_table import where_and_when  # noqa: E402
+from benchmarks.surgery_table import put, where_and_when  # noqa: E402
 from rich.progress import track  # noqa: E402
 from tests.models.surgery.test_models import inference, step  # noqa: E402
 from tests.models.surgery.variants import VARIANTS  # noqa: E402
@@ -41,8 +41,6 @@ from steadynorm.models.equivalence import in_double  # noqa: E402
 from steadynorm.models.fold import fold  # noqa: E402
 from steadynorm.models.layers import recognize  # noqa: E402
 
-PAGE = ROOT / "docs" / "surgery.md"
-BEGIN, END = "<!-- survey: begin -->", "<!-- survey: end -->"
 LIMIT = 1e-7
 
 
@@ -166,8 +164,7 @@ def main() -> None:
         for what in row.wrong:
             print(f"wrong: {row.name}: {what}")
     if arguments.write:
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        put("survey", text)
     sys.exit(any(row.wrong for row in rows))
 
 

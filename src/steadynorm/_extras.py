@@ -41,10 +41,10 @@ def needed_by(owner: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        told = lacking(error)
-        if told is None:
+        cure = lacking(error)
+        if cure is None:
             raise
-        raise ModuleNotFoundError(f"{owner} {told}", name=error.name) from None
+        raise ModuleNotFoundError(f"{owner} {cure}", name=error.name) from None
 
 
 def require(*packages: str) -> None:

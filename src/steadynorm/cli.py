@@ -6,13 +6,12 @@ at the top and everything else inside the command, and is named here by one line
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed_version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from steadynorm import command
+from steadynorm import __version__, command
 from steadynorm._extras import lacking
 from steadynorm.doctor._cli import doctor
 from steadynorm.evidence.bench._cli import bench, warmup
@@ -28,17 +27,17 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """`--verbose` may stand anywhere."""
-        asked = [argument for argument in args if argument == VERBOSE]
-        return super().parse_args(ctx, asked[:1] + [a for a in args if a != VERBOSE])
+        others = [argument for argument in args if argument != VERBOSE]
+        return super().parse_args(ctx, [VERBOSE, *others] if VERBOSE in args else others)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            told = lacking(error)
-            if told is None:
+            cure = lacking(error)
+            if cure is None:
                 raise
-            typer.echo(f"steadynorm {ctx.invoked_subcommand}: {told}", err=True)
+            typer.echo(f"steadynorm {ctx.invoked_subcommand}: {cure}", err=True)
             raise typer.Exit(2) from None
 
 
@@ -54,7 +53,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(installed_version("steadynorm"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -7,10 +7,12 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("altair", reason="charts need the extra lab")
 
-from steadynorm.evidence.bench import clock, results
+from steadynorm.cli import app
+from steadynorm.evidence.bench import clock, networks, results
 from steadynorm.evidence.bench.contenders import available
 from steadynorm.evidence.bench.measure import Measurement, measure
 from steadynorm.evidence.bench.results import charts, rows, tables, write
@@ -126,6 +128,34 @@ def test_tables_compare_ours_with_the_others():
     assert list(inference.rows[0]) == ["2x4x2x2", 1.0, 5.0, "5.00x"]
 
 
+@pytest.mark.parametrize("names", [["eager"], ["given", "eager"], ["ours", "given"]])
+def test_where_there_is_nothing_to_compare_with_there_are_times_alone(names):
+    found = [m for name in names for m in measured((8, 4, 2, 2), name, 2.0)]
+    (table,) = tables(found)
+    assert [row[0] for row in table.rows] == ["8x4x2x2"]
+    assert not any("against" in column for column in table.columns)
+    assert table.rows[0][-1] == (1.5 if names[-1] == "given" else 2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--suites small --shapes a", "must be a comma-separated list of 0, 1, "),
+        ("--suites unet3d --shapes 9", "steadynorm bench: what is asked for leaves nothing to mea"),
+        ("--suites small --contenders graph", "left out, not for cpu or not installed: graph"),
+        ("--suites small --contenders graph", "steadynorm bench: what is asked for leaves nothing"),
+        ("--suites networks", "steadynorm bench: --suites networks needs no_such_package: pip"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is(monkeypatch, tmp_path, arguments, told):
+    monkeypatch.setattr(networks, "PACKAGES", ("no_such_package",))
+    words = ["bench", *arguments.split(), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert told in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_charts_show_the_whole_step():
     training, _ = charts(FOUND)
     points = next(rows for rows in training.spec["datasets"].values() if len(rows) > 1)
@@ -137,11 +167,11 @@ def test_charts_show_the_whole_step():
 
 def test_files_hold_every_measurement_and_the_machine(tmp_path, monkeypatch):
     machine = {"processor": "one", "commit": "abc"}
-    networks = Table("N", ("network", "faster"), [("net", "2.00x")])
-    paths = write(tmp_path, FOUND, machine, networks)
+    table = Table("N", ("network", "faster"), [("net", "2.00x")])
+    paths = write(tmp_path, FOUND, machine, table)
     assert [path.name for path in paths] == ["bench.csv", "bench.json", "bench.html"]
     monkeypatch.setattr(results, "PICTURES", ("a package that nobody has",))
-    assert write(tmp_path, FOUND, machine, networks) == paths[:2]
+    assert write(tmp_path, FOUND, machine, table) == paths[:2]
     record = json.loads(paths[1].read_text())
     assert record["machine"] == machine
     assert record["measurements"] == rows(FOUND, machine)

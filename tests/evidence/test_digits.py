@@ -143,6 +143,58 @@ def test_labels_must_be_digits(tmp_path, mnist_like):
         load(str(tmp_path))
 
 
+def test_half_a_pair_of_training_files_is_no_reason_to_train_on_the_test_files(
+    tmp_path, mnist_like
+):
+    for prefix in ("t10k", "train"):
+        write_pair(tmp_path, prefix, *mnist_like)
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    message = (
+        f"{tmp_path}: train-images-idx3-ubyte and train-labels-idx1-ubyte belong together; found "
+        "train-images-idx3-ubyte alone."
+    )
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images, labels: (images[:1], labels[:1]), "there must be digits to train on and"),
+        (lambda images, labels: (images[:, :1], labels), "of at least 2×2 pixels; got MNIST"),
+        (lambda images, labels: (0 * images + 51, labels), "images to train on are blank, all 0.2"),
+    ],
+)
+def test_files_that_nothing_can_be_trained_on(tmp_path, mnist_like, change, message):
+    write_pair(tmp_path, "t10k", *change(*mnist_like))
+    with pytest.raises(ValueError, match=message):
+        load(str(tmp_path))
+
+
+def test_images_to_train_on_and_to_test_on_have_one_size(tmp_path, mnist_like):
+    images, labels = mnist_like
+    write_pair(tmp_path, "t10k", images, labels)
+    write_pair(tmp_path, "train", images[:, 2:], labels)
+    with pytest.raises(
+        ValueError, match=r"must be of one size; got, reduced .* \(2, 3\) and \(3, 3\)"
+    ):
+        load(str(tmp_path))
+
+
+def test_the_checksum_tells_digits_of_the_same_name_and_size_apart(tmp_path, mnist_like):
+    images, labels = mnist_like
+    found = []
+    for name, shown, told in (("a", images, labels), ("b", images[:, ::-1], labels),
+                              ("c", images, labels[::-1]), ("d", images, labels)):  # fmt: skip
+        (tmp_path / name).mkdir()
+        write_pair(tmp_path / name, "t10k", shown, told)
+        found.append(load(str(tmp_path / name)))
+    assert len(set(map(str, found))) == 1
+    first, other, relabelled, again = (digits.checksum() for digits in found)
+    assert first == again
+    assert len({first, other, relabelled}) == 3
+
+
 def test_scikit_learns_digits_are_all_there_once():
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     from sklearn.datasets import load_digits

@@ -13,6 +13,7 @@ from torch import nn
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.estimates import mean
 from steadynorm.evidence.networks import (
+    build,
     convolutional,
     fully_connected,
     initialize,
@@ -151,6 +152,12 @@ def test_accuracies_against_a_count_by_hand(digits):
     assert inference_accuracy(network, images, labels) == float((answers == labels).double().mean())
 
 
+def test_test_digits_that_fill_no_batch_have_no_accuracy_in_training(digits):
+    result = train(network_of("batch"), digits, Recipe(64, 640), seed=0)
+    assert result.stopped is None
+    assert (result.accuracy_in_training, result.error_in_training) == (None, None)
+
+
 def test_networks_start_alike_whatever_normalizes_them():
     plain, normalized = network_of(None, seed=7), network_of("batch", seed=7)
     mine = [module.weight for module in plain if isinstance(module, nn.Linear)]
@@ -177,6 +184,18 @@ def test_the_residual_network_is_14_layers_deep():
     bare = [m for m in residual(None).modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)]
     assert len(bare) == 15
     assert all(conv.bias is not None for conv in bare)
+
+
+def test_every_width_but_the_first_halves_the_size():
+    network = residual(None, widths=(8, 16, 8), blocks=1)
+    assert network[:-3](torch.zeros(1, 1, 16, 16)).shape == (1, 8, 4, 4)
+
+
+def test_an_unknown_kind_of_network_is_refused(digits):
+    with pytest.raises(
+        ValueError, match=r"^build: `kind` must be one of fully connected, .*; got "
+    ):
+        build("convolutionl", "batch", digits, 0)
 
 
 def test_renorms_schedule_fits_the_run():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import struct
 import zlib
 from collections.abc import Iterator
@@ -39,6 +40,10 @@ class Digits(NamedTuple):
         """Pixels of an image."""
         return int(self.train_images[0].size)
 
+    def checksum(self) -> str:
+        """Of all images and labels: two sets of files may agree in everything else."""
+        return hashlib.sha256(b"".join(part.tobytes() for part in self[1:])).hexdigest()[:16]
+
     def __str__(self) -> str:
         height, width = self.train_images.shape[1:]
         return (
@@ -55,8 +60,9 @@ def load(data_dir: str | Path | None = None) -> Digits:
     `t10k-*` alone are split 8,000 / 2,000 and scikit-learn's 1,797 are split 1,437 / 360, both in a
     fixed random order, since neither set is shuffled.
 
-    Raises FileNotFoundError when the folder lacks the files, ValueError when one is broken, and
-    ModuleNotFoundError when scikit-learn is needed and missing.
+    Raises FileNotFoundError when the folder lacks a file, ValueError when one is broken or nothing
+    can be trained on what they hold, and ModuleNotFoundError when scikit-learn is needed and
+    missing.
     """
     if data_dir is None:
         from sklearn.datasets import load_digits
@@ -67,14 +73,30 @@ def load(data_dir: str | Path | None = None) -> Digits:
     folder = Path(data_dir)
     test = _pair(folder, "t10k")
     train = _pair(folder, "train")
-    if train and test:
-        return Digits("MNIST", *train, *test)
-    if test:
-        return _split("MNIST test set", *test)
-    raise FileNotFoundError(
-        f"data_dir must hold t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, as they are or "
-        f"with .gz (train-* beside them if you have it); found neither pair in {folder}."
-    )
+    if test is None:
+        raise FileNotFoundError(
+            f"data_dir must hold t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, as they are or "
+            f"with .gz (train-* beside them if you have it); found neither pair in {folder}."
+        )
+    loaded = Digits("MNIST", *train, *test) if train else _split("MNIST test set", *test)
+    _check(loaded, folder)
+    return loaded
+
+
+def _check(digits: Digits, folder: Path) -> None:
+    images, test_images = digits.train_images, digits.test_images
+    if not (images.size and test_images.size):
+        raise ValueError(
+            f"{folder}: there must be digits to train on and to test on, of at least 2×2 pixels; "
+            f"got {digits}, after reducing to half the resolution."
+        )
+    if images.shape[1:] != test_images.shape[1:]:
+        raise ValueError(
+            f"{folder}: images to train on and to test on must be of one size; got, reduced to "
+            f"half, {images.shape[1:]} and {test_images.shape[1:]}."
+        )
+    if images.min() == images.max():
+        raise ValueError(f"{folder}: the images to train on are blank, all {images.min():g}.")
 
 
 def _split(name: str, images: Images, labels: Labels) -> Digits:
@@ -84,11 +106,16 @@ def _split(name: str, images: Images, labels: Labels) -> Digits:
 
 
 def _pair(folder: Path, prefix: str) -> tuple[Images, Labels] | None:
-    """The images and labels whose names start with `prefix`; None when either is not there."""
-    paths = [_find(folder, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
-    if None in paths:
+    """The images and labels whose names start with `prefix`; None when neither is there."""
+    stems = [f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    paths = [path for path in (_find(folder, stem) for stem in stems) if path]
+    if not paths:
         return None
-    images, labels = (read_idx(path) for path in paths if path)
+    if len(paths) < 2:
+        raise FileNotFoundError(
+            f"{folder}: {' and '.join(stems)} belong together; found {paths[0].name} alone."
+        )
+    images, labels = map(read_idx, paths)
     if images.ndim != 3 or images.dtype != np.uint8:
         raise ValueError(
             f"{paths[0]}: images must be bytes of shape (N, H, W); "

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from steadynorm import nn as ours
 from steadynorm.evidence.digits import Digits
 from steadynorm.statistics import Policy, Renorm
 
 Kind = Literal["fully connected", "convolutional", "ten sigmoid layers", "residual"]
 KINDS: tuple[Kind, Kind] = ("fully connected", "convolutional")
+CLASSES = 10
 Normalization = Callable[[int], nn.Module]
 """Makes the layer that normalizes so many features."""
 Statistics = Policy | str | Normalization | None
+
+
+def _normalized(
+    layer: nn.Module, features: int, normalization: Normalization | None
+) -> list[nn.Module]:
+    return [layer] if normalization is None else [layer, normalization(features)]
 
 
 def fully_connected(
@@ -24,7 +32,6 @@ def fully_connected(
     normalization: Normalization | None,
     *,
     widths: Sequence[int] = (128, 128, 128),
-    classes: int = 10,
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
     """Linear, normalization, activation for each of `widths`; then Linear to the classes.
@@ -34,12 +41,10 @@ def fully_connected(
     """
     layers: list[nn.Module] = [nn.Flatten()]
     for width in widths:
-        layers.append(nn.Linear(inputs, width, bias=normalization is None))
-        if normalization is not None:
-            layers.append(normalization(width))
-        layers.append(activation())
+        linear = nn.Linear(inputs, width, bias=normalization is None)
+        layers += [*_normalized(linear, width, normalization), activation()]
         inputs = width
-    layers.append(nn.Linear(inputs, classes))
+    layers.append(nn.Linear(inputs, CLASSES))
     return nn.Sequential(*layers)
 
 
@@ -48,7 +53,6 @@ def convolutional(
     *,
     channels: Sequence[int] = (16, 32, 32),
     strides: Sequence[int] | None = None,
-    classes: int = 10,
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
     """3×3 convolutions, each with normalization and activation; then the mean over positions and
@@ -59,12 +63,10 @@ def convolutional(
     strides = strides or (1, *(2,) * (len(channels) - 1))
     for width, stride in zip(channels, strides, strict=True):
         bias = normalization is None
-        layers.append(nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=bias))
-        if normalization is not None:
-            layers.append(normalization(width))
-        layers.append(activation())
+        conv = nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=bias)
+        layers += [*_normalized(conv, width, normalization), activation()]
         inputs = width
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES)]
     return nn.Sequential(*layers)
 
 
@@ -81,7 +83,7 @@ class ResidualBlock(nn.Module):
         def normalized(inputs: int, kernel: int, stride: int) -> nn.Sequential:
             bias = normalization is None
             conv = nn.Conv2d(inputs, width, kernel, stride, padding=kernel // 2, bias=bias)
-            return nn.Sequential(conv, *([] if normalization is None else [normalization(width)]))
+            return nn.Sequential(*_normalized(conv, width, normalization))
 
         self.first, self.second = normalized(inputs, 3, stride), normalized(width, 3, 1)
         same = stride == 1 and inputs == width
@@ -98,23 +100,20 @@ def residual(
     *,
     widths: Sequence[int] = (8, 16, 32),
     blocks: int = 2,
-    classes: int = 10,
 ) -> nn.Sequential:
     """A convolution, `blocks` residual blocks of each width, all but the first width at half the
     size of the one before, the mean over positions and Linear: by default 14 layers deep. Takes
     (N, 1, H, W).
     """
     inputs = widths[0]
-    layers: list[nn.Module] = [nn.Conv2d(1, inputs, 3, padding=1, bias=normalization is None)]
-    if normalization is not None:
-        layers.append(normalization(inputs))
-    layers.append(nn.ReLU())
-    for width in widths:
+    conv = nn.Conv2d(1, inputs, 3, padding=1, bias=normalization is None)
+    layers: list[nn.Module] = [*_normalized(conv, inputs, normalization), nn.ReLU()]
+    for index, width in enumerate(widths):
         for block in range(blocks):
-            stride = 2 if block == 0 and width != widths[0] else 1
+            stride = 2 if block == 0 and index > 0 else 1
             layers.append(ResidualBlock(inputs, width, stride, normalization))
             inputs = width
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES)]
     return nn.Sequential(*layers)
 
 
@@ -128,8 +127,9 @@ def initialize(
 ) -> None:
     """He's normal weights and zero biases: the same for a seed, whatever normalizes the network.
 
-    `nonlinearity`: whose gain the weights have (torch.nn.init.calculate_gain); with "sigmoid" and
-    "tanh" they are Glorot's. `scale` multiplies them. `std`: their standard deviation instead.
+    `nonlinearity`: whose gain (torch.nn.init.calculate_gain) over the square root of the inputs is
+    the weights' standard deviation: He's for "relu", LeCun's for "sigmoid". `scale` multiplies
+    them. `std`: their standard deviation instead.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
@@ -154,50 +154,50 @@ def build(
     statistics: Statistics,
     digits: Digits,
     seed: int,
-    *,
-    momentum: float = 0.1,
     **options: Any,
 ) -> nn.Sequential:
     """The small network of a kind for these digits, initialized by `seed`. `statistics`: what
     `normalization_1d` takes. `options` go to the function that builds the kind; ten sigmoid layers
     are fully connected, 64 wide, and do not train unless they are normalized.
     """
-    if kind in ("convolutional", "residual"):
-        builder = residual if kind == "residual" else convolutional
-        network = builder(normalization_2d(statistics, momentum=momentum), **options)
-    else:
-        if kind == "ten sigmoid layers":
-            options = {"widths": (64,) * 10, "activation": nn.Sigmoid} | options
-        normalization = normalization_1d(statistics, momentum=momentum)
-        network = fully_connected(digits.pixels, normalization, **options)
     saturating = kind == "ten sigmoid layers"
+    if saturating:
+        options = {"widths": (64,) * 10, "activation": nn.Sigmoid} | options
+    if saturating or kind == "fully connected":
+        network = fully_connected(digits.pixels, normalization_1d(statistics), **options)
+    elif kind == "convolutional":
+        network = convolutional(normalization_2d(statistics), **options)
+    elif kind == "residual":
+        network = residual(normalization_2d(statistics), **options)
+    else:
+        raise ValueError(f"build: `kind` must be one of {', '.join(get_args(Kind))}; got {kind!r}.")
     initialize(network, seed, nonlinearity="sigmoid" if saturating else "relu")
     return network
 
 
-def normalization_1d(statistics: Statistics, *, momentum: float = 0.1) -> Normalization | None:
+def normalization_1d(statistics: Statistics) -> Normalization | None:
     """A maker of layers for (N, C). `statistics`: a policy or its name, "torch" for torch's own
     layer, None or "none" for no normalization; another maker of layers is returned as it is.
     """
-    return _normalization(statistics, momentum, "BatchNorm1d")
+    return _normalization(statistics, nn.BatchNorm1d, ours.BatchNorm1d)
 
 
-def normalization_2d(statistics: Statistics, *, momentum: float = 0.1) -> Normalization | None:
+def normalization_2d(statistics: Statistics) -> Normalization | None:
     """The same for (N, C, H, W)."""
-    return _normalization(statistics, momentum, "BatchNorm2d")
+    return _normalization(statistics, nn.BatchNorm2d, ours.BatchNorm2d)
 
 
-def _normalization(statistics: Statistics, momentum: float, layer: str) -> Normalization | None:
+def _normalization(
+    statistics: Statistics, torch_layer: Normalization, own_layer: Callable[..., nn.Module]
+) -> Normalization | None:
     if statistics is None or statistics == "none":
         return None
     if callable(statistics):
         return statistics
     if statistics == "torch":
-        return partial(getattr(nn, layer), momentum=momentum)
-    from steadynorm import nn as ours
-
+        return torch_layer
     # Synchronized only where several processes train together (see `data_parallel`).
-    return partial(getattr(ours, layer), momentum=momentum, statistics=statistics, synchronize=True)
+    return partial(own_layer, statistics=statistics, synchronize=True)
 
 
 def renorm_for(steps: int) -> Renorm:

@@ -85,7 +85,8 @@ class Point:
 @dataclass(frozen=True)
 class TrainingResult:
     """`accuracy` is that of inference, `accuracy_in_training` that of the same test digits
-    normalized as in training, in batches of the recipe's size. `stopped`: why it ended early.
+    normalized as in training, in batches of the recipe's size; None where they fill no batch, or
+    the run ended early. `stopped`: why it did.
     """
 
     points: list[Point]
@@ -101,8 +102,8 @@ class TrainingResult:
     @property
     def error_in_training(self) -> float | None:
         """The same normalized as in training."""
-        measured = self.accuracy_in_training
-        return None if measured is None else 100 * (1 - measured)
+        accuracy = self.accuracy_in_training
+        return None if accuracy is None else 100 * (1 - accuracy)
 
     def record(self) -> dict[str, Any]:
         """The same as plain dicts and lists, for JSON."""
@@ -209,9 +210,9 @@ def inference_accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> fl
 @torch.no_grad()
 def accuracy_in_training(
     network: nn.Module, images: Tensor, labels: Tensor, batch_size: int
-) -> float:
+) -> float | None:
     """Share of `images` classified correctly when normalized as in training, without the last
-    incomplete batch. The network is left as it was.
+    incomplete batch; None where there is no other. The network is left as it was.
     """
     right, seen = 0, 0
     with untouched(network) as original:
@@ -221,4 +222,4 @@ def accuracy_in_training(
             right += int((network(images[part]).argmax(1) == labels[part]).sum())
             seen += batch_size
             original.restore_buffers()
-    return right / max(seen, 1)
+    return right / seen if seen else None

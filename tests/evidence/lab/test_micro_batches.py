@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,17 @@ def test_in_order_and_side_by_side_equal_the_layers_in_a_loop(kind: str, size: i
             for joined, single in tensors:
                 own = joined.reshape(2, *single.shape)[index]
                 torch.testing.assert_close(own, single, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dilation": 2}, {"padding": 1, "padding_mode": "circular"}, {"groups": 2, "bias": False}],
+)
+def test_a_convolution_side_by_side_keeps_its_settings(options: dict[str, Any]) -> None:
+    networks = [nn.Sequential(nn.Conv2d(4, 6, 3, **options)) for _ in range(2)]
+    x = torch.randn(3, 8, 7, 7)
+    expected = [network(part) for network, part in zip(networks, x.chunk(2, 1), strict=True)]
+    torch.testing.assert_close(side_by_side(networks)(x), torch.cat(expected, 1))
 
 
 def drawn() -> Digits:

@@ -21,6 +21,7 @@ from steadynorm.evidence.lab.experiments import (
     cost,
     get,
     recurrent,
+    running_average_in_training,
     shifted_data,
     small_batches,
     training_against_inference,
@@ -67,6 +68,22 @@ def test_every_setting_of_small_batches_can_be_built() -> None:
             y = made(8).eval()(x)
             assert y.shape == x.shape
             assert y.isfinite().all()
+
+
+def test_what_was_not_measured_is_none_and_no_number(digits: Digits) -> None:
+    """Test digits that fill no batch; a network whose loss is not finite at once."""
+    few = digits._replace(test_images=digits.test_images[:32], test_labels=digits.test_labels[:32])
+    setting = {"statistics": "batch", "batch": 64, "samples": 128}
+    result = running_average_in_training.run(setting, 0, few, lambda steps: None)
+    assert result["error_in_training"] is None
+    result = training_against_inference.run(setting, 0, few, lambda steps: None)
+    assert result["training"] == [None, None]
+    assert result["training at the end"] is None
+    broken = digits._replace(train_images=digits.train_images * float("nan"))
+    setting = {"placement": "before", "activation": "relu", "depth": 1, "samples": 64}
+    result = before_or_after.run(setting, 0, broken, lambda steps: None)
+    assert result["stopped"] == "the loss was nan at step 0"
+    assert result["mean_loss"] is None
 
 
 # Small batches --------------------------------------------------------------------------------

@@ -94,6 +94,16 @@ def test_without_results(tmp_path):
     assert "steadynorm lab run --all" in result.output
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": []}', '{"runs": [{}]}', "\udcff"])
+def test_a_file_that_holds_no_results_is_named(tmp_path, content):
+    path = tmp_path / "results" / "bias.json"
+    path.parent.mkdir()
+    path.write_text(content, "utf-8", "surrogateescape")
+    result = cli.invoke(app, ["lab", "report", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"steadynorm lab: {path}: no results file of the lab (")
+
+
 def test_the_results_file_has_a_run_on_a_line(folder):
     path = folder / "results" / "small-batches.json"
     head, runs = read(path)

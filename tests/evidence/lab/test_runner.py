@@ -12,9 +12,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tests.evidence.lab import tiny
 from tests.evidence.lab.tiny import TINY
+from tests.evidence.test_digits import write_pair
 
 from steadynorm.evidence.lab import runner
 from steadynorm.evidence.lab.store import Store, read
@@ -133,8 +136,30 @@ def test_timed_results_have_a_name_of_their_own(tmp_path):
     assert store.finish(timed, "quick", runs) == tmp_path / "results" / "tiny.timed.json"
 
 
+def test_runs_on_other_files_of_the_same_size_are_not_taken_for_these(tmp_path):
+    labels = np.arange(20) % 10
+    for name, images in (("a", 9 * np.eye(4)), ("b", 9 * np.eye(4)[::-1])):
+        (tmp_path / name).mkdir()
+        write_pair(tmp_path / name, "t10k", np.tile(images, (20, 1, 1)), labels)
+    planned = TINY.planned("quick")[0]
+    stores = [runner._store(tmp_path, str(tmp_path / name)) for name in "aab"]
+    first, again, other = (store.path(TINY, planned) for store in stores)
+    assert first == again != other
+    assert len({store.data for store in stores}) == 1, "the words are the same"
+
+
 def fails(setting, seed, digits, tick):
     raise ValueError("no such layer")
+
+
+def does_not_fit(setting, seed, digits, tick):
+    torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+def test_an_error_of_torchs_names_its_run():
+    planned = TINY.planned("quick")[0]
+    with pytest.raises(RuntimeError, match=r"^tiny: {.*}, seed 0: RuntimeError: mat1 and mat2 "):
+        runner.execute(replace(TINY, run=does_not_fit), planned, None)
 
 
 def test_an_error_names_its_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -50,59 +51,67 @@ def bench(
     json: Json = False,
 ) -> None:
     """Time the layer against its peers and against a plain copy of the tensor."""
-    with errors_in_one_line("bench", "nothing was written."):
+    with errors_in_one_line("bench"):
         require("torch", *(["numba"] if device == "cpu" else []))
-    from steadynorm.evidence.bench.clock import check_device
-    from steadynorm.evidence.bench.contenders import CONTENDERS, available
-    from steadynorm.evidence.bench.measure import Measurement, machine, measure
-    from steadynorm.evidence.bench.networks import NETWORKS, measure_networks
-    from steadynorm.evidence.bench.results import tables, to_record, write
-    from steadynorm.evidence.bench.workloads import CASES, DTYPES, LAYOUTS, SUITES, workloads
-    from steadynorm.kernels import use
-    from steadynorm.report.terminal import to_rich
+        from steadynorm.evidence.bench.clock import check_device
+        from steadynorm.evidence.bench.contenders import CONTENDERS, available
+        from steadynorm.evidence.bench.measure import Measurement, machine, measure
+        from steadynorm.evidence.bench.networks import NETWORKS, PACKAGES, measure_networks
+        from steadynorm.evidence.bench.results import tables, to_record, write
+        from steadynorm.evidence.bench.workloads import CASES, DTYPES, LAYOUTS, SUITES, workloads
+        from steadynorm.kernels import use
+        from steadynorm.report.terminal import to_rich
 
-    wanted = _words(suites, (*SUITES, "networks"), "--suites")
-    with errors_in_one_line("bench", "nothing was written."):
         check_device(device)
         if kernels not in ("operator", "gpu"):
             raise ValueError(f"--kernels must be operator or gpu; got {kernels!r}.")
-    use("gpu", on=kernels == "gpu")
-    names = available(_words(contenders, tuple(CONTENDERS), "--contenders"), device)
-    picked = {int(number) for number in shapes.split(",") if number.strip()}
-    loads = [
-        load
-        for load in workloads(
-            [suite for suite in wanted if suite != "networks"],
-            _words(cases, CASES, "--cases"),
-            _words(layouts, LAYOUTS, "--layouts"),
-            _words(dtypes, DTYPES, "--dtypes"),
-            _words(modes, ("training", "inference"), "--modes"),
-        )
-        if not picked or SUITES[load.suite].index(load.shape) in picked
-    ]
-    found: list[Measurement] = []
-    networks = None
-    # Drawn between measurements: a thread that draws would take a core from what is timed.
-    with GroupBars(auto_refresh=False) as bars:
-        if loads:
-            bars.begin("kernels", len(loads) * rounds)
-            for load in loads:
-                found += measure(load, names, rounds, lambda: bars.step("kernels"), device)
-        if "networks" in wanted:
-            bars.begin("networks", len(NETWORKS))
-            networks = measure_networks(
-                list(NETWORKS), rounds, lambda: bars.step("networks"), device
+        wanted = _words(suites, (*SUITES, "networks"), "--suites")
+        if "networks" in wanted and not all(map(find_spec, PACKAGES)):
+            raise ValueError(
+                f"--suites networks needs {' and '.join(PACKAGES)}: pip install "
+                f"{' '.join(PACKAGES)}, or name other suites, such as --suites resnet50."
             )
-    about = machine(device)
-    paths = write(out, found, about, networks)
-    if json:
-        print_json(to_record(found, about, networks))
-        return
-    for table in [*tables(found), *([networks] if networks is not None else [])]:
-        Console().print(to_rich(table))
-    say(", ".join(f"{key} {value}" for key, value in about.items()))
-    for path in paths:
-        say(f"wrote {path}")
+        asked = _words(contenders, tuple(CONTENDERS), "--contenders")
+        names = available(asked, device)
+        if left_out := [name for name in asked if name not in names]:
+            say(f"left out, not for {device} or not installed: {', '.join(left_out)}", stderr=True)
+        numbers = tuple(str(number) for number in range(max(map(len, SUITES.values()))))
+        picked = [int(number) for number in _words(shapes, numbers, "--shapes")]
+        loads = [
+            load
+            for load in workloads(
+                [suite for suite in wanted if suite != "networks"],
+                _words(cases, CASES, "--cases"),
+                _words(layouts, LAYOUTS, "--layouts"),
+                _words(dtypes, DTYPES, "--dtypes"),
+                _words(modes, ("training", "inference"), "--modes"),
+            )
+            if names and (not picked or SUITES[load.suite].index(load.shape) in picked)
+        ]
+        if not loads and "networks" not in wanted:
+            raise ValueError("what is asked for leaves nothing to measure.")
+        use("gpu", on=kernels == "gpu")
+        found: list[Measurement] = []
+        networks = None
+        # Drawn between measurements: a thread that draws would take a core from what is timed.
+        with GroupBars(auto_refresh=False) as bars:
+            if loads:
+                bars.begin("kernels", len(loads) * rounds)
+                for load in loads:
+                    found += measure(load, names, rounds, lambda: bars.step("kernels"), device)
+            if "networks" in wanted:
+                bars.begin("networks", len(NETWORKS))
+                networks = measure_networks(rounds, lambda: bars.step("networks"), device)
+        about = machine(device)
+        paths = write(out, found, about, networks)
+        if json:
+            print_json(to_record(found, about, networks))
+            return
+        for table in [*tables(found), *([networks] if networks is not None else [])]:
+            Console().print(to_rich(table))
+        say(", ".join(f"{key} {value}" for key, value in about.items()))
+        for path in paths:
+            say(f"wrote {path}")
 
 
 def warmup(

@@ -44,18 +44,37 @@ def make_inputs(load: Workload, device: str = "cpu") -> Inputs:
     return Inputs(x, tensor(0.0), tensor(0.0), torch.empty_like(x))
 
 
+Call = Callable[[Tensor, Tensor | None], Tensor]
+"""Of an input and its residual, if the workload has one."""
+
+
 def _layer(load: Workload, inputs: Inputs, package: Any, **options: Any) -> Any:
     kind = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}[len(load.shape)]
     layer = getattr(package, f"BatchNorm{kind}")(load.shape[1], **options)
     return layer.to(inputs.x.device).train(load.training)
 
 
-def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Workload) -> Laps:
-    x = inputs.x.detach().requires_grad_(load.training)
-    add = load.case == "bn+add+relu"
-    residual = inputs.residual.detach().requires_grad_(load.training) if add else None
-    wanted = [x, *layer.parameters(), *([residual] if residual is not None else [])]
+def _ours(load: Workload, inputs: Inputs) -> tuple[Call, Any]:
+    layer = _layer(load, inputs, sn, activation=load.activation)
+    return lambda x, residual: layer(x, residual=residual), layer
 
+
+def _theirs(load: Workload, inputs: Inputs) -> tuple[Call, Any]:
+    layer = _layer(load, inputs, torch.nn)
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        y: Tensor = layer(x)
+        if residual is not None:
+            y = y + residual
+        return F.relu(y) if load.activation else y
+
+    return call, layer
+
+
+def _timed(call: Call, layer: Any, inputs: Inputs, load: Workload) -> Laps:
+    x = inputs.x.detach().requires_grad_(load.training)
+    residual = inputs.residual.detach().requires_grad_(load.training) if load.has_residual else None
+    wanted = [x, *layer.parameters(), *([residual] if residual is not None else [])]
     device = x.device
 
     def run() -> Marks:
@@ -77,9 +96,7 @@ def _timed(call: Callable[..., Tensor], layer: Any, inputs: Inputs, load: Worklo
 
 def ours(load: Workload, inputs: Inputs) -> Laps:
     """The layer of this package, activation and residual inside."""
-    activation = None if load.case == "bn" else "relu"
-    layer = _layer(load, inputs, sn, activation=activation)
-    return _timed(lambda x, residual: layer(x, residual=residual), layer, inputs, load)
+    return _timed(*_ours(load, inputs), inputs, load)
 
 
 def ours_outputs_given(load: Workload, inputs: Inputs) -> Laps:
@@ -87,18 +104,16 @@ def ours_outputs_given(load: Workload, inputs: Inputs) -> Laps:
     from steadynorm.kernels.cpu import stages as cpu
 
     x, _, grad, y = inputs
-    add = load.case == "bn+add+relu"
-    activation = None if load.case == "bn" else "relu"
     weight, bias = torch.ones(load.shape[1]), torch.zeros(load.shape[1])
-    residual = inputs.residual if add else None
-    fused: dict[str, Any] = {"residual": residual, "activation": activation}
-    signs = cpu.empty_signs(x) if activation and residual is not None else None
+    residual = inputs.residual if load.has_residual else None
+    fused: dict[str, Any] = {"residual": residual, "activation": load.activation}
+    signs = cpu.empty_signs(x) if residual is not None else None
     _, batch = cpu.normalize(x, weight, bias, 1e-5, out=y, **fused)
     rho = (batch.var + 1e-5).rsqrt()
     shift = -batch.mean_low * rho
     count = x.numel() // load.shape[1]
     factors = (rho**3 / count, rho / count, batch.mean_low, batch.mean_low)
-    dx, dresidual = torch.empty_like(x), torch.empty_like(x) if add else None
+    dx, dresidual = torch.empty_like(x), torch.empty_like(x) if load.has_residual else None
 
     def run() -> Marks:
         start = perf_counter()
@@ -109,36 +124,24 @@ def ours_outputs_given(load: Workload, inputs: Inputs) -> Laps:
         cpu.normalize(x, weight, bias, 1e-5, signs=signs, out=y, **fused)
         middle = perf_counter()
         cpu.normalize_grad(
-            grad, x, batch.mean, rho, shift, *factors, signs=signs, activation=activation,
-            want_residual=add, out=(dx, dresidual),
+            grad, x, batch.mean, rho, shift, *factors, signs=signs,
+            activation=load.activation, want_residual=load.has_residual, out=(dx, dresidual),
         )  # fmt: skip
         return start, middle, perf_counter()
 
     return run
 
 
-def _unfused(layer: Any, case: str) -> Callable[[Tensor, Tensor | None], Tensor]:
-    def call(x: Tensor, residual: Tensor | None) -> Tensor:
-        y: Tensor = layer(x)
-        if residual is not None:
-            y = y + residual
-        return y if case == "bn" else F.relu(y)
-
-    return call
-
-
 def eager(load: Workload, inputs: Inputs) -> Laps:
     """`torch.nn`'s layer, `+` and `relu`, as most networks are written."""
-    layer = _layer(load, inputs, torch.nn)
-    return _timed(_unfused(layer, load.case), layer, inputs, load)
+    return _timed(*_theirs(load, inputs), inputs, load)
 
 
 def compiled(load: Workload, inputs: Inputs) -> Laps:
     """The same under `torch.compile`."""
-    layer = _layer(load, inputs, torch.nn)
+    call, layer = _theirs(load, inputs)
     torch._dynamo.reset()
-    call = torch.compile(_unfused(layer, load.case), dynamic=False)
-    return _timed(call, layer, inputs, load)
+    return _timed(torch.compile(call, dynamic=False), layer, inputs, load)
 
 
 def jax(load: Workload, inputs: Inputs) -> Laps:
@@ -158,9 +161,9 @@ def jax(load: Workload, inputs: Inputs) -> Laps:
     def forward(state: Any, x: Any, residual: Any) -> Any:
         model = nnx.merge(graph, state)
         y = model(x)
-        if load.case == "bn+add+relu":
+        if load.has_residual:
             y = y + residual
-        return (y if load.case == "bn" else j.nn.relu(y)), nnx.state(model)
+        return (j.nn.relu(y) if load.activation else y), nnx.state(model)
 
     one_way = j.jit(forward)
 
@@ -187,29 +190,22 @@ def jax(load: Workload, inputs: Inputs) -> Laps:
 
 def graphed(load: Workload, inputs: Inputs) -> Laps:
     """The layer of this package, replayed as CUDA graphs of its forward and its backward."""
-    activation = None if load.case == "bn" else "relu"
-    layer = _layer(load, inputs, sn, activation=activation)
-    return _graphed(lambda x, residual: layer(x, residual=residual), layer, inputs, load)
+    return _graphed(*_ours(load, inputs), inputs, load)
 
 
 def eager_graphed(load: Workload, inputs: Inputs) -> Laps:
     """`torch.nn`'s layer, `+` and `relu`, replayed in the same way."""
-    layer = _layer(load, inputs, torch.nn)
-    return _graphed(_unfused(layer, load.case), layer, inputs, load)
+    return _graphed(*_theirs(load, inputs), inputs, load)
 
 
-def _graphed(
-    call: Callable[[Tensor, Tensor | None], Tensor], layer: Any, inputs: Inputs, load: Workload
-) -> Laps:
-    add = load.case == "bn+add+relu"
-
+def _graphed(call: Call, layer: Any, inputs: Inputs, load: Workload) -> Laps:
     class WithResidual(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = layer
 
         def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-            return call(x, residual if add else None)
+            return call(x, residual if load.has_residual else None)
 
     samples = tuple(t.clone().requires_grad_(load.training) for t in inputs[:2])
     module = WithResidual().train(load.training)
@@ -236,5 +232,4 @@ def available(names: Sequence[str], device: str = "cpu") -> list[str]:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     has_jax = find_spec("jax") is not None and find_spec("flax") is not None
     kind = torch.device(device).type
-    here = [name for name in names if WHERE.get(name, kind) == kind]
-    return [name for name in here if name != "jax" or has_jax]
+    return [n for n in names if WHERE.get(n, kind) == kind and (n != "jax" or has_jax)]

@@ -32,6 +32,8 @@ def _unet3d() -> nn.Module:
     return net
 
 
+PACKAGES = ("transformers", "monai")
+"""What the networks are made of."""
 _IMAGE = (16, 3, 160, 160)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ResNet-18": (
@@ -87,21 +89,19 @@ def _measure(name: str, rounds: int, device: str) -> list[str | float | None]:
     before, after = interleaved(steps, rounds, least=0.0).values()
     faster = speed_up(before, after)
     size = "x".join(map(str, x.shape))
-    spread = f"{faster.low:.2f}x to {faster.high:.2f}x"
+    quartiles = f"{faster.low:.2f}x to {faster.high:.2f}x"
     medians = (statistics.median(times) for times in (before, after))
-    return [name, size, *medians, f"{faster.middle:.2f}x", spread, len(changes)]
+    return [name, size, *medians, f"{faster.middle:.2f}x", quartiles, len(changes)]
 
 
-def measure_networks(
-    names: list[str], rounds: int, progress: Callable[[], None], device: str = "cpu"
-) -> Table:
+def measure_networks(rounds: int, progress: Callable[[], None], device: str) -> Table:
     """Median training step with `torch.nn`'s layers and with ours, in the same interleaved run.
 
     Each network runs in a process of its own: page faults on fresh memory are much of a
     step's cost, and their number depends on what others left in the heap.
     """
     lines: list[list[str | float | None]] = []
-    for name in names:
+    for name in NETWORKS:
         with get_context("spawn").Pool(1) as own:
             lines.append(own.apply(_measure, (name, rounds, device)))
         progress()

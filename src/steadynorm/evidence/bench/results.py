@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,12 @@ def rows(measurements: Iterable[Measurement], machine: Mapping[str, str]) -> lis
     ]
 
 
-def _grouped(measurements: Iterable[Measurement]) -> Iterator[list[Measurement]]:
+def _grouped(measurements: Iterable[Measurement]) -> list[list[Measurement]]:
     """One group for each suite, case, layout, type and mode, in order of appearance."""
     groups: dict[Workload, list[Measurement]] = defaultdict(list)
     for m in measurements:
         groups[m.workload._replace(shape=())].append(m)
-    yield from groups.values()
+    return list(groups.values())
 
 
 def tables(measurements: Sequence[Measurement]) -> list[Table]:
@@ -63,7 +63,7 @@ def _table(group: Sequence[Measurement]) -> Table:
     for m in group:
         shapes[m.workload.size][m.contender, m.direction] = m.copies
     names = list(dict.fromkeys(m.contender for m in group))
-    peers = [name for name in names if name not in MINE]
+    peers = [name for name in names if name not in MINE] if "ours" in names else []
     shown = [(name, d) for name in names for d in _directions(name, load.training)]
     lines: list[list[str | float | None]] = []
     gains: dict[str, list[float]] = defaultdict(list)
@@ -73,8 +73,9 @@ def _table(group: Sequence[Measurement]) -> Table:
         lines.append(
             [shape, *(found[key] for key in shown), *(_times(gains[p][-1]) for p in peers)]
         )
-    for name, summary in (("geometric mean", statistics.geometric_mean), ("lowest", min)):
-        lines.append([name, *[None] * len(shown), *(_times(summary(gains[p])) for p in peers)])
+    if peers:
+        for name, summary in (("geometric mean", statistics.geometric_mean), ("lowest", min)):
+            lines.append([name, *[None] * len(shown), *(_times(summary(gains[p])) for p in peers)])
     return Table(
         load.title,
         ["shape", *(f"{name}, {direction}" for name, direction in shown),
@@ -83,7 +84,7 @@ def _table(group: Sequence[Measurement]) -> Table:
         note=f"Times in copies of the input; least memory traffic: {sum(load.limit):g} copies "
         f"({'forward + backward' if load.training else 'forward'}).",
         digits=2,
-        emphasis=(len(lines) - 2, len(lines) - 1),
+        emphasis=range(len(shapes), len(lines)),
     )  # fmt: skip
 
 

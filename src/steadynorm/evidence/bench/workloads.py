@@ -25,9 +25,6 @@ RESNET50 = (
     (32, 512, 7, 7),
     (32, 2048, 7, 7),
 )
-# A 3-d U-Net on patches of 64 x 64 x 64, batch 2.
-UNET3D = ((2, 32, 64, 64, 64), (2, 64, 32, 32, 32), (2, 128, 16, 16, 16), (2, 256, 8, 8, 8))
-MLP = ((64, 256), (256, 1024), (1024, 1024), (4096, 512))
 # Where the cost of a call, not memory, decides.
 SMALL = (
     (2, 16), (2, 16, 4, 4), (8, 64), (4, 32, 8, 8), (16, 64, 4, 4), (8, 64, 8, 8), (32, 64, 8, 8),
@@ -35,8 +32,9 @@ SMALL = (
 
 SUITES: dict[str, Sequence[tuple[int, ...]]] = {
     "resnet50": RESNET50,
-    "unet3d": UNET3D,
-    "mlp": MLP,
+    # A 3-d U-Net on patches of 64 x 64 x 64, batch 2.
+    "unet3d": ((2, 32, 64, 64, 64), (2, 64, 32, 32, 32), (2, 128, 16, 16, 16), (2, 256, 8, 8, 8)),
+    "mlp": ((64, 256), (256, 1024), (1024, 1024), (4096, 512)),
     "small": SMALL,
 }
 
@@ -62,6 +60,16 @@ class Workload(NamedTuple):
         return "training" if self.training else "inference"
 
     @property
+    def activation(self) -> str | None:
+        """The layer's, if it has one."""
+        return None if self.case == "bn" else "relu"
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether a residual is added before the activation."""
+        return self.case == "bn+add+relu"
+
+    @property
     def total(self) -> str:
         """The direction that counts: both in training."""
         return "both" if self.training else "forward"
@@ -79,8 +87,8 @@ class Workload(NamedTuple):
         writes dx (and the residual's gradient). One bit per value for the activation's gradient is
         not counted.
         """
-        add = self.case == "bn+add+relu"
-        return (3 if add else 2) / 2, (4 if add else 3) / 2 if self.training else 0.0
+        more = int(self.has_residual)
+        return (2 + more) / 2, (3 + more) / 2 if self.training else 0.0
 
 
 def workloads(

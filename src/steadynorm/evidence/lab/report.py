@@ -60,13 +60,7 @@ def page(results: Sequence[SavedResults]) -> Page:
     profiles = sorted({one.head["profile"] for one in results})
     made = sorted({text for one in results for text in one.head["made_with"]})
     rows = [
-        (
-            one.head["title"],
-            one.head["verdict"]["outcome"],
-            _main(one),
-            one.head["verdict"]["seeds"],
-        )
-        for one in results
+        (title, outcome, main, seeds) for title, _, outcome, main, seeds in map(_verdict, results)
     ]
     verdicts = Table("Verdicts", ("experiment", "verdict", "main figure", "seeds"), rows)
     return Page(
@@ -108,12 +102,9 @@ def findings(one: SavedResults) -> Table:
 def markdown(results: Sequence[SavedResults]) -> str:
     """The verdicts as a Markdown table."""
     rows = [
-        (
-            one.head["title"], one.head["claim"], f"**{one.head['verdict']['outcome']}**",
-            _main(one), one.head["verdict"]["seeds"],
-        )
-        for one in results
-    ]  # fmt: skip
+        (title, claim, f"**{outcome}**", main, seeds)
+        for title, claim, outcome, main, seeds in map(_verdict, results)
+    ]
     columns = ("experiment", "claim", "verdict", "main figure", "seeds")
     return Table("Verdicts", columns, rows).markdown() + "\n"
 
@@ -128,20 +119,23 @@ def write(folder: str | Path) -> tuple[Path, Path]:
     )
 
 
-def _main(one: SavedResults) -> str:
-    found = one.head["verdict"]["findings"][0]
+def _verdict(one: SavedResults) -> tuple[str, str, str, str, int]:
+    """Title, claim, outcome, main figure and seeds."""
+    head, verdict = one.head, one.head["verdict"]
+    found = verdict["findings"][0]
     span = f" ({_number(found['low'])} to {_number(found['high'])})" if found["seeds"] > 1 else ""
-    return f"{found['words']}: {_number(found['value'])}{span}"
+    main = f"{found['words']}: {_number(found['value'])}{span}"
+    return head["title"], head["claim"], verdict["outcome"], main, verdict["seeds"]
 
 
 def _number(value: float | None) -> str:
     """Three significant digits, without an exponent where one can do without.
 
-    >>> [_number(value) for value in (1234.5, 0.01234, 1.2e-7, None)]
-    ['1,234', '0.0123', '1.2e-07', '–']
+    >>> [_number(value) for value in (1234.5, 999.7, 0.01234, 1.2e-7, None)]
+    ['1,234', '1,000', '0.0123', '1.2e-07', '–']
     """
     if value is None:
         return "–"
-    if value == 0 or 1e-4 <= abs(value) < 1e3:
+    if value == 0 or 1e-4 <= abs(value) < 999.5:
         return f"{value:.3g}"
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.2g}"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.2g}"

@@ -29,7 +29,7 @@ def execute(
         return experiment.execute(
             run.setting, run.seed, load(data_dir), tick or (lambda steps: None)
         )
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"{experiment.name}: {dict(run.setting)}, seed {run.seed}: "
             f"{type(error).__name__}: {error}"
@@ -58,7 +58,7 @@ def run(
     """
     if seeds is not None and seeds < 1:
         raise ValueError(f"run: `seeds` must be at least 1; got {seeds!r}.")
-    plan = _Plan(experiments, profile, seeds, Store(out, str(load(data_dir))))
+    plan = _Plan(experiments, profile, seeds, _store(out, data_dir))
     before = {}
     for name, planned in plan.planned.items():
         total, missing = (sum(one.steps for one in some) for some in (planned, plan.missing[name]))
@@ -105,7 +105,7 @@ def run_together(
         plan = None
         missing: list[list[tuple[str, PlannedRun]] | None] = [None]
         if group.rank == 0:
-            store = Store(out, str(load(data_dir)), processes=group.count)
+            store = _store(out, data_dir, processes=group.count)
             plan = _Plan(experiments, profile, seeds, store)
             missing = [[(name, one) for name, some in plan.missing.items() for one in some]]
         dist.broadcast_object_list(missing, src=0)
@@ -117,6 +117,12 @@ def run_together(
             if plan is not None:
                 plan.put(name, planned, result)
         return [] if plan is None else list(plan.paths.values())
+
+
+def _store(out: str | Path, data_dir: str | None, *, processes: int = 1) -> Store:
+    digits = load(data_dir)
+    checksum = "" if data_dir is None else digits.checksum()  # scikit-learn's are always the same
+    return Store(out, str(digits), checksum=checksum, processes=processes)
 
 
 class _Plan:

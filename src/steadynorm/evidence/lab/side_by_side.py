@@ -7,8 +7,9 @@ longer than one. They share nothing: weights, digits and the order of these are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from steadynorm import calibrate
 from steadynorm.evidence.digits import Digits, batches, tensors
 from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
 from steadynorm.evidence.training import Recipe, Tick
+
+PART = 256  # digits at a time, where nothing is trained
 
 
 class SideBySideLinear(nn.Module):
@@ -41,37 +44,30 @@ def side_by_side(networks: Sequence[nn.Module]) -> nn.Module:
     """The networks as one, of (N, S·C, *). Linear and Conv2d become S in one, layers that normalize
     are made anew for S times the channels; all else acts on every channel alone and is kept.
     """
-    together = copy.deepcopy(networks[0])
+    together, count = copy.deepcopy(networks[0]), len(networks)
     for name, module in list(together.named_modules()):
-        same = [network.get_submodule(name) for network in networks]
-        joined = _beside(module, same)
-        if joined is not None:
-            together.set_submodule(name, joined)
+        layers: Any = [network.get_submodule(name) for network in networks]
+        if isinstance(module, nn.Linear):
+            together.set_submodule(name, SideBySideLinear(layers))
+        elif isinstance(module, nn.Conv2d):
+            module.in_channels *= count
+            module.out_channels *= count
+            module.groups *= count
+            module.weight = _joined([layer.weight for layer in layers])
+            if module.bias is not None:
+                module.bias = _joined([layer.bias for layer in layers])
+        elif isinstance(module, nn.GroupNorm):
+            groups, channels = count * module.num_groups, count * module.num_channels
+            together.set_submodule(name, nn.GroupNorm(groups, channels, module.eps))
+        elif isinstance(module, MicroBatchNorm):
+            channels = count * module.num_features
+            made_anew = type(module)(channels, module.statistics, module.size)
+            together.set_submodule(name, made_anew)
     return together
 
 
-def _beside(module: nn.Module, same: Sequence[nn.Module]) -> nn.Module | None:
-    count = len(same)
-    if isinstance(module, nn.Linear):
-        return SideBySideLinear(same)  # type: ignore[arg-type]
-    if isinstance(module, MicroBatchNorm):
-        return type(module)(count * module.num_features, module.statistics, module.size)
-    if isinstance(module, nn.GroupNorm):
-        return nn.GroupNorm(count * module.num_groups, count * module.num_channels)
-    if not isinstance(module, nn.Conv2d):
-        return None
-    joined = nn.Conv2d(
-        count * module.in_channels, count * module.out_channels, module.kernel_size,  # type: ignore[arg-type]
-        module.stride, module.padding, groups=count, bias=module.bias is not None,  # type: ignore[arg-type]
-    )  # fmt: skip
-    joined.weight = _joined([layer.weight for layer in same])
-    if module.bias is not None:
-        joined.bias = _joined([layer.bias for layer in same])
-    return joined
-
-
-def _joined(tensors: Sequence[Tensor | nn.Module]) -> nn.Parameter:
-    return nn.Parameter(torch.cat([t.detach() for t in tensors]))  # type: ignore[operator]
+def _joined(tensors: Sequence[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([t.detach() for t in tensors]))
 
 
 def train(
@@ -108,7 +104,7 @@ def train(
             tick(1)
     together.eval()
     found = {"error": _errors(together, test_images, test_labels, count)}
-    calibrate(together, _spread(images, count, islice(_slices(images), 8)), progress=False)
+    calibrate(together, _for_all(images, count)[:8], progress=False)
     return found | {"error_calibrated": _errors(together, test_images, test_labels, count)}
 
 
@@ -121,19 +117,15 @@ def _clip(parameters: Sequence[nn.Parameter], norm: float, count: int) -> None:
         part.mul_(scale[:, None])
 
 
-def _slices(images: Tensor, size: int = 256) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, len(images), size))
-
-
-def _spread(images: Tensor, count: int, parts: Iterator[slice]) -> list[Tensor]:
-    """The same images for every network."""
-    return [images[part].expand(-1, count, -1, -1) for part in parts]
-
-
 @torch.no_grad()
 def _errors(network: nn.Module, images: Tensor, labels: Tensor, count: int) -> list[float]:
     wrong = torch.zeros(count, dtype=torch.int64)
-    for part, some in zip(_slices(images), _spread(images, count, _slices(images)), strict=True):
-        answers = network(some).unflatten(1, (count, -1)).argmax(2)
-        wrong += (answers != labels[part, None]).sum(0)
+    for part, right in zip(_for_all(images, count), labels.split(PART), strict=True):
+        answers = network(part).unflatten(1, (count, -1)).argmax(2)
+        wrong += (answers != right[:, None]).sum(0)
     return [100 * number / len(labels) for number in wrong.tolist()]
+
+
+def _for_all(images: Tensor, count: int) -> list[Tensor]:
+    """The same images, in parts, for every network."""
+    return [part.expand(-1, count, -1, -1) for part in images.split(PART)]

@@ -21,17 +21,21 @@ class Store:
     """`folder/runs/NAME/KEY.json` for every run, `folder/results/NAME.json` for an experiment.
 
     The results of a timed experiment lie in `NAME.timed.json`: only these differ when everything is
-    run again.
+    run again. `checksum`: of `data`, where the words do not say all.
     """
 
-    def __init__(self, folder: str | Path, data: str, *, processes: int = 1) -> None:
+    def __init__(
+        self, folder: str | Path, data: str, *, checksum: str = "", processes: int = 1
+    ) -> None:
         self.folder = Path(folder)
         self.data = data
+        self.checksum = checksum
         self.processes = processes
 
     def path(self, experiment: Experiment, run: PlannedRun) -> Path:
         """Where a run lies, or will lie."""
-        return self.folder / "runs" / experiment.name / f"{run.key(experiment, self.data)}.json"
+        key = run.key(experiment, self.data + self.checksum)
+        return self.folder / "runs" / experiment.name / f"{key}.json"
 
     def results(self, experiment: Experiment) -> Path:
         """Where the results of an experiment lie, or will lie."""
@@ -77,9 +81,14 @@ def declaration(experiment: Experiment) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Runs]:
-    """A results file: all but the runs as a dict, and the runs."""
-    record = json.loads(Path(path).read_text("utf-8"))
-    return record, _finished(record.pop("runs"))
+    """A results file: all but the runs as a dict, and the runs. Raises ValueError for another."""
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        runs = _finished(record.pop("runs"))
+        record["experiment"], record["verdict"], record["revision"]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no results file of the lab ({error!r}).") from error
+    return record, runs
 
 
 def _finished(records: Sequence[Mapping[str, Any]]) -> Runs:

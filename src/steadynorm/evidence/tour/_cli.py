@@ -27,7 +27,7 @@ def tour(
     json: Json = False,
 ) -> None:
     """Train small networks on real handwritten digits and see what normalizes them."""
-    with errors_in_one_line("tour", "nothing was written."):
+    with errors_in_one_line("tour"):
         if framework not in NEEDED:
             raise ValueError(f"--framework must be torch, keras or jax; got {framework}")
         require("altair", "vl_convert", *NEEDED[framework], *(() if data_dir else ("sklearn",)))

@@ -60,12 +60,3 @@ class Demo:
 def error_of(accuracies: Sequence[float]) -> estimates.Estimate:
     """The error in per cent, from accuracies by seed."""
     return estimates.mean(100 * (1 - accuracy) for accuracy in accuracies)
-
-
-def spread(accuracies: Sequence[float]) -> dict[str, float]:
-    """Mean and range over the seeds, for `report.charts.intervals`."""
-    return {
-        "accuracy": sum(accuracies) / len(accuracies),
-        "lowest": min(accuracies),
-        "highest": max(accuracies),
-    }

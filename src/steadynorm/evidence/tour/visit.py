@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from steadynorm import __version__
 from steadynorm.evidence import workers as processes
 from steadynorm.evidence.digits import load
 from steadynorm.evidence.tour.demo import Demo, DemoResult, TourOptions
@@ -107,13 +108,6 @@ def machine(seconds: float) -> dict[str, str]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "took": f"{seconds:.0f} s",
         "processor": f"{processor()}, {processes.cores()} cores",
-        "versions": f"steadynorm {_version('steadynorm')}, torch {_version('torch')}, "
+        "versions": f"steadynorm {__version__}, torch {version('torch')}, "
         f"Python {platform.python_version()}",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "from source"

@@ -104,15 +104,17 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
         "batch": Batch(), "one-way": ONE_WAY, "two-way": TWO_WAY,
         "renorm": renorm_for(steps.steps * SAMPLES // size),
     }  # fmt: skip
-    return trained(setting, seed, digits, tick, of(policies[kind], size), steps)
+    return trained(setting, seed, digits, tick, micro_batched(policies[kind], size), steps)
 
 
-def of(policy: Policy, size: int, layer: type[MicroBatchNorm] = MicroBatchNorm) -> Normalization:
+def micro_batched(
+    policy: Policy, size: int, layer: type[MicroBatchNorm] = MicroBatchNorm
+) -> Normalization:
     """A maker of layers that normalize `size` samples together."""
     return partial(layer, policy=policy, size=size)
 
 
-def each(runs: Runs) -> Runs:
+def by_network(runs: Runs) -> Runs:
     """A run for each network, of its own seed."""
     found = []
     for run in runs:
@@ -130,7 +132,7 @@ def is_lost(error: float, batch: float) -> bool:
 
 def verdict(runs: Runs) -> Verdict:
     """A batch of one against `Batch` at 64, by network; no seed lost at any size."""
-    runs = each(runs)
+    runs = by_network(runs)
     findings, said = [], []
     count = lost = 0
     for network in runs.distinct("network"):
@@ -162,7 +164,7 @@ def cell(runs: Runs) -> str:
 
 def shows(runs: Runs) -> Iterator[Piece]:
     """Errors by batch size, for each network."""
-    runs = each(runs)
+    runs = by_network(runs)
     for network in runs.distinct("network"):
         some = runs.where(network=network)
         sizes = sorted(some.distinct("batch"))

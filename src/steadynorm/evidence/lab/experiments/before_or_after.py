@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -36,12 +37,12 @@ def recipe(setting: Setting) -> Recipe:
 
 def build(inputs: int, placement: str, activation: str, depth: int, width: int = 64) -> nn.Module:
     """Hidden layers with the normalization where `placement` says."""
-    normalization = normalization_1d("batch")
+    normalization: Any = normalization_1d("batch")
     layers: list[nn.Module] = [nn.Flatten()]
     for _ in range(depth):
         layers.append(nn.Linear(inputs, width, bias=placement != "before"))
         layers.append(ACTIVATIONS[activation]())
-        if placement != "none" and normalization is not None:
+        if placement != "none":
             layers.insert(len(layers) - (placement == "before"), normalization(width))
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, 10))
@@ -53,11 +54,12 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     network = build(digits.pixels, placement, activation, setting["depth"])
     initialize(network, seed, nonlinearity=activation)
     done = train(network, digits, recipe(setting), seed=seed, tick=tick)
+    losses = [point.loss for point in done.points]
     return {
         "error": done.error,
         "step": [point.step for point in done.points],
-        "loss": [point.loss for point in done.points],
-        "mean_loss": sum(p.loss for p in done.points) / max(len(done.points), 1),
+        "loss": losses,
+        "mean_loss": sum(losses) / len(losses) if losses else None,
         "stopped": done.stopped,
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +57,11 @@ def build(setting: Setting, digits: Digits, seed: int) -> nn.Sequential:
     """A network whose module before an activation is where noise is added and distributions are
     measured.
     """
-    made = 0
+    normalization: Any = normalization_1d("batch")
+    seeds = count(1000 * seed + 1)
 
     def shifted(width: int) -> nn.Module:
-        nonlocal made
-        made += 1
-        normalize = normalization_1d("batch")
-        assert normalize is not None
-        return nn.Sequential(normalize(width), InjectedShift(width, 1000 * seed + made))
+        return nn.Sequential(normalization(width), InjectedShift(width, next(seeds)))
 
     kind = setting["normalization"]
     statistics: Statistics = shifted if kind == "batch, shifted" else kind

@@ -14,7 +14,6 @@ from steadynorm.evidence.lab.verdict import Verdict, expect, judge
 from steadynorm.evidence.training import Recipe, Tick
 from steadynorm.report.page import Piece
 
-BATCH = ladder.BATCH
 RATE = 0.05  # trains both kinds
 
 
@@ -58,7 +57,7 @@ EXPERIMENT = Experiment(
         "scale": "factor on He's weights of all hidden layers",
     },
     measure="Decades of the scale that end at 90 % accuracy of inference or better after 400 steps "
-    f"of SGD at a rate of {RATE:g} and batch {BATCH}.",
+    f"of SGD at a rate of {RATE:g} and batch {ladder.BATCH}.",
     rule="The range is wider by more than half a decade (a factor of 3) at both depths.",
     settings=ladder.settings("scale", -8, 8), run=run, verdict=verdict, shows=shows,
     recipe=recipe,

@@ -28,7 +28,7 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     done = train(network, digits, one_cycle(setting), seed=seed, tick=tick)
     return {
         "error": done.error,
-        "error_in_training": 100 * (1 - (done.accuracy_in_training or 0)),
+        "error_in_training": done.error_in_training,
         "samples_seen": [point.samples for point in done.points],
         "loss": [point.loss for point in done.points],
         "stopped": done.stopped,

@@ -27,10 +27,10 @@ from steadynorm.evidence.lab.experiments.batch_of_one import (
     FLAT,
     SAMPLES,
     WEIGHTS,
+    by_network,
     cell,
-    each,
     is_lost,
-    of,
+    micro_batched,
     trained,
 )
 from steadynorm.evidence.lab.micro_batches import MicroBatchNorm
@@ -162,8 +162,7 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     values = (setting["prior"], setting["horizon"], setting["window"])
     steady = (CountsPositions if part == "samples" else Steady)(*values)
     policy = Batch() if part == "batch" else steady
-    layer = LAYERS.get(part, MicroBatchNorm)
-    layers = of(policy, setting["batch"], layer)
+    layers = micro_batched(policy, setting["batch"], LAYERS.get(part, MicroBatchNorm))
     return trained(setting, seed, digits, tick, layers, recipe(setting))
 
 
@@ -174,7 +173,7 @@ def at(runs: Runs, part: str, values: tuple[float, ...] = DEFAULT) -> Runs:
 
 def verdict(runs: Runs) -> Verdict:
     """Without a part the error must be higher, on average over the networks."""
-    runs = each(runs)
+    runs = by_network(runs)
 
     def errors(part: str) -> list[float]:
         some = at(runs, part)
@@ -209,7 +208,7 @@ def score(runs: Runs, values: tuple[float, ...]) -> tuple[float, str, int]:
 
 def shows(runs: Runs) -> Iterator[Piece]:
     """The parts, and the settings with the score that chooses among them."""
-    runs = each(runs)
+    runs = by_network(runs)
     networks = runs.distinct("network")
 
     def cells(part: str, values: tuple[float, ...] = DEFAULT) -> list[str]:

@@ -42,7 +42,7 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
     images, _, test, labels = tensors(digits)
     network = build("fully connected", "batch", digits, seed)
     every = max(one_cycle(setting).steps // LOOKS, 1)
-    found: dict[str, list[float]] = {name: [] for name in STATISTICS}
+    found: dict[str, list[float | None]] = {name: [] for name in STATISTICS}
     at: list[int] = []
 
     def look(step: int, trained: nn.Module) -> None:
@@ -58,7 +58,7 @@ def run(setting: Setting, seed: int, digits: Digits, tick: Tick) -> Result:
             calibrate(model, torch.split(images, 256), passes=passes, progress=False)
             accuracies[name] = inference_accuracy(model, test, labels)
         for name, accuracy in accuracies.items():
-            found[name].append(100 * (1 - accuracy))
+            found[name].append(None if accuracy is None else 100 * (1 - accuracy))
 
     train(network, digits, one_cycle(setting), seed=seed, tick=tick, after_step=look)
     last = {f"{name} at the end": errors[-1] for name, errors in found.items()}

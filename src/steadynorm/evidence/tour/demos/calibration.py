@@ -10,7 +10,7 @@ from typing import Any
 from steadynorm.evidence import estimates
 from steadynorm.evidence.digits import Digits, load, tensors
 from steadynorm.evidence.networks import build
-from steadynorm.evidence.tour.demo import Demo, DemoResult, Outcomes, TourOptions, error_of, spread
+from steadynorm.evidence.tour.demo import Demo, DemoResult, Outcomes, TourOptions, error_of
 from steadynorm.evidence.training import Recipe, Tick, inference_accuracy, train
 from steadynorm.evidence.workers import Job
 from steadynorm.report.charts import intervals
@@ -123,7 +123,11 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
         ),
         intervals(
             "Accuracy of inference, before and after",
-            [{"network": name, **spread(values)} for _, name, values in rows],
+            [
+                {"network": name, "accuracy": sum(values) / len(values)}
+                | {"lowest": min(values), "highest": max(values)}
+                for _, name, values in rows
+            ],
             value="accuracy", low="lowest", high="highest", label="network",
             value_title="accuracy on the test digits",
             description="Mean and range over the seeds.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,8 @@ def visit(
         return network.eval()
 
     network = trained("torch")
-    order = batches(len(labels), recipe.batch_size, seed)
-    shown = [(images[i], labels[i]) for i, _ in zip(order, range(count), strict=False)]
+    order = islice(batches(len(labels), recipe.batch_size, seed), count)
+    shown = [(images[batch], labels[batch]) for batch in order]
     report = sn.diagnose(network, shown, loss=F.cross_entropy)
     fixed = fix(network, report, shown, loss=F.cross_entropy)
     accuracies = (
@@ -138,15 +139,17 @@ def _charts(visit: Visit) -> list[Chart]:
     rows: dict[str, list[dict[str, Any]]] = {"shift": [], "ratio": []}
     for when, report in (("before", visit.before), ("after", visit.after)):
         for against in filter(None, map(compared, report.evidence.layers)):
-            for name, held in rows.items():
+            for name, charted in rows.items():
                 low, middle, high = np.percentile(getattr(against, name), [10, 50, 90])
                 row = {"layer": named(against.layer), "when": when}
-                held.append({**row, "low": low, "median": middle, "high": high})
-    told = "The median channel of each layer, and a bar over the middle 80 % of its channels."
+                charted.append({**row, "low": low, "median": middle, "high": high})
+    description = (
+        "The median channel of each layer, and a bar over the middle 80 % of its channels."
+    )
     return [
         intervals(
             title, rows[name], value="median", low="low", high="high", label="layer", series="when",
-            reference=right, value_title=unit, description=told,
+            reference=right, value_title=unit, description=description,
         )
         for name, title, unit, right in (
             ("shift", "Running mean minus the data's", "standard deviations", 0.0),

@@ -41,7 +41,7 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
         )
         for arm, trained in by_arm.items()
     ]
-    apart = max(
+    difference = max(
         abs(ours.loss - theirs.loss)
         for one, other in zip(by_arm["steadynorm"], by_arm["torch.nn"], strict=True)
         for ours, theirs in zip(one.points, other.points, strict=True)
@@ -53,7 +53,7 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
         f"After {by_arm['steadynorm'][0].points[-1].step} steps: {error['none'].value:.1f} % error "
         f"without normalization, {error['torch.nn'].value:.1f} % with torch.nn's layers, "
         f"{error['steadynorm'].value:.1f} % with ours; the two losses are never "
-        f"more than {apart:.1g} apart.",
+        f"more than {difference:.1g} apart.",
         Table(
             "A small convolutional network, batch 64",
             ("normalization", "error half-way, %", "error, %", "last training loss"),
@@ -64,7 +64,7 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
         ),
         *_charts(by_arm, options.seeds),
         figures={
-            "largest_loss_difference": apart,
+            "largest_loss_difference": difference,
             "runs": [
                 {"normalization": arm, "seed": seed, **run.record()}
                 for (arm, seed), run in sorted(runs.items())

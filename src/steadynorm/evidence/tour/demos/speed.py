@@ -85,7 +85,7 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
     """Time of a step with both, and how far their losses differ."""
     (run,) = outcomes.values()
     faster = speed_up(*(run.seconds[arm] for arm in ARMS))
-    apart = max(abs(a - b) for a, b in zip(*run.losses.values(), strict=True))
+    difference = max(abs(a - b) for a, b in zip(*run.losses.values(), strict=True))
     rows = [
         (
             arm, milliseconds(run.seconds[arm]), str(faster) if arm == "steadynorm" else None,
@@ -102,8 +102,8 @@ def result(options: TourOptions, outcomes: Outcomes) -> DemoResult:
         DEMO.title,
         f"A training step with our layers, next to one with torch.nn's: {faster.words}. That "
         f"is the median of {len(run.seconds['steadynorm'])} of each in turn, with quartiles "
-        f"{faster.low:.2f} and {faster.high:.2f}; the two losses are never more than {apart:.1g} "
-        "apart.",
+        f"{faster.low:.2f} and {faster.high:.2f}; the two losses are never more than "
+        f"{difference:.1g} apart.",
         Table(
             f"A convolutional network, channels-last, {BATCH} digits at {SIDE}×{SIDE}",
             ("layers", "median step, ms", "faster", "loss of the last step"),
