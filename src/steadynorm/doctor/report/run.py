@@ -18,7 +18,7 @@ FIGURES = (
      "stays; what remains above it is lag."),
     ("ratio", "Batch standard deviation over the running one", "ratio", True,
      "Geometric mean over channels. At 1 inference normalizes with what the batches have."),
-    ("gradient", "WeightGradient that reaches the layer", "norm", True,
+    ("gradient", "Gradient that reaches the layer", "norm", True,
      "Norm of the loss's gradient for the layer's output."),
     ("dead", "Channels nowhere above 0", "share of channels", False,
      "In one batch; nothing of them passes a ReLU."),
