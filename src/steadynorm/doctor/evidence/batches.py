@@ -230,10 +230,11 @@ def _losses(
 
 def _last_batch(batches: Any) -> int | None:
     """How many samples the last batch of an epoch holds, where a DataLoader tells."""
-    size, dataset = getattr(batches, "batch_size", None), getattr(batches, "dataset", None)
+    size, sampler = getattr(batches, "batch_size", None), getattr(batches, "sampler", None)
     if not isinstance(size, int) or getattr(batches, "drop_last", True):
         return None
     try:
-        return (len(dataset) - 1) % size + 1 if dataset is not None and len(dataset) else None
+        samples = len(sampler)  # type: ignore[arg-type]  # of an epoch: not all of the dataset
     except TypeError:
         return None
+    return (samples - 1) % size + 1 if samples else None
