@@ -56,6 +56,16 @@ class Repair(NamedTuple):
     batches: Iterable[Any] | None
     given: Mapping[str, Any]
 
+    @property
+    def max_batches(self) -> int | None:
+        """How many batches may be read, where that was said."""
+        limit: int | None = self.given.get("max_batches")
+        return limit
+
+    def read(self, model: nn.Module) -> list[Any]:
+        """The batches that `diagnose` judges by."""
+        return read(feeding(self.batches, model, max_batches=self.max_batches), "batches")
+
     def layers(self, act: str) -> list[str]:
         """The layers whose findings ask for an act and may have it, each once."""
         asked = (f for f in self.report.findings if act in acts(f))
@@ -112,14 +122,14 @@ def fix(
         )
     cured = copied(unwrapped(model), "diagnose")
     repair = Repair(report, batches, given)
-    read_batches = [] if batches is None else read(feeding(batches, cured), "batches")
+    seen = [] if batches is None else repair.read(cured)
     changes = Changes()
     for act, apply in ACTS.items():
         layers = repair.layers(act)
         if layers:
             trial = copied(cured, "diagnose")
             made = Changes(apply(trial, repair, layers))
-            before, after = (_losses(network, read_batches, repair) for network in (cured, trial))
+            before, after = (_losses(network, seen, repair) for network in (cured, trial))
             reason = _worse(before, after)
             if reason is None:
                 cured = trial
@@ -229,7 +239,7 @@ def _calibrate(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[
 
 
 def _no_better_on_held_back(model: nn.Module, repair: Repair) -> str | None:
-    batches = read(feeding(repair.batches, model), "batches")
+    batches = repair.read(model)
     before: list[np.ndarray] = []
     after: list[np.ndarray] = []
     for measured, proof in ((batches[::2], batches[1::2]), (batches[1::2], batches[::2])):
@@ -244,8 +254,9 @@ def _measure(model: nn.Module, batches: Any, repair: Repair) -> CalibrationRepor
     feed = feeding(batches, model, repair.given.get("forward"))
     passes: Any = "layerwise" if _wants_layerwise(repair) else "one"
     return calibrate(
-        model, batches, forward=feed.forward, passes=passes, synchronize=False, progress=False
-    )
+        model, batches, forward=feed.forward, max_batches=repair.max_batches,
+        passes=passes, synchronize=False, progress=False,
+    )  # fmt: skip
 
 
 def _calibrated(layer: LayerReport) -> Change:
