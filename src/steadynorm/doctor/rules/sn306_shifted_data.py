@@ -65,12 +65,13 @@ def _check(evidence: Evidence) -> Findings:
     if not losses:
         yield rule.finding(layer, message, numbers, line=f"sn.calibrate(model, {new})")
         return
-    told = ", ".join(f"{loss:.3g} after sn.{name}" for name, loss in losses.items() if name)
+    told = ", ".join(
+        f"{loss:.3g} after sn.{name}" if name else f"{loss:.3g}" for name, loss in losses.items()
+    )
     numbers |= {f"loss_after_{name}" if name else "loss": loss for name, loss in losses.items()}
     yield rule.finding(
         layer,
-        f"{message}; tried on the {'second' if fits_first else 'first'} set, the loss is "
-        f"{losses['']:.3g}, {told}",
+        f"{message}; tried on the {'second' if fits_first else 'first'} set, the loss is {told}",
         numbers,
         cure=None if best else "Leave the statistics: no cure that was tried lowers the loss.",
         line=f"sn.{best}(model, {new})" if best else "",
