@@ -142,6 +142,7 @@ def _diagnose(
     if not _is_model(target):
         options = {**{f"--{name}": value for name, value in named.items()}, "--weights": weights}
         given = [name for name, value in options.items() if value is not None]
+        given += ["--max-batches"] * (max_batches is not None)
         given += ["--fix"] * fix + ["--exporting"] * exporting
         if given:
             raise ValueError(

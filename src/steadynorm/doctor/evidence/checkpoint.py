@@ -126,7 +126,9 @@ def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, f
 
 def _count(value: Any) -> int | None:
     """A count of batches, None where it is none: a damaged file may hold anything."""
-    return int(value) if np.size(value) == 1 and np.all(np.isfinite(value)) else None
+    array = np.asarray(value)
+    number = array.size == 1 and array.dtype.kind in "iuf" and np.isfinite(array).all()
+    return int(array.item()) if number else None
 
 
 def _settings(path: Path) -> dict[str, float]:
