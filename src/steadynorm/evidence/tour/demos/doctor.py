@@ -137,11 +137,12 @@ def _charts(visit: Visit) -> list[Chart]:
     """How far the running statistics were off, and are after the cure."""
     rows: dict[str, list[dict[str, Any]]] = {"shift": [], "ratio": []}
     for when, report in (("before", visit.before), ("after", visit.after)):
-        for against in filter(None, map(compared, report.evidence.layers)):
-            for name, held in rows.items():
+        for layer in report.evidence.layers:
+            against = compared(layer)
+            for name, of_figure in rows.items() if against is not None else ():
                 low, middle, high = np.percentile(getattr(against, name), [10, 50, 90])
-                row = {"layer": named(against.layer), "when": when}
-                held.append({**row, "low": low, "median": middle, "high": high})
+                row = {"layer": named(layer), "when": when}
+                of_figure.append({**row, "low": low, "median": middle, "high": high})
     told = "The median channel of each layer, and a bar over the middle 80 % of its channels."
     return [
         intervals(
