@@ -110,7 +110,9 @@ def measure(
     return found, ModelData(
         batches=len(read_batches),
         samples=sum(samples_of(batch) for batch in read_batches),
-        loss=_losses(training, inference, calibrated),
+        loss=LossByMode(*(np.array(seen.losses) for seen in (training, inference, calibrated)))
+        if inference.losses
+        else None,
         gap=_distance(inference, training),
         mended=_distance(inference, calibrated),
         gradients=depth,
@@ -218,14 +220,6 @@ def _distance(inference: PassResult, other: PassResult) -> float | None:
         return None
     spread = float(np.std(theirs))
     return float(np.sqrt(np.mean((ours - theirs) ** 2)) / max(spread, 1e-12))
-
-
-def _losses(
-    training: PassResult, inference: PassResult, calibrated: PassResult
-) -> LossByMode | None:
-    if not inference.losses:
-        return None
-    return LossByMode(*(np.array(done.losses) for done in (training, inference, calibrated)))
 
 
 def _last_batch(batches: Any) -> int | None:

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from steadynorm.doctor.evidence.records import Evidence, NormEvidence, NormState
+from steadynorm.doctor.evidence.records import PARTS, Evidence, NormEvidence, NormState
 from steadynorm.models.checkpoints import NAMES, find_layers, join
 from steadynorm.models.files import entries, keras_settings
 from steadynorm.models.formats import Entry, array_of, tensor_entry, unnested
 
 WIDE = 10.0  # variances of layers fed by normalized values rarely are
-PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 def probe_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Evidence:

@@ -13,10 +13,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from steadynorm.doctor.evidence.batches import measure
-from steadynorm.doctor.evidence.checkpoint import PARTS, entry_of, norms_in, with_weights
+from steadynorm.doctor.evidence.checkpoint import entry_of, norms_in, with_weights
 from steadynorm.doctor.evidence.graph import graph_facts, has_values
 from steadynorm.doctor.evidence.passes import Forwards, feeding
 from steadynorm.doctor.evidence.records import (
+    PARTS,
     Evidence,
     ModelFacts,
     NormEvidence,
