@@ -139,13 +139,13 @@ def _diagnose(
 ) -> tuple[Report, str]:
     """The report, after the cures if they were asked for, and what these changed."""
     if not _is_model(target):
-        options = {**{f"--{name}": value for name, value in named.items()}, "--weights": weights}
-        given = [name for name, value in options.items() if value is not None]
-        given += ["--max-batches"] * (max_batches is not None)
-        given += ["--fix"] * fix + ["--exporting"] * exporting
-        if given:
+        options: dict[str, object] = {f"--{name}": value for name, value in named.items()}
+        options |= {"--weights": weights, "--max-batches": max_batches}
+        refused = [name for name, value in options.items() if value is not None]
+        refused += ["--fix"] * fix + ["--exporting"] * exporting
+        if refused:
             raise ValueError(
-                f"{', '.join(given)} needs a model (package.module:factory); {target!r} is a "
+                f"{', '.join(refused)} needs a model (package.module:factory); {target!r} is a "
                 f"checkpoint alone."
             )
         return diagnose(target, **asked), ""

@@ -159,11 +159,11 @@ def _prefixes(codes: Iterable[str], argument: str) -> tuple[str, ...]:
     """Checked against the rules there are: a misspelt code would otherwise hide everything."""
     if isinstance(codes, str):
         raise TypeError(f"diagnose: `{argument}` must be a list of codes; got {codes!r}.")
-    given = tuple(find_rule(c).code if "-" in c else c.upper() for c in codes)
-    for code in given:
+    prefixes = tuple(find_rule(c).code if "-" in c else c.upper() for c in codes)
+    for code in prefixes:
         if not code or not any(rule.code.startswith(code) for rule in all_rules()):
             raise ValueError(f"diagnose: `{argument}` names no rule: {code!r}.")
-    return given
+    return prefixes
 
 
 def diagnose(
@@ -226,10 +226,14 @@ def diagnose(
     >>> report.findings[0].message
     'running_var is infinite in 3 of 3 channels'
     """
-    given = {"batches": batches, "loss": loss, "against": against, "optimizer": optimizer}
-    given |= {"forward": forward, "max_batches": max_batches, "exporting": exporting or None}
+    of_models = {
+        "batches": batches, "loss": loss, "against": against, "optimizer": optimizer,
+        "forward": forward, "max_batches": max_batches, "exporting": exporting or None,
+    }  # fmt: skip
     if is_keras(target):
-        _refuse(given, "is for torch models; of a Keras model the layers' state alone is judged")
+        _refuse(
+            of_models, "is for torch models; of a Keras model the layers' state alone is judged"
+        )
         return judge(probe_keras(target), select=select, ignore=ignore)
     from torch import nn
 
@@ -249,7 +253,7 @@ def diagnose(
             )  # fmt: skip
     elif isinstance(target, str | PathLike | Mapping):
         _refuse(
-            given,
+            of_models,
             "needs a model to go with it; got a checkpoint alone. Load it into its model and "
             "diagnose that",
         )
@@ -262,8 +266,8 @@ def diagnose(
     return judge(evidence, select=select, ignore=ignore)
 
 
-def _refuse(given: Mapping[str, Any], why: str) -> None:
-    for argument, value in given.items():
+def _refuse(arguments: Mapping[str, Any], why: str) -> None:
+    for argument, value in arguments.items():
         if value is not None:
             raise ValueError(f"diagnose: `{argument}` {why}.")
 

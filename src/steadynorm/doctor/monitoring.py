@@ -25,7 +25,7 @@ from steadynorm.doctor.evidence.training import (
 from steadynorm.doctor.monitor_hooks import OwnHook
 from steadynorm.doctor.writers import FIGURES, writers
 from steadynorm.models.graph import tensors
-from steadynorm.models.layers import named, recognize, unwrapped
+from steadynorm.models.layers import recognize, unwrapped
 from steadynorm.nn.recomputation import is_recomputation
 
 if TYPE_CHECKING:
@@ -210,9 +210,8 @@ class Monitor:
         self._disarm()
 
     def _norms(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, part in named(unwrapped(self.model)):
-            if recognize(part) is not None:
-                yield "" if name == "(model)" else name, part
+        parts = unwrapped(self.model).named_modules()
+        return ((name, part) for name, part in parts if recognize(part) is not None)
 
     def _counts(self) -> dict[str, int]:
         """How many batches each layer has counted."""

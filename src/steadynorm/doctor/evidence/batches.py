@@ -99,14 +99,14 @@ def measure(
             by_name[name], order, seen, inference.inputs.get(name, seen),
             calibrated.inputs.get(name, seen), exact,
         )  # fmt: skip
-        data = replace(
-            data, saturation=saturated.get(name), chance=chance.get(name),
-            with_gradient=with_gradient.get(name),
-        )  # fmt: skip
+        second: dict[str, Any] = {**resampled.get(name, {})}
         if reference is not None and name in reference.inputs:
             mean, var = reference.inputs[name].mean_and_var()
-            data = replace(data, reference_mean=mean, reference_var=var, **resampled.get(name, {}))
-        found[name] = data
+            second |= {"reference_mean": mean, "reference_var": var}
+        found[name] = replace(
+            data, saturation=saturated.get(name), chance=chance.get(name),
+            with_gradient=with_gradient.get(name), **second,
+        )  # fmt: skip
     return found, ModelData(
         batches=len(read_batches),
         samples=sum(samples_of(batch) for batch in read_batches),
@@ -218,8 +218,7 @@ def _distance(inference: PassResult, other: PassResult) -> float | None:
     ours, theirs = np.concatenate(inference.outputs), np.concatenate(other.outputs)
     if not ours.size or ours.shape != theirs.shape or not np.isfinite([ours, theirs]).all():
         return None
-    spread = float(np.std(theirs))
-    return float(np.sqrt(np.mean((ours - theirs) ** 2)) / max(spread, 1e-12))
+    return float(np.sqrt(np.mean((ours - theirs) ** 2)) / max(np.std(theirs), 1e-12))
 
 
 def _last_batch(batches: Any) -> int | None:

@@ -127,11 +127,11 @@ def _channel_axis(node: Node, depth: int = 50) -> int | None:
         before = _channel_axis(node.inputs[0], depth - 1)
         return None if before is None else node.axes.get(before)
     if _operator(node) == "cat":  # parameters, such as a class's token, lie as the others do
-        alike = [source for source in node.inputs if source.shape and len(source.shape) == last + 1]
-        axes = {_channel_axis(source, depth - 1) for source in alike} - {None}
+        same_rank = [s for s in node.inputs if s.shape and len(s.shape) == last + 1]
+        axes = {_channel_axis(source, depth - 1) for source in same_rank} - {None}
     elif node.module or _operator(node) in BY_ELEMENT:
-        alike = [source for source in node.inputs if source.shape == node.shape]
-        axes = {_channel_axis(source, depth - 1) for source in alike}
+        same_shape = [source for source in node.inputs if source.shape == node.shape]
+        axes = {_channel_axis(source, depth - 1) for source in same_shape}
     else:
         return None
     return axes.pop() if len(axes) == 1 else None

@@ -194,22 +194,22 @@ def _usage(
     )
 
 
-def optimizers(given: Any) -> list[Any]:
+def optimizers(argument: Any) -> list[Any]:
     """The optimizers of an argument: one, several, or inside a wrapper such as Accelerate's.
 
     Raises TypeError for what is none.
     """
-    if given is None:
+    if argument is None:
         return []
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return [optimizer for part in given for optimizer in optimizers(part)]
-    if not isinstance(getattr(given, "param_groups", None), list):
+    if isinstance(argument, Sequence) and not isinstance(argument, str):
+        return [optimizer for part in argument for optimizer in optimizers(part)]
+    if not isinstance(getattr(argument, "param_groups", None), list):
         raise TypeError(
             f"diagnose: `optimizer` must be a torch.optim.Optimizer or several of them; got "
-            f"{type(given).__name__}."
+            f"{type(argument).__name__}."
         )
-    inner = getattr(given, "optimizer", None)
-    return optimizers(inner) if hasattr(inner, "param_groups") else [given]
+    inner = getattr(argument, "optimizer", None)
+    return optimizers(inner) if hasattr(inner, "param_groups") else [argument]
 
 
 def _decay(optimizer: Any) -> dict[int, float]:

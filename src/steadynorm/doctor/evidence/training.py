@@ -141,12 +141,12 @@ def trend(readings: Iterable[ChannelReading], steps: int) -> Trend | None:
     unbiased = [r.var * r.values / max(r.values - 1, 1) + r.eps for r in late]
     running = [r.running_var + r.eps for r in late]
     silent = [reading.no_gradient for reading in late if reading.no_gradient is not None]
-    spread = shifts.std(axis=0, ddof=1) if len(late) > 1 else np.full(shifts.shape[1], np.inf)
+    std = shifts.std(axis=0, ddof=1) if len(late) > 1 else np.full(shifts.shape[1], np.inf)
     return Trend(
         len(late),
         sum(reading.values for reading in late),
         shifts.mean(axis=0),
-        spread / np.sqrt(len(late)),
+        std / np.sqrt(len(late)),
         _std(np.mean(unbiased, axis=0), 0.0) / _std(np.mean(running, axis=0), 0.0),
         np.all([reading.dead for reading in late], axis=0),
         int(np.median([reading.samples for reading in late])),
