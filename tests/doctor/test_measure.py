@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -363,6 +366,34 @@ def test_nothing_is_changed_by_an_exception(call: int, error: type[BaseException
     with pytest.raises(error):
         sn.diagnose(network, awkward_batches(), forward=forward)
     assert picture(network) == before
+
+
+@dataclass(frozen=True)
+class Sample:
+    x: Tensor
+    name: str = "a"
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType, lambda named: Sample(**named)])
+def test_a_model_writes_into_no_batch_of_any_kind(kind: Any) -> None:
+    """Hugging Face's batches are UserDicts; a batch is read more than once."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.norm(x.add_(1))
+            return result
+
+    inputs = [torch.randn(16, 4) for _ in range(3)]
+    before = torch.cat(inputs)
+    given = [kind({"x": x}) for x in inputs]
+    forward = (lambda model, batch: model(batch.x)) if isinstance(given[0], Sample) else None
+    found = data(seen(Writes(), given, forward=forward))
+    assert torch.equal(torch.cat(inputs), before)
+    np.testing.assert_allclose(found.mean, before.double().mean(0) + 1, rtol=1e-5, atol=1e-6)
 
 
 def test_random_state_and_gradients_stay() -> None:
