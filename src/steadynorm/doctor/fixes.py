@@ -137,8 +137,8 @@ def fix(
                 made = Changes([_left(act, layers, f"taken back: {reason}")])
             changes.extend(made)
     optimizer = _of_copy(arguments.get("optimizer"), unwrapped(model), cured)
-    after = diagnose(cured, batches, **{**arguments, "optimizer": optimizer})
-    return Fixed(cured, changes, report, after)
+    again = diagnose(cured, batches, **{**arguments, "optimizer": optimizer})
+    return Fixed(cured, changes, report, again)
 
 
 def acts(finding: Finding) -> list[str]:

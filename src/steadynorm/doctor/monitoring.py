@@ -227,11 +227,8 @@ class Monitor:
         self.begin_step()
         # A hook costs time at every call, so this one is there only when it has work.
         if self._on_layers or self._stance is not None:
-            after = OwnHook(self._after)
+            after = OwnHook(lambda *_: self.end_step())
             self._on_layers.append(model.register_forward_hook(after, always_call=True))
-
-    def _after(self, *_: Any) -> None:
-        self.end_step()
 
     def _after_inference(self, _: nn.Module, __: Any, output: Any) -> None:
         """Counts the forward if a gradient is computed through it: it was meant to train."""

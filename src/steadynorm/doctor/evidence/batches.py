@@ -99,13 +99,13 @@ def measure(
             by_name[name], order, seen, inference.inputs.get(name, seen),
             calibrated.inputs.get(name, seen), exact,
         )  # fmt: skip
-        second: dict[str, Any] = {**resampled.get(name, {})}
+        references: dict[str, Any] = {**resampled.get(name, {})}
         if reference is not None and name in reference.inputs:
             mean, var = reference.inputs[name].mean_and_var()
-            second |= {"reference_mean": mean, "reference_var": var}
+            references |= {"reference_mean": mean, "reference_var": var}
         found[name] = replace(
             data, saturation=saturated.get(name), chance=chance.get(name),
-            with_gradient=with_gradient.get(name), **second,
+            with_gradient=with_gradient.get(name), **references,
         )  # fmt: skip
     return found, ModelData(
         batches=len(read_batches),
