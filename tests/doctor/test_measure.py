@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import steadynorm as sn
+from steadynorm.doctor.evidence import chance
 from steadynorm.doctor.evidence.records import Evidence, NormData
 
 
@@ -394,6 +395,14 @@ def test_a_model_writes_into_no_batch_of_any_kind(kind: Any) -> None:
     found = data(seen(Writes(), given, forward=forward))
     assert torch.equal(torch.cat(inputs), before)
     np.testing.assert_allclose(found.mean, before.double().mean(0) + 1, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_drawn_on_a_mac_are_seen_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter(torch.zeros(4, dtype=torch.uint8) + number for number in (0, 0, 1))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: next(states))
+    first, second, third = (chance._random_state() for _ in range(3))
+    assert first == second != third
 
 
 def test_random_state_and_gradients_stay() -> None:
