@@ -104,6 +104,7 @@ class Monitor:
         self._readings: list[Reading] = []
         self._by_channel: dict[str, deque[ChannelReading]] = {}
         self._stride = every  # between the steps that are kept
+        self._first_nonfinite: dict[str, int] = {}  # steps, by layer
         self._pending: list[NormCall] = []
         self._counts_before = self._counts()
         self._in_inference = 0
@@ -281,8 +282,15 @@ class Monitor:
             self._by_channel.setdefault(call.layer, deque(maxlen=WINDOW)).append(by_channel)
             for write in self._writers:
                 write(reading)
-            if reading.step % self._stride == 0:
+            if reading.nonfinite:
+                self._first_nonfinite.setdefault(call.layer, reading.step)
+            if self._stays(reading):
                 self._readings.append(reading)
-        if len({reading.step for reading in self._readings}) > STEPS_IN_MEMORY:
+        if len({r.step for r in self._readings if r.step % self._stride == 0}) > STEPS_IN_MEMORY:
             self._stride *= 2
-            self._readings = [r for r in self._readings if r.step % self._stride == 0]
+            self._readings = [reading for reading in self._readings if self._stays(reading)]
+
+    def _stays(self, reading: Reading) -> bool:
+        """One in so many steps, and each layer's first with NaN or infinity."""
+        on_stride = reading.step % self._stride == 0
+        return on_stride or reading.step == self._first_nonfinite.get(reading.layer)

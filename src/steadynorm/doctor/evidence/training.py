@@ -71,7 +71,8 @@ class Trend:
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
     """A monitored run: `steps` training forwards, read at every `every`-th; all layers in the order
-    in which they were called. Of a long run `readings` holds every second step, fourth, and so on.
+    in which they were called. Of a long run `readings` holds every second step, fourth, and so on,
+    and each layer's first that was not finite.
 
     `updates`: by layer, how far `num_batches_tracked` rose. `in_inference`: forwards in inference
     mode through which a gradient was computed.
