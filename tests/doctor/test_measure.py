@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import steadynorm as sn
+from steadynorm.doctor.diagnosis import judge
 from steadynorm.doctor.evidence import chance
 from steadynorm.doctor.evidence.records import Evidence, NormData
 
@@ -395,6 +396,14 @@ def test_a_model_writes_into_no_batch_of_any_kind(kind: Any) -> None:
     found = data(seen(Writes(), given, forward=forward))
     assert torch.equal(torch.cat(inputs), before)
     np.testing.assert_allclose(found.mean, before.double().mean(0) + 1, rtol=1e-5, atol=1e-6)
+
+
+def test_where_nothing_varies_batches_do_not_scatter() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4)).eval()
+    model[0].bias.data.fill_(-1e6)  # all units are dead
+    evidence = seen(model, [torch.randn(16, 4) for _ in range(8)])
+    assert data(evidence).effective is None
+    assert "SN309" not in [finding.code for finding in judge(evidence).findings]
 
 
 def test_numbers_drawn_on_a_mac_are_seen_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,12 +144,15 @@ class InputStatistics:
         return self.scatter.independent_channels(self.mean_and_var()[1])
 
     def effective(self) -> float | None:
-        """How many independent values a batch counts for; None where batches are too few."""
+        """How many independent values a batch counts for; None where batches are too few, or
+        nothing varies.
+        """
         usual = int(np.median(self.samples)) if self.samples else 0
         means = [m for m, n in zip(self.batch_means, self.samples, strict=True) if n == usual]
-        if len(means) < SEVERAL:
+        var = self.mean_and_var()[1]
+        if len(means) < SEVERAL or not var.any():
             return None
-        return _ratio(self.mean_and_var()[1], np.var(means, axis=0, ddof=1))
+        return _ratio(var, np.var(means, axis=0, ddof=1))
 
 
 def _by_sample(x: Tensor, mask: Tensor | None) -> Moments:
