@@ -149,6 +149,11 @@ COULD_NOT = {
         "small.safetensors",
         "--fix",
     ): "--fix needs a model (package.module:factory); 'small.safetenso",
+    (
+        "small.safetensors",
+        "--max-batches",
+        "3",
+    ): "--max-batches needs a model (package.module:factory); 'small.safetenso",
     ("small.safetensors", *DATA): "--data, --loss needs a model (package.module:factory); 'small.",
     ("--explain", "SN999"): "no rule is called 'SN999'; `steadynorm doctor --list` names them.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,27 @@ def test_batches_that_can_be_read_once_are_refused() -> None:
     report = sn.diagnose(small(), [images()])
     with pytest.raises(TypeError, match="`batches` must be readable repeatedly"):
         fix(small(), report, iter([images()]))
+
+
+def test_no_more_batches_are_read_than_asked_for() -> None:
+    class Endless:
+        read = 0
+
+        def __iter__(self) -> Iterator[object]:
+            for batch in itertools.cycle(batches()):
+                self.read += 1
+                assert self.read < 1000
+                yield batch
+
+    network = trained()
+    for norm in norms(network):
+        norm.reset_running_stats()
+    fixed = mended(network, Endless(), loss=F.cross_entropy, max_batches=8)
+    assert {change.what for change in fixed.changes} == {"calibrated"}
+    expected = copy.deepcopy(network)
+    sn.calibrate(expected, batches()[:8], progress=False)
+    for mine, theirs in zip(norms(fixed.model), norms(expected), strict=True):
+        assert torch.equal(mine.running_mean, theirs.running_mean)
 
 
 def test_a_healthy_model_is_left_alone() -> None:

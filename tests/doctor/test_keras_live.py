@@ -82,6 +82,30 @@ print("agree")
     )
 
 
+def test_the_last_execution_of_an_epoch_may_hold_fewer_batches() -> None:
+    """Ten batches, four at a time: the third time two. The weighted averages of their own."""
+    assert "agree" in ran(
+        "jax",
+        """
+model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(momentum=0.9)])
+model.compile("adam", "mse", steps_per_execution=4)
+callback = keras_callback(every=1)
+model.fit(x[:320], x[:320], batch_size=32, epochs=1, verbose=0, shuffle=False, callbacks=[callback])
+parts = x[:320].astype("float64").reshape(10, 32, 4)
+mean, var = np.zeros(4), np.ones(4)
+for reading, batches in zip(callback.watch.readings, (parts[:4], parts[4:8], parts[8:])):
+    weights = 0.9 ** np.arange(len(batches))[::-1]
+    batch_mean = np.average(batches.mean(1), axis=0, weights=weights)
+    shift = (batch_mean - mean) / np.sqrt(var + 1e-3)
+    np.testing.assert_allclose(reading.shift, np.sqrt((shift**2).mean()), rtol=1e-3)
+    for batch in batches:
+        mean, var = 0.9 * mean + 0.1 * batch.mean(0), 0.9 * var + 0.1 * batch.var(0)
+assert len(callback.watch.readings) == 3
+print("agree")
+""",
+    )
+
+
 def test_what_is_found_in_runs_and_models(backend: str) -> None:
     found = ran(
         backend,

@@ -288,6 +288,8 @@ def test_the_last_batch_of_a_loader() -> None:
         return None if found is None else found.last_batch
 
     assert [last(17), last(16), last(17, drop_last=True)] == [1, 8, None]
+    # An epoch is what the sampler gives, not the dataset.
+    assert [last(17, sampler=range(16)), last(16, sampler=range(9))] == [8, 1]
 
 
 def test_a_generator_is_read_once_and_no_further_than_needed() -> None:

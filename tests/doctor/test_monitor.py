@@ -281,6 +281,19 @@ def test_a_long_run_is_thinned_evenly(monkeypatch):
     assert sorted({r.step for r in watch.readings}) == list(range(0, 100, 16))
 
 
+def test_a_long_run_keeps_the_first_reading_that_is_not_finite(monkeypatch):
+    monkeypatch.setattr(monitoring, "STEPS_IN_MEMORY", 8)
+    model = nn.Sequential(sn.BatchNorm1d(4, nonfinite="skip"), nn.Linear(4, 2))
+    with sn.monitor(model, every=1) as watch:
+        for step in range(40):
+            x = torch.randn(8, 4)
+            x[0, 0] = float("nan") if step in (7, 9) else 0.0
+            model(x).nansum().backward()
+    assert [r.step for r in watch.readings] == [0, 7, 8, 16, 24, 32]
+    (finding,) = watch.report(select=["SN401"]).findings
+    assert finding.message.startswith("NaN or infinity in 1 channels at step 7 (not yet at step 0)")
+
+
 def test_csv_holds_every_reading_and_survives_a_bad_end(tmp_path):
     path = tmp_path / "new" / "run.csv"
     model = network()

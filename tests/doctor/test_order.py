@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -84,6 +85,14 @@ def test_information_explains_no_defect() -> None:
     ]  # fmt: skip
 
 
+def test_a_thousand_layers_are_put_in_order_at_once() -> None:
+    names = tuple(map(str, range(1000)))
+    findings = [found(code, ERROR, name) for name in names for code in ("SN102", "SN105")]
+    begin = time.process_time()
+    assert len(ordered(findings, evidence(*names))) == 2000
+    assert time.process_time() - begin < 2
+
+
 def test_a_report_is_the_same_every_time() -> None:
     model = small().train()
     model[1].momentum = 0.99
@@ -106,6 +115,8 @@ def test_select_and_ignore() -> None:
     assert report.skipped == tuple(rule.code for rule in all_rules() if rule.needs == "data")
     with pytest.raises(ValueError, match="diagnose: `select` names no rule: 'SN9'"):
         judge(evidence, select=["SN9"])
+    with pytest.raises(ValueError, match="diagnose: `ignore` names no rule: ''"):
+        judge(evidence, ignore=[""])
     with pytest.raises(ValueError, match="no rule is called 'death-scale'"):
         judge(evidence, ignore=["death-scale"])
     with pytest.raises(TypeError, match="diagnose: `select` must be a list of codes; got 'SN1'"):

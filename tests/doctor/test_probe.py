@@ -198,6 +198,23 @@ def test_layers_without_values_are_named() -> None:
         diagnose(model, [torch.zeros(4, 2)])
 
 
+@pytest.mark.parametrize(
+    "host", [nn.Linear(2, 3, device="meta"), nn.LazyLinear(3), nn.Linear(2, 3)]
+)
+def test_the_layer_before_may_be_without_values(host: nn.Module) -> None:
+    report = diagnose(nn.Sequential(host, nn.BatchNorm1d(3)))
+    usage = report.evidence.layers[0].usage
+    assert usage is not None
+    assert (usage.host_peak is None) == (type(host) is nn.LazyLinear or host.weight.is_meta)
+    assert usage.calls == 1
+
+
+def test_what_is_of_no_use_without_batches_is_named() -> None:
+    report = diagnose(small(), against=[images()], loss=torch.nn.functional.mse_loss)
+    assert report.evidence.remarks == ("No batches were given, so not used: `loss`, `against`.",)
+    assert diagnose(small()).evidence.remarks == ()
+
+
 class Tangled(nn.Module):
     """One of everything that the graph of calls is asked for."""
 

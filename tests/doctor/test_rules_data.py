@@ -241,6 +241,14 @@ def test_sn306_says_which_set_the_statistics_fit() -> None:
     assert said("SN306", layer()) == []
 
 
+def test_sn306_where_no_cure_could_be_tried() -> None:
+    (finding,) = said(
+        "SN306", layer(reference_mean=ONES, reference_var=ONES),
+        loss=losses(0.5, 0.5, 0.5), cures={"none": np.full(16, 0.75)},
+    )  # fmt: skip
+    assert finding.message.endswith("tried on the second set, the loss is 0.75")
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.5, None), (0.6, WARNING), (0.95, ERROR)])
 def test_sn307(share: float, expected: Severity | None) -> None:
     assert severity("SN307", layer(saturation=Saturation("tanh", share, 0.0))) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,18 @@ def test_decay_of_parameters_that_are_not_trained_is_left_alone() -> None:
     assert found(model, "SN202") == []
 
 
+def test_the_line_names_an_optimizer_of_torch_or_none() -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    model = small()
+    optimizer = Own(model.parameters(), lr=0.1, weight_decay=0.05)
+    several = [optimizer, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)]
+    for given in (optimizer, several):
+        (finding,) = found(model, "SN202", optimizer=given)
+        assert finding.line == "groups = sn.parameter_groups(model, weight_decay=0.05)"
+
+
 # --- SN203 frozen but moving
 
 
@@ -133,6 +146,14 @@ def test_statistics_switched_off_afterwards() -> None:
     model[4].track_running_stats = False
     (finding,) = found(model, "SN204")
     assert finding.evidence == {"channels": 4, "buffers_kept": "yes"}
+    assert finding.message == (
+        "the running statistics of 4 channels are switched off, but kept: training no longer "
+        "updates them, and inference normalizes with them as they are"
+    )
+    before = copy.deepcopy(model[4])
+    torch.testing.assert_close(model(images())[:1], model(images()[:1]))  # whoever the others are
+    model.train()(images())
+    assert torch.equal(model[4].running_mean, before.running_mean)
 
 
 # --- SN205 dropout, SN206 norm after norm

@@ -233,6 +233,14 @@ def test_what_float16_holds_when_folded() -> None:
     assert not bool(torch.isfinite(folded[0].bias.detach().half()).all())
 
 
+def test_a_channel_without_a_scale_does_not_hide_the_worst() -> None:
+    layer = nn.BatchNorm1d(3, eps=0.0)
+    layer.running_var.copy_(torch.tensor([0.0, 1e-12, 1.0]))  # 1/0 has no value
+    (finding,) = found(layer, "SN106")
+    assert finding.evidence["worst_channel"] == 1
+    assert finding.message.startswith("past float16's largest number (65504) in 1 of 3 channels")
+
+
 def test_a_large_mean_that_a_bias_made_folds_to_nothing() -> None:
     model = small()
     model[0].register_parameter("bias", nn.Parameter(torch.full((4,), 1e6)))

@@ -157,6 +157,24 @@ def test_a_state_dict_in_memory() -> None:
     assert [f.code for f in diagnose(alone.state_dict()).findings] == ["SN101"]
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"), [(np.array([7]), 7), (np.array(["x"]), None), (np.array(np.nan), None)]
+)
+def test_a_count_in_another_shape_or_none(count: np.ndarray, expected: int | None) -> None:
+    (layer,) = probe_state(
+        {"running_mean": np.ones(2), "running_var": np.ones(2), "num_batches_tracked": count}
+    ).layers
+    assert layer.state.num_batches_tracked == expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("forward", len), ("max_batches", 3), ("exporting", True)]
+)
+def test_what_a_checkpoint_has_no_use_for_is_refused(argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"diagnose: `{argument}` needs a model to go with it"):
+        diagnose(small().state_dict(), **{argument: value})
+
+
 def test_only_the_arrays_of_batch_norms_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

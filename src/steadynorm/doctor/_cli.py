@@ -1,18 +1,20 @@
-"""The command `steadynorm doctor`. Heavy imports stay inside."""
+"""The command `steadynorm doctor`. What imports torch, rich or jinja2 is imported inside."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from steadynorm._extras import lacking
 from steadynorm.command import Json, errors_in_one_line, print_json
+from steadynorm.doctor.diagnosis import Report, diagnose
+from steadynorm.doctor.finding import Severity
+from steadynorm.doctor.rules import all_rules, find_rule
+from steadynorm.doctor.rules.pages import plain
+from steadynorm.files import replace_file
 from steadynorm.models._cli import DATA, MODEL
-
-if TYPE_CHECKING:
-    from steadynorm.doctor.diagnosis import Report
 
 FORMATS = ("text", "json", "sarif", "html")
 NEVER = "never"
@@ -90,15 +92,14 @@ def doctor(
         if changes:
             typer.echo(changes, err=output_format != "text" and output is None)
         _show(report, output_format, output)
-    if fail_on != NEVER and _reaches(report, fail_on):
+    worst = report.worst
+    if fail_on != NEVER and worst is not None and worst >= Severity.from_name(fail_on):
         raise typer.Exit(1)
 
 
 def _check(
     target: str | None, output_format: str, fail_on: str, fix: bool, out: Path | None
 ) -> None:
-    from steadynorm.doctor.finding import Severity
-
     if target is None:
         raise ValueError("TARGET must name a model (package.module:factory) or a checkpoint file.")
     if output_format not in FORMATS:
@@ -137,15 +138,14 @@ def _diagnose(
     out: Path | None,
 ) -> tuple[Report, str]:
     """The report, after the cures if they were asked for, and what these changed."""
-    from steadynorm.doctor.diagnosis import diagnose
-
     if not _is_model(target):
-        options = {**{f"--{name}": value for name, value in named.items()}, "--weights": weights}
-        given = [name for name, value in options.items() if value is not None]
-        given += ["--fix"] * fix + ["--exporting"] * exporting
-        if given:
+        options: dict[str, object] = {f"--{name}": value for name, value in named.items()}
+        options |= {"--weights": weights, "--max-batches": max_batches}
+        refused = [name for name, value in options.items() if value is not None]
+        refused += ["--fix"] * fix + ["--exporting"] * exporting
+        if refused:
             raise ValueError(
-                f"{', '.join(given)} needs a model (package.module:factory); {target!r} is a "
+                f"{', '.join(refused)} needs a model (package.module:factory); {target!r} is a "
                 f"checkpoint alone."
             )
         return diagnose(target, **asked), ""
@@ -181,8 +181,6 @@ def _diagnose(
 
 
 def _show(report: Report, output_format: str, output: Path | None) -> None:
-    from steadynorm.files import replace_file
-
     if output_format == "text" and output is None:
         from rich.console import Console
 
@@ -205,17 +203,8 @@ def _show(report: Report, output_format: str, output: Path | None) -> None:
         typer.echo(f"wrote {output}")
 
 
-def _reaches(report: Report, fail_on: str) -> bool:
-    from steadynorm.doctor.finding import Severity
-
-    return report.worst is not None and report.worst >= Severity.from_name(fail_on)
-
-
 def _tell(explain: str | None, json: bool) -> None:
     """A rule's page, or the list of rules."""
-    from steadynorm.doctor.rules import all_rules, find_rule
-    from steadynorm.doctor.rules.pages import plain
-
     if explain is not None:
         rule = find_rule(explain)
         if json:

@@ -51,12 +51,10 @@ def lightning_callback(
 
         # `training_step` need not call the module as a whole, so the batch is the step.
         def on_train_batch_start(self, *_: Any) -> None:
-            if self.watch is not None:
-                self.watch.begin_step()
+            self.watch.begin_step()
 
         def on_train_batch_end(self, *_: Any) -> None:
-            if self.watch is not None:
-                self.watch.end_step()
+            self.watch.end_step()
 
         on_train_end = on_exception = _Monitored._end
 
@@ -78,12 +76,11 @@ def trainer_callback(
         the forward that follows alone.
         """
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            self._begin(given["model"], given.get("optimizer"))
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._begin(kwargs["model"], kwargs.get("optimizer"))
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if self.watch is not None:
-                self.watch.next_forward()
+            self.watch.next_forward()
 
         on_substep_end = on_step_begin  # of accumulated gradients: another forward follows
         on_train_end = _Monitored._end

@@ -44,10 +44,9 @@ class NormCall:
         cls, norm: Norm, module: nn.Module, args: Any, kwargs: Any, layer: str, step: int
     ) -> NormCall | None:
         """The moments of a layer's input, beside its running statistics as they are now."""
-        given = input_of(module, args, kwargs)
-        if given is None or not given[0].is_floating_point() or not given[0].numel():
+        x, mask = input_of(module, args, kwargs) or (None, None)
+        if x is None or not x.is_floating_point() or not x.numel():
             return None
-        x, mask = given
         count, mean, var, of_means = _moments(x, mask)
         none = torch.full_like(mean, nan)
         running = (norm.running_mean, norm.running_var)

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +119,9 @@ def _proved(finding: Finding, evidence: Evidence) -> Finding:
 def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, ...]:
     """The order of a report, with `because` filled in."""
     found = list(findings)
+    by_code: dict[str, list[Finding]] = {}
+    for finding in found:
+        by_code.setdefault(finding.code, []).append(finding)
     explains = {rule.code: rule.explains for rule in all_rules()}
     position = {layer.name: number for number, layer in enumerate(evidence.layers)}
 
@@ -126,10 +131,9 @@ def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, .
         Information says that nothing is wrong there, so it explains nothing that is.
         """
         start = position.get(cause.layer, -1)
-        for other in found:
+        for other in chain.from_iterable(by_code.get(c, ()) for c in explains[cause.code]):
             behind = position.get(other.layer, -1) >= start or not other.layer
-            able = cause.severity > Severity.INFO or other.severity == Severity.INFO
-            if behind and able and other.code in explains[cause.code]:
+            if behind and (cause.severity > Severity.INFO or other.severity == Severity.INFO):
                 yield other
 
     def weight(finding: Finding) -> Severity:
@@ -141,9 +145,9 @@ def ordered(findings: Iterable[Finding], evidence: Evidence) -> tuple[Finding, .
         for other in follow(cause):
             causes[id(other)].add(cause.code)
 
+    @cache
     def depth(code: str) -> int:
-        above = {f.code for f in found if code in explains[f.code]}
-        return max((1 + depth(cause) for cause in above), default=0)
+        return max((1 + depth(cause) for cause in by_code if code in explains[cause]), default=0)
 
     first = sorted(
         found, key=lambda f: (-weight(f), depth(f.code), position.get(f.layer, -1), f.code)
@@ -155,11 +159,11 @@ def _prefixes(codes: Iterable[str], argument: str) -> tuple[str, ...]:
     """Checked against the rules there are: a misspelt code would otherwise hide everything."""
     if isinstance(codes, str):
         raise TypeError(f"diagnose: `{argument}` must be a list of codes; got {codes!r}.")
-    given = tuple(find_rule(c).code if "-" in c else c.upper() for c in codes)
-    for code in given:
-        if not any(rule.code.startswith(code) for rule in all_rules()):
+    prefixes = tuple(find_rule(c).code if "-" in c else c.upper() for c in codes)
+    for code in prefixes:
+        if not code or not any(rule.code.startswith(code) for rule in all_rules()):
             raise ValueError(f"diagnose: `{argument}` names no rule: {code!r}.")
-    return given
+    return prefixes
 
 
 def diagnose(
@@ -222,9 +226,14 @@ def diagnose(
     >>> report.findings[0].message
     'running_var is infinite in 3 of 3 channels'
     """
-    given = {"batches": batches, "loss": loss, "against": against, "optimizer": optimizer}
+    of_models = {
+        "batches": batches, "loss": loss, "against": against, "optimizer": optimizer,
+        "forward": forward, "max_batches": max_batches, "exporting": exporting or None,
+    }  # fmt: skip
     if is_keras(target):
-        _refuse(given, "is for torch models; of a Keras model the layers' state alone is judged")
+        _refuse(
+            of_models, "is for torch models; of a Keras model the layers' state alone is judged"
+        )
         return judge(probe_keras(target), select=select, ignore=ignore)
     from torch import nn
 
@@ -244,7 +253,7 @@ def diagnose(
             )  # fmt: skip
     elif isinstance(target, str | PathLike | Mapping):
         _refuse(
-            given,
+            of_models,
             "needs a model to go with it; got a checkpoint alone. Load it into its model and "
             "diagnose that",
         )
@@ -257,8 +266,8 @@ def diagnose(
     return judge(evidence, select=select, ignore=ignore)
 
 
-def _refuse(given: Mapping[str, Any], why: str) -> None:
-    for argument, value in given.items():
+def _refuse(arguments: Mapping[str, Any], why: str) -> None:
+    for argument, value in arguments.items():
         if value is not None:
             raise ValueError(f"diagnose: `{argument}` {why}.")
 

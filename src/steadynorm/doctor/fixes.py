@@ -50,11 +50,21 @@ class Fixed(NamedTuple):
 
 
 class Repair(NamedTuple):
-    """A report and the data that it was made with."""
+    """A report, and the batches and the other arguments that it was made with."""
 
     report: Report
     batches: Iterable[Any] | None
-    given: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+
+    @property
+    def max_batches(self) -> int | None:
+        """How many batches may be read, where that was said."""
+        limit: int | None = self.arguments.get("max_batches")
+        return limit
+
+    def read(self, model: nn.Module) -> list[Any]:
+        """The batches that `diagnose` judges by."""
+        return read(feeding(self.batches, model, max_batches=self.max_batches), "batches")
 
     def layers(self, act: str) -> list[str]:
         """The layers whose findings ask for an act and may have it, each once."""
@@ -69,7 +79,7 @@ class Repair(NamedTuple):
 
 
 def fix(
-    model: nn.Module, report: Report, batches: Iterable[Any] | None = None, **given: Any
+    model: nn.Module, report: Report, batches: Iterable[Any] | None = None, **arguments: Any
 ) -> Fixed:
     """Apply the safe cures of a report to a copy of the model, and diagnose the copy.
 
@@ -90,7 +100,7 @@ def fix(
         report: what `diagnose` said of it.
         batches: training data that can be read repeatedly (a list, a DataLoader). Without, nothing
             is calibrated. Layer by layer where batches are so small that one pass is not exact.
-        given: the other arguments of `diagnose`: loss, forward, against, max_batches, optimizer.
+        arguments: the others of `diagnose`: loss, forward, against, max_batches, optimizer.
 
     Raises TypeError for batches that can be read only once, and as the cures do.
 
@@ -111,23 +121,24 @@ def fix(
             f"{type(batches).__name__}. Pass a list or a DataLoader."
         )
     cured = copied(unwrapped(model), "diagnose")
-    repair = Repair(report, batches, given)
-    read_batches = [] if batches is None else read(feeding(batches, cured), "batches")
+    repair = Repair(report, batches, arguments)
+    seen = [] if batches is None else repair.read(cured)
     changes = Changes()
     for act, apply in ACTS.items():
         layers = repair.layers(act)
         if layers:
             trial = copied(cured, "diagnose")
             made = Changes(apply(trial, repair, layers))
-            before, after = (_losses(network, read_batches, repair) for network in (cured, trial))
+            before, after = (_losses(network, seen, repair) for network in (cured, trial))
             reason = _worse(before, after)
             if reason is None:
                 cured = trial
             else:
                 made = Changes([_left(act, layers, f"taken back: {reason}")])
             changes.extend(made)
-    again = {**given, "optimizer": _of_copy(given.get("optimizer"), unwrapped(model), cured)}
-    return Fixed(cured, changes, report, diagnose(cured, batches, **again))
+    optimizer = _of_copy(arguments.get("optimizer"), unwrapped(model), cured)
+    again = diagnose(cured, batches, **{**arguments, "optimizer": optimizer})
+    return Fixed(cured, changes, report, again)
 
 
 def acts(finding: Finding) -> list[str]:
@@ -172,22 +183,22 @@ def _no_better(before: np.ndarray, after: np.ndarray) -> str | None:
 
 def _losses(model: nn.Module, batches: list[Any], repair: Repair) -> np.ndarray:
     """The loss of inference on each batch; none where there is no loss."""
-    feed = feeding(batches, model, repair.given.get("forward"))
+    feed = feeding(batches, model, repair.arguments.get("forward"))
     found = []
     with untouched(model), torch.no_grad():
         for batch in batches:
             set_training(model, False)
-            loss = loss_of(repair.given.get("loss"), feed.forward(model, batch), batch)
+            loss = loss_of(repair.arguments.get("loss"), feed.forward(model, batch), batch)
             found += [] if loss is None else [float(loss)]
     return np.array(found)
 
 
-def _of_copy(given: Any, model: nn.Module, cured: nn.Module) -> Any:
+def _of_copy(argument: Any, model: nn.Module, cured: nn.Module) -> Any:
     """The optimizers as if they trained the copy, whose parameters go by the same names."""
     theirs = dict(cured.named_parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     made = []
-    for optimizer in optimizers(given):
+    for optimizer in optimizers(argument):
         same = copy.copy(optimizer)
         same.param_groups = [
             {**group, "params": [theirs[n] for p in group["params"]
@@ -229,7 +240,7 @@ def _calibrate(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[
 
 
 def _no_better_on_held_back(model: nn.Module, repair: Repair) -> str | None:
-    batches = read(feeding(repair.batches, model), "batches")
+    batches = repair.read(model)
     before: list[np.ndarray] = []
     after: list[np.ndarray] = []
     for measured, proof in ((batches[::2], batches[1::2]), (batches[1::2], batches[::2])):
@@ -241,11 +252,12 @@ def _no_better_on_held_back(model: nn.Module, repair: Repair) -> str | None:
 
 
 def _measure(model: nn.Module, batches: Any, repair: Repair) -> CalibrationReport:
-    feed = feeding(batches, model, repair.given.get("forward"))
+    feed = feeding(batches, model, repair.arguments.get("forward"))
     passes: Any = "layerwise" if _wants_layerwise(repair) else "one"
     return calibrate(
-        model, batches, forward=feed.forward, passes=passes, synchronize=False, progress=False
-    )
+        model, batches, forward=feed.forward, max_batches=repair.max_batches,
+        passes=passes, synchronize=False, progress=False,
+    )  # fmt: skip
 
 
 def _calibrated(layer: LayerReport) -> Change:

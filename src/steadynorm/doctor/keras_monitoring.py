@@ -42,16 +42,22 @@ class KerasMonitor:
         self._by_channel: dict[str, deque[ChannelReading]] = {}
         self._moved: dict[str, int] = {}
         self._before: Statistics = {}
+        self._iterations_before = 0
 
     def begin_step(self) -> None:
         """A training step begins."""
-        self._before = {} if self.steps % self.every else self._statistics()
+        if self.steps % self.every == 0:
+            self._before, self._iterations_before = self._statistics(), self._iterations()
 
     def end_step(self) -> None:
         """A training step is over."""
-        after = self._statistics() if self._before else {}
-        for name, layer in keras_norms(self.model) if after else ():
-            self._read(name, layer, *self._before[name], *after[name])
+        if self._before:
+            after = self._statistics()
+            # The last execution of an epoch holds what batches are left.
+            batches = self._iterations() - self._iterations_before
+            batches = batches or int(getattr(self.model, "steps_per_execution", None) or 1)
+            for name, layer in keras_norms(self.model):
+                self._read(name, layer, batches, *self._before[name], *after[name])
         self._before = {}
         self.steps += 1
 
@@ -72,6 +78,13 @@ class KerasMonitor:
             evidence = replace(evidence, remarks=(remark,))
         return judge(evidence)
 
+    def _iterations(self) -> int:
+        """Batches that the optimizer has taken; always 0 where its count says something else."""
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is None or getattr(optimizer, "gradient_accumulation_steps", None):
+            return 0
+        return int(optimizer.iterations.numpy())
+
     def _statistics(self) -> Statistics:
         sync = getattr(self.model, "jax_state_sync", None)
         if sync is not None:  # JAX's trainer keeps the state to itself
@@ -85,14 +98,12 @@ class KerasMonitor:
         }
 
     def _read(
-        self, name: str, layer: Any, mean: np.ndarray, var: np.ndarray,
+        self, name: str, layer: Any, batches: int, mean: np.ndarray, var: np.ndarray,
         new_mean: np.ndarray, new_var: np.ndarray,
     ) -> None:  # fmt: skip
         moved = bool((mean != new_mean).any() or (var != new_var).any())
         self._moved[name] = self._moved.get(name, 0) + moved
-        momentum = float(layer.momentum) ** int(
-            getattr(self.model, "steps_per_execution", None) or 1
-        )
+        momentum = float(layer.momentum) ** batches
         if not moved or momentum >= 1:
             return
         batch_mean, batch_var = (

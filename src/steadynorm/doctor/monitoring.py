@@ -25,7 +25,7 @@ from steadynorm.doctor.evidence.training import (
 from steadynorm.doctor.monitor_hooks import OwnHook
 from steadynorm.doctor.writers import FIGURES, writers
 from steadynorm.models.graph import tensors
-from steadynorm.models.layers import named, recognize, unwrapped
+from steadynorm.models.layers import recognize, unwrapped
 from steadynorm.nn.recomputation import is_recomputation
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class Monitor:
         self._readings: list[Reading] = []
         self._by_channel: dict[str, deque[ChannelReading]] = {}
         self._stride = every  # between the steps that are kept
+        self._first_nonfinite: dict[str, int] = {}  # steps, by layer
         self._pending: list[NormCall] = []
         self._counts_before = self._counts()
         self._in_inference = 0
@@ -210,9 +211,8 @@ class Monitor:
         self._disarm()
 
     def _norms(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, part in named(unwrapped(self.model)):
-            if recognize(part) is not None:
-                yield "" if name == "(model)" else name, part
+        parts = unwrapped(self.model).named_modules()
+        return ((name, part) for name, part in parts if recognize(part) is not None)
 
     def _counts(self) -> dict[str, int]:
         """How many batches each layer has counted."""
@@ -228,11 +228,8 @@ class Monitor:
         self.begin_step()
         # A hook costs time at every call, so this one is there only when it has work.
         if self._on_layers or self._stance is not None:
-            after = OwnHook(self._after)
+            after = OwnHook(lambda *_: self.end_step())
             self._on_layers.append(model.register_forward_hook(after, always_call=True))
-
-    def _after(self, *_: Any) -> None:
-        self.end_step()
 
     def _after_inference(self, _: nn.Module, __: Any, output: Any) -> None:
         """Counts the forward if a gradient is computed through it: it was meant to train."""
@@ -285,8 +282,15 @@ class Monitor:
             self._by_channel.setdefault(call.layer, deque(maxlen=WINDOW)).append(by_channel)
             for write in self._writers:
                 write(reading)
-            if reading.step % self._stride == 0:
+            if reading.nonfinite:
+                self._first_nonfinite.setdefault(call.layer, reading.step)
+            if self._stays(reading):
                 self._readings.append(reading)
-        if len({reading.step for reading in self._readings}) > STEPS_IN_MEMORY:
+        if len({r.step for r in self._readings if r.step % self._stride == 0}) > STEPS_IN_MEMORY:
             self._stride *= 2
-            self._readings = [r for r in self._readings if r.step % self._stride == 0]
+            self._readings = [reading for reading in self._readings if self._stays(reading)]
+
+    def _stays(self, reading: Reading) -> bool:
+        """One in so many steps, and each layer's first with NaN or infinity."""
+        on_stride = reading.step % self._stride == 0
+        return on_stride or reading.step == self._first_nonfinite.get(reading.layer)

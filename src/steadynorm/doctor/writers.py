@@ -10,7 +10,7 @@ from typing import Any
 
 from steadynorm.doctor.evidence.training import Reading
 
-FIGURES = ("shift", "ratio", "divergence", "dead", "saturated", "gradient", "nonfinite")
+FIGURES = tuple(name for name in Reading._fields if name not in ("step", "layer"))
 
 Writer = Callable[[Reading], None]
 

@@ -100,7 +100,6 @@ def intervals(
     series: str | None = None,
     value_title: str | None = None,
     log: bool = False,
-    zero: bool = False,
     wide: bool = False,
     reference: float | None = None,
 ) -> Chart:
@@ -108,7 +107,7 @@ def intervals(
     `series` and set side by side within a label. `reference` draws a line across.
     """
     labels = list(dict.fromkeys(row[label] for row in rows))
-    scale = alt.Scale(type="log") if log else alt.Scale(zero=zero)
+    scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
     names = [label, series] if series else [label]
     base = base_of(rows).encode(
         y=alt.Y(f"{label}:N", sort=labels, title=None, axis=alt.Axis(grid=False, labelLimit=150)),

@@ -56,6 +56,15 @@ def test_what_is_wrong_comes_first():
     assert titles(made.empty()) == ["What is wrong"]
 
 
+def test_the_charts_of_a_run_are_of_its_figures():
+    charts = page(made.watched()).sections[1].charts
+    assert [chart.title for chart in charts] == [
+        "Batch mean against running mean", "Batch standard deviation over the running one",
+        "Gradient that reaches the layer", "Channels nowhere above 0",
+        "Outputs where a sigmoid is flat",
+    ]  # fmt: skip
+
+
 def test_a_card_for_each_defect_with_its_cure():
     cards = page(made.report()).sections[0].cards
     assert [(card.code, card.level, card.level_name) for card in cards] == [

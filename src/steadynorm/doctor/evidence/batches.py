@@ -99,18 +99,20 @@ def measure(
             by_name[name], order, seen, inference.inputs.get(name, seen),
             calibrated.inputs.get(name, seen), exact,
         )  # fmt: skip
-        data = replace(
-            data, saturation=saturated.get(name), chance=chance.get(name),
-            with_gradient=with_gradient.get(name),
-        )  # fmt: skip
+        references: dict[str, Any] = {**resampled.get(name, {})}
         if reference is not None and name in reference.inputs:
             mean, var = reference.inputs[name].mean_and_var()
-            data = replace(data, reference_mean=mean, reference_var=var, **resampled.get(name, {}))
-        found[name] = data
+            references |= {"reference_mean": mean, "reference_var": var}
+        found[name] = replace(
+            data, saturation=saturated.get(name), chance=chance.get(name),
+            with_gradient=with_gradient.get(name), **references,
+        )  # fmt: skip
     return found, ModelData(
         batches=len(read_batches),
         samples=sum(samples_of(batch) for batch in read_batches),
-        loss=_losses(training, inference, calibrated),
+        loss=LossByMode(*(np.array(seen.losses) for seen in (training, inference, calibrated)))
+        if inference.losses
+        else None,
         gap=_distance(inference, training),
         mended=_distance(inference, calibrated),
         gradients=depth,
@@ -216,24 +218,16 @@ def _distance(inference: PassResult, other: PassResult) -> float | None:
     ours, theirs = np.concatenate(inference.outputs), np.concatenate(other.outputs)
     if not ours.size or ours.shape != theirs.shape or not np.isfinite([ours, theirs]).all():
         return None
-    spread = float(np.std(theirs))
-    return float(np.sqrt(np.mean((ours - theirs) ** 2)) / max(spread, 1e-12))
-
-
-def _losses(
-    training: PassResult, inference: PassResult, calibrated: PassResult
-) -> LossByMode | None:
-    if not inference.losses:
-        return None
-    return LossByMode(*(np.array(done.losses) for done in (training, inference, calibrated)))
+    return float(np.sqrt(np.mean((ours - theirs) ** 2)) / max(np.std(theirs), 1e-12))
 
 
 def _last_batch(batches: Any) -> int | None:
     """How many samples the last batch of an epoch holds, where a DataLoader tells."""
-    size, dataset = getattr(batches, "batch_size", None), getattr(batches, "dataset", None)
+    size, sampler = getattr(batches, "batch_size", None), getattr(batches, "sampler", None)
     if not isinstance(size, int) or getattr(batches, "drop_last", True):
         return None
     try:
-        return (len(dataset) - 1) % size + 1 if dataset is not None and len(dataset) else None
+        samples = len(sampler)  # type: ignore[arg-type]  # of an epoch: not all of the dataset
     except TypeError:
         return None
+    return (samples - 1) % size + 1 if samples else None

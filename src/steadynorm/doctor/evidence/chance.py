@@ -118,5 +118,7 @@ def _random_state() -> bytes:
     torchs = [torch.get_rng_state()]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torchs += torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        torchs.append(torch.mps.get_rng_state())
     numpys: Any = np.random.get_state()  # noqa: NPY002  the one that models draw from
     return pickle.dumps((random.getstate(), numpys, [t.numpy().tobytes() for t in torchs]))

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from steadynorm.doctor.evidence.records import Evidence, NormEvidence, NormState
+from steadynorm.doctor.evidence.records import PARTS, Evidence, NormEvidence, NormState
 from steadynorm.models.checkpoints import NAMES, find_layers, join
 from steadynorm.models.files import entries, keras_settings
 from steadynorm.models.formats import Entry, array_of, tensor_entry, unnested
 
 WIDE = 10.0  # variances of layers fed by normalized values rarely are
-PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 def probe_state(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Evidence:
@@ -126,7 +125,9 @@ def _stored(found: Mapping[str, Entry], framework: str, settings: Mapping[str, f
 
 def _count(value: Any) -> int | None:
     """A count of batches, None where it is none: a damaged file may hold anything."""
-    return int(value) if np.size(value) == 1 and np.all(np.isfinite(value)) else None
+    array = np.asarray(value)
+    number = array.size == 1 and array.dtype.kind in "iuf" and np.isfinite(array).all()
+    return int(array.item()) if number else None
 
 
 def _settings(path: Path) -> dict[str, float]:

@@ -108,11 +108,8 @@ def measured(evidence: Evidence) -> list[tuple[NormEvidence, NormData]]:
 
 def first_divergent(evidence: Evidence) -> tuple[NormEvidence, Divergence, int] | None:
     """The first layer whose running statistics are not its batches', and how many do in all."""
-    found = []
-    for layer, _ in measured(evidence):
-        running = running_divergence(layer)
-        if running is not None and running.far:
-            found.append((layer, running))
+    known = ((layer, running_divergence(layer)) for layer, _ in measured(evidence))
+    found = [(layer, running) for layer, running in known if running is not None and running.far]
     return (*found[0], len(found)) if found else None
 
 
@@ -123,6 +120,5 @@ def independent_values(layer: NormEvidence, evidence: Evidence) -> float:
         return math.inf
     if not layer.by_batch:
         return math.inf
-    pooled = usage is not None and usage.synchronized and evidence.model is not None
-    replicas = evidence.model.replicas if pooled and evidence.model else 1
-    return data.samples * data.worth * replicas
+    pooled = evidence.model if usage is not None and usage.synchronized else None
+    return data.samples * data.worth * (1 if pooled is None else pooled.replicas)

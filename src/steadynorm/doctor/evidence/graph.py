@@ -87,7 +87,7 @@ def _facts(
     sources = [source for call in calls if (source := call.origin()) is not None]
     hosts = {node.module for node in sources}
     host: Any = hosts.pop() if len(hosts) == 1 else None
-    host = host if host is not None and is_host(host) else None
+    host = host if host is not None and is_host(host) and has_values(host.weight) else None
     bias = None if host is None else host.bias
     axes = {_channel_axis(call.inputs[0]) for call in calls if call.inputs}
     users = (user for call in calls for user, _ in call.ends(None))
@@ -102,6 +102,11 @@ def _facts(
         "recomputed": any(inside for inside, _ in ran) if ran else None,
         "samples": min((n for _, n in ran if n is not None), default=None),
     }
+
+
+def has_values(tensor: Any) -> bool:
+    """Whether it is a tensor whose values can be read: neither lazy nor on the meta device."""
+    return isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor) and not tensor.is_meta
 
 
 def _channel_axis(node: Node, depth: int = 50) -> int | None:
@@ -122,11 +127,11 @@ def _channel_axis(node: Node, depth: int = 50) -> int | None:
         before = _channel_axis(node.inputs[0], depth - 1)
         return None if before is None else node.axes.get(before)
     if _operator(node) == "cat":  # parameters, such as a class's token, lie as the others do
-        alike = [source for source in node.inputs if source.shape and len(source.shape) == last + 1]
-        axes = {_channel_axis(source, depth - 1) for source in alike} - {None}
+        same_rank = [s for s in node.inputs if s.shape and len(s.shape) == last + 1]
+        axes = {_channel_axis(source, depth - 1) for source in same_rank} - {None}
     elif node.module or _operator(node) in BY_ELEMENT:
-        alike = [source for source in node.inputs if source.shape == node.shape]
-        axes = {_channel_axis(source, depth - 1) for source in alike}
+        same_shape = [source for source in node.inputs if source.shape == node.shape]
+        axes = {_channel_axis(source, depth - 1) for source in same_shape}
     else:
         return None
     return axes.pop() if len(axes) == 1 else None

@@ -144,12 +144,15 @@ class InputStatistics:
         return self.scatter.independent_channels(self.mean_and_var()[1])
 
     def effective(self) -> float | None:
-        """How many independent values a batch counts for; None where batches are too few."""
+        """How many independent values a batch counts for; None where batches are too few, or
+        nothing varies.
+        """
         usual = int(np.median(self.samples)) if self.samples else 0
         means = [m for m, n in zip(self.batch_means, self.samples, strict=True) if n == usual]
-        if len(means) < SEVERAL:
+        var = self.mean_and_var()[1]
+        if len(means) < SEVERAL or not var.any():
             return None
-        return _ratio(self.mean_and_var()[1], np.var(means, axis=0, ddof=1))
+        return _ratio(var, np.var(means, axis=0, ddof=1))
 
 
 def _by_sample(x: Tensor, mask: Tensor | None) -> Moments:
@@ -217,12 +220,12 @@ class InputObserver:
         call = self._calls.setdefault(layer.name, 0)
         self._calls[layer.name] += 1
         seen = self.found.setdefault(layer.name, InputStatistics())
-        given = self._with_positions(x) if mask is None else x
-        part = seen.add(given, mask, call, by_sample=self.by_sample, parts=self.parts)
+        regrouped = self._with_positions(x) if mask is None else x
+        part = seen.add(regrouped, mask, call, by_sample=self.by_sample, parts=self.parts)
         if part is None and self.first_nonfinite is None and not bool(x.isfinite().all()):
             self.first_nonfinite = layer.name
-        if part is not None and self.by_sample and mask is None and given.ndim > 2:
-            seen.padding.add(given, part, self._padding)
+        if part is not None and self.by_sample and mask is None and regrouped.ndim > 2:
+            seen.padding.add(regrouped, part, self._padding)
             seen.axis_shares = seen.axis_shares or (_axis_shares(x) if x.ndim > 2 else ())
         if self.training and trains(layer):
             _let_train(layer.module, part, x, seen)
@@ -239,7 +242,8 @@ class InputObserver:
 def _let_train(module: Any, part: Moments | None, x: Tensor, seen: InputStatistics) -> None:
     """Let one call train, by other means where the layer itself would refuse."""
     module.training = True
-    if x.numel() == x.shape[1] and _refuses_one_value(module):
+    running = isinstance(module, SteadyNorm) and module.statistics.needs_running
+    if x.numel() == x.shape[1] and not running:  # `Batch` and torch raise for one value
         seen.single = tuple(x.shape)
         module.training = False
     elif isinstance(module, nn.SyncBatchNorm):  # refuses the CPU, waits for other replicas
@@ -253,11 +257,6 @@ def _let_train(module: Any, part: Moments | None, x: Tensor, seen: InputStatisti
 def trains(layer: NormLayer) -> bool:
     """Whether `model.train()` would have it normalize with batches."""
     return layer.left is None or layer.left == "keeps no running statistics"
-
-
-def _refuses_one_value(module: nn.Module) -> bool:
-    """Whether it raises in training for one value per channel, as `Batch` and torch do."""
-    return not (isinstance(module, SteadyNorm) and module.statistics.needs_running)
 
 
 @contextmanager

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from steadynorm.doctor.evidence.records import Evidence, NormEvidence, NormState
+from steadynorm.doctor.evidence.records import PARTS, Evidence, NormEvidence, NormState
 
-NAMES = {
-    "weight": "gamma", "bias": "beta", "running_mean": "moving_mean",
-    "running_var": "moving_variance",
-}  # fmt: skip
+NAMES = dict(zip(PARTS, ("gamma", "beta", "moving_mean", "moving_variance"), strict=True))
 
 
 def is_keras(target: Any) -> bool:
@@ -50,9 +47,7 @@ def _state(layer: Any) -> NormState:
         framework="keras",
         eps=float(layer.epsilon),
         momentum=float(layer.momentum),
-        weight=arrays.get("weight"),
-        bias=arrays.get("bias"),
-        running_mean=arrays["running_mean"],
-        running_var=arrays["running_var"],
+        **{part: arrays.get(part) for part in PARTS},
         dtypes={part: str(variable.dtype) for part, variable in found.items()},
+        num_batches_tracked=None,
     )

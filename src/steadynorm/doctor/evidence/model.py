@@ -13,10 +13,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from steadynorm.doctor.evidence.batches import measure
-from steadynorm.doctor.evidence.checkpoint import PARTS, entry_of, norms_in, with_weights
-from steadynorm.doctor.evidence.graph import graph_facts
+from steadynorm.doctor.evidence.checkpoint import entry_of, norms_in, with_weights
+from steadynorm.doctor.evidence.graph import graph_facts, has_values
 from steadynorm.doctor.evidence.passes import Forwards, feeding
 from steadynorm.doctor.evidence.records import (
+    PARTS,
     Evidence,
     ModelFacts,
     NormEvidence,
@@ -78,6 +79,12 @@ def probe_model(
                 inner, original, batches, loss=loss, forward=forward, against=against,
                 max_batches=max_batches, forwards=forwards,
             )  # fmt: skip
+    of_batches = {
+        "loss": loss, "forward": forward, "against": against, "max_batches": max_batches
+    }  # fmt: skip
+    unused = [f"`{name}`" for name, value in of_batches.items() if value is not None]
+    if batches is None and unused:
+        remarks = (*remarks, f"No batches were given, so not used: {', '.join(unused)}.")
     empty = [name for name, (module, _) in norms.items() if not _filled(module)]
     if empty:
         named = ", ".join(map(repr, empty[:3])) + " and others" * (len(empty) > 3)
@@ -108,7 +115,7 @@ def _state_alone(model: nn.Module, target: str, facts: ModelFacts, batches: Any)
 
 
 def _stored(model: nn.Module) -> dict[str, Entry]:
-    return {n: entry_of(t) for n, t in model.state_dict().items() if _has_values(t)}
+    return {n: entry_of(t) for n, t in model.state_dict().items() if has_values(t)}
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -141,20 +148,14 @@ def _first(
     return lambda model: feed.forward(model, batch), batches
 
 
-def _has_values(tensor: Any) -> bool:
-    return (
-        isinstance(tensor, torch.Tensor) and not nn.parameter.is_lazy(tensor) and not tensor.is_meta
-    )
-
-
 def _filled(module: nn.Module) -> bool:
     tensors = (*module._parameters.values(), *module._buffers.values())
-    return all(tensor is None or _has_values(tensor) for tensor in tensors)
+    return all(tensor is None or has_values(tensor) for tensor in tensors)
 
 
 def _state(module: nn.Module, norm: Norm) -> NormState:
     tensors = {part: getattr(norm, part) for part in PARTS}
-    stored = {part: tensor for part, tensor in tensors.items() if _has_values(tensor)}
+    stored = {part: tensor for part, tensor in tensors.items() if has_values(tensor)}
     arrays = {part: array_of(tensor).astype(np.float64) for part, tensor in stored.items()}
     sizes = [len(array) for array in arrays.values()]
     batches = getattr(module, "num_batches_tracked", None)
@@ -193,22 +194,22 @@ def _usage(
     )
 
 
-def optimizers(given: Any) -> list[Any]:
+def optimizers(argument: Any) -> list[Any]:
     """The optimizers of an argument: one, several, or inside a wrapper such as Accelerate's.
 
     Raises TypeError for what is none.
     """
-    if given is None:
+    if argument is None:
         return []
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return [optimizer for part in given for optimizer in optimizers(part)]
-    if not isinstance(getattr(given, "param_groups", None), list):
+    if isinstance(argument, Sequence) and not isinstance(argument, str):
+        return [optimizer for part in argument for optimizer in optimizers(part)]
+    if not isinstance(getattr(argument, "param_groups", None), list):
         raise TypeError(
             f"diagnose: `optimizer` must be a torch.optim.Optimizer or several of them; got "
-            f"{type(given).__name__}."
+            f"{type(argument).__name__}."
         )
-    inner = getattr(given, "optimizer", None)
-    return optimizers(inner) if hasattr(inner, "param_groups") else [given]
+    inner = getattr(argument, "optimizer", None)
+    return optimizers(inner) if hasattr(inner, "param_groups") else [argument]
 
 
 def _decay(optimizer: Any) -> dict[int, float]:

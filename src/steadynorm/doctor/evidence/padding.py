@@ -40,14 +40,14 @@ class PaddingHint(NamedTuple):
     def of(cls, batch: Any) -> PaddingHint:
         """The hint that a batch gives."""
         masks = _masks(batch if isinstance(batch, Mapping) else {})
-        given = [t for t in tensors(batch) if t.ndim > 1 and len(t) > 1 and t.numel()]
+        batched = [t for t in tensors(batch) if t.ndim > 1 and len(t) > 1 and t.numel()]
         # Any axis may hold the positions: (N, C, L), (N, L, C), or tokens (N, L).
         lines = (
             t.detach()
             .movedim(axis, 1)
             .reshape(len(t), t.shape[axis], -1)
             .transpose(1, 2)[..., None]
-            for t in given
+            for t in batched
             for axis in range(1, t.ndim)
             if t.shape[axis] > EDGE
         )

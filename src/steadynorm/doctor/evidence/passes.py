@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Any, NamedTuple
@@ -215,19 +215,28 @@ def read(feed: Batches, argument: str) -> list[Any]:
     return batches
 
 
-def cloned(batch: Any) -> Any:
-    """A copy of a batch that a model may write into."""
-    if isinstance(batch, Tensor):
+def cloned(batch: Any, depth: int = 6) -> Any:
+    """A copy of a batch that a model may write into; what holds no tensors is not copied."""
+    if callable(getattr(batch, "clone", None)):
         return batch.clone()
+    if not depth or next(tensors(batch), None) is None:
+        return batch
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(cloned, batch))
+        return type(batch)(*(cloned(part, depth - 1) for part in batch))
     if type(batch) in (tuple, list):
-        return type(batch)(map(cloned, batch))
-    if isinstance(batch, dict):
+        return type(batch)(cloned(part, depth - 1) for part in batch)
+    if isinstance(batch, Mapping):
+        parts = {key: cloned(value, depth - 1) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return parts
         copied = copy.copy(batch)
-        copied.update((key, cloned(value)) for key, value in batch.items())
+        copied.update(parts)
         return copied
-    return batch.clone() if callable(getattr(batch, "clone", None)) else batch
+    if not hasattr(batch, "__dict__"):
+        return batch
+    copied = copy.copy(batch)  # a dataclass, say
+    vars(copied).update({name: cloned(value, depth - 1) for name, value in vars(batch).items()})
+    return copied
 
 
 def values_in_batch(seen: InputStatistics | None) -> float:

@@ -11,6 +11,7 @@ from steadynorm.doctor.evidence.training import ENOUGH, TrainingRun, Trend
 from steadynorm.statistics import CONVENTIONS
 
 HALF = ("float16", "bfloat16")
+PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,7 @@ class NormState:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The existing ones of weight, bias, running_mean and running_var, by name."""
-        names = ("weight", "bias", "running_mean", "running_var")
-        found = {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in PARTS}
         return {name: array for name, array in found.items() if array is not None}
 
 

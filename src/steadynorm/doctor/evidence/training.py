@@ -71,7 +71,8 @@ class Trend:
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
     """A monitored run: `steps` training forwards, read at every `every`-th; all layers in the order
-    in which they were called. Of a long run `readings` holds every second step, fourth, and so on.
+    in which they were called. Of a long run `readings` holds every second step, fourth, and so on,
+    and each layer's first that was not finite.
 
     `updates`: by layer, how far `num_batches_tracked` rose. `in_inference`: forwards in inference
     mode through which a gradient was computed.
@@ -141,12 +142,12 @@ def trend(readings: Iterable[ChannelReading], steps: int) -> Trend | None:
     unbiased = [r.var * r.values / max(r.values - 1, 1) + r.eps for r in late]
     running = [r.running_var + r.eps for r in late]
     silent = [reading.no_gradient for reading in late if reading.no_gradient is not None]
-    spread = shifts.std(axis=0, ddof=1) if len(late) > 1 else np.full(shifts.shape[1], np.inf)
+    std = shifts.std(axis=0, ddof=1) if len(late) > 1 else np.full(shifts.shape[1], np.inf)
     return Trend(
         len(late),
         sum(reading.values for reading in late),
         shifts.mean(axis=0),
-        spread / np.sqrt(len(late)),
+        std / np.sqrt(len(late)),
         _std(np.mean(unbiased, axis=0), 0.0) / _std(np.mean(running, axis=0), 0.0),
         np.all([reading.dead for reading in late], axis=0),
         int(np.median([reading.samples for reading in late])),

@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import altair as alt
 import numpy as np
 
+from steadynorm.doctor.evidence.divergence import EPS, Divergence, divergence
 from steadynorm.doctor.evidence.records import Evidence, NormEvidence
 from steadynorm.doctor.finding import Finding, Severity
 from steadynorm.doctor.report.groups import named
-from steadynorm.report.depth import channels, profile
+from steadynorm.report.charts import Row, base_of, finished, numbers, reference_line
 from steadynorm.report.page import Chart
 
 SHOWN = 24  # channels of a layer that fit side by side
 ROWS = 6_000  # in one chart: what a page can carry and a browser draws at once
 STATES = {None: "no finding", Severity.INFO: "remark", Severity.WARNING: "warning",
           Severity.ERROR: "error"}  # fmt: skip
+SOURCES = ["running", "data"]
 
 
-class Compared(NamedTuple):
-    """Statistics of a layer by channel: those it keeps against those of the data.
-
-    `shift`: running mean minus the data's, in the data's standard deviations. `ratio`: running
-    standard deviation over the data's.
-    """
-
-    layer: NormEvidence
-    mean: np.ndarray
-    std: np.ndarray
-    running_mean: np.ndarray
-    running_std: np.ndarray
-    shift: np.ndarray
-    ratio: np.ndarray
-
-
-def compared(layer: NormEvidence) -> Compared | None:
-    """None where a side is missing or not finite."""
+def compared(layer: NormEvidence) -> Divergence | None:
+    """Running statistics against the data's; None where a side is missing or not finite."""
     state, data = layer.state, layer.data
     if data is None or state.running_mean is None or state.running_var is None:
         return None
-    parts = (data.mean, data.var, state.running_mean, state.running_var)
+    parts = (state.running_mean, state.running_var, data.mean, data.var)
     if not all(np.all(np.isfinite(part)) for part in parts):
         return None
-    eps, tiny = state.eps or 0.0, np.finfo(float).tiny
-    std, running = (np.sqrt(np.maximum(v + eps, tiny)) for v in (data.var, state.running_var))
-    shift = (state.running_mean - data.mean) / std
-    return Compared(layer, data.mean, std, state.running_mean, running, shift, running / std)
+    return divergence(*parts, eps=state.eps or EPS)
 
 
 def layer_charts(evidence: Evidence, findings: Iterable[Finding]) -> list[Chart]:
@@ -54,11 +38,11 @@ def layer_charts(evidence: Evidence, findings: Iterable[Finding]) -> list[Chart]
     worst: dict[str, Severity] = {}
     for finding in findings:
         worst[finding.layer] = max(finding.severity, worst.get(finding.layer, Severity.INFO))
-    against = [found for layer in evidence.layers if (found := compared(layer)) is not None]
+    against = [(layer, found) for layer in evidence.layers if (found := compared(layer))]
     if not against:
         return _kept(evidence.layers, worst)
-    shifts = [(c.layer, c.shift) for c in against]
-    ratios = [(c.layer, c.ratio) for c in against]
+    shifts = [(layer, found.shift) for layer, found in against]
+    ratios = [(layer, found.ratio) for layer, found in against]
     return [
         _profile(
             "Running mean minus the data's, over depth", shifts, worst, reference=0.0,
@@ -102,9 +86,17 @@ def _profile(
     title: str,
     values: Sequence[tuple[NormEvidence, np.ndarray]],
     worst: dict[str, Severity],
-    **settings: Any,
+    *,
+    description: str,
+    value_title: str,
+    log: bool = False,
+    reference: float | None = None,
 ) -> Chart:
-    rows = []
+    """For each layer a dot at the median channel and a bar over the middle 80 %, coloured by its
+    worst finding. Where a value exceeds 10, an axis that is not `log` is "symlog", so that far
+    values do not flatten the near ones. `reference` draws a line across, where all is well.
+    """
+    rows: list[dict[str, Any]] = []
     for layer, array in values:
         low, middle, high = np.percentile(array, [10, 50, 90]) if array.size else (0.0, 0.0, 0.0)
         rows.append(
@@ -116,51 +108,145 @@ def _profile(
                 "state": STATES[worst.get(layer.name)],
             }
         )
-    return profile(
-        title, rows, value="median", low="10 %", high="90 %", layer="layer", series="state",
-        order=list(STATES.values()), **settings,
+    ends = [row[end] for row in rows for end in ("10 %", "90 %")]
+    scale = alt.Scale(zero=False)
+    drawn = ends if reference is None else [*ends, reference]
+    if log and max(drawn) > 4 * min(drawn):
+        # Not out to the next powers of ten, which would flatten what lies near 1.
+        scale = alt.Scale(
+            type="log", nice=False, domainMin=min(drawn) / 1.25, domainMax=max(drawn) * 1.25
+        )
+    elif max(map(abs, ends)) > 10:
+        scale.type = "symlog"
+    names = [named(layer) for layer, _ in values]
+    states = list(STATES.values())
+    present = [name for name in states if any(row["state"] == name for row in rows)]
+    base = base_of(rows).encode(
+        x=alt.X(
+            "layer:N", sort=names, title="layer, from input to output",
+            axis=alt.Axis(
+                labelAngle=-40 if max(map(len, names)) > 4 else 0, labelLimit=130,
+                labelOverlap="greedy", grid=False,
+            ),
+        ),
+        color=alt.Color(
+            "state:N",
+            scale=alt.Scale(domain=states, range="ordinal"),  # the page's colours of states
+            legend=alt.Legend(symbolType="circle", symbolStrokeWidth=0, values=present),
+        ),
+        tooltip=[
+            alt.Tooltip("layer:N"), alt.Tooltip("state:N", title="state"),
+            *numbers("10 %", "median", "90 %", form=".4g"),
+        ],
     )  # fmt: skip
 
+    def upwards(name: str) -> Any:
+        return alt.Y(f"{name}:Q", title=value_title, scale=scale)
 
-def _channels(against: Sequence[Compared]) -> Chart:
-    """The channels that are furthest off, layer by layer."""
+    bar = base.mark_rule(strokeWidth=4, strokeCap="round", opacity=0.45)
+    dot = base.mark_circle(size=60, opacity=1)
+    parts = [bar.encode(y=upwards("10 %"), y2="90 %:Q"), dot.encode(y=upwards("median"))]
+    chart = alt.layer(*reference_line("y", reference), *parts)
+    return finished(title, chart, description, height=230, wide=True)
+
+
+def _channels(against: Sequence[tuple[NormEvidence, Divergence]]) -> Chart:
+    """The channels that are furthest off, of one layer at a time, to be chosen: for each a dot at
+    the mean and a bar over one standard deviation, as the layer keeps it and as the data have it.
+    """
     shown = max(4, min(SHOWN, ROWS // (2 * len(against))))
     rows = []
-    distances = {named(c.layer): float(_distance(c).max(initial=0)) for c in against}
-    for c in against:
-        furthest = np.argsort(-_distance(c), kind="stable")[:shown]
-        for rank, channel in enumerate(furthest):
-            for source, mean, std in (
-                ("running", c.running_mean[channel], c.running_std[channel]),
-                ("data", c.mean[channel], c.std[channel]),
-            ):
+    for layer, found in against:
+        for rank, channel in enumerate(np.argsort(-found.kl, kind="stable")[:shown]):
+            for source, (mean, var) in zip(SOURCES, _statistics(layer), strict=True):
+                std = np.sqrt(max(var[channel], 0) + (layer.state.eps or EPS))
                 rows.append(
                     {
-                        "layer": named(c.layer),
+                        "layer": named(layer),
                         "channel": int(channel),
                         "rank": rank,
                         "source": source,
-                        "mean": _short(mean),
-                        "low": _short(mean - std),
-                        "high": _short(mean + std),
+                        "mean": _short(mean[channel]),
+                        "low": _short(mean[channel] - std),
+                        "high": _short(mean[channel] + std),
                     }
                 )
-    return channels(
-        "Channel by channel",
-        rows,
-        layers=list(distances),
-        chosen=max(distances, key=lambda name: distances[name]),
-        order=("running", "data"),
-        description=f"Mean and standard deviation that the layer keeps (running) and that the data "
-        f"have, for up to {shown} channels that lie furthest apart.",
+    layers = [named(layer) for layer, _ in against]
+    furthest, _ = max(against, key=lambda pair: float(pair[1].kl.max(initial=0)))
+    choice = alt.param(
+        name="chosen_layer", value=named(furthest),
+        bind=alt.binding_select(options=layers, name="Layer"),
+    )  # fmt: skip
+    domain = alt.Scale(domain=SOURCES)
+    # Two channels may not share a place, and a name must not be read as an expression.
+    base = base_of(rows).transform_filter("datum.layer === chosen_layer").encode(
+        x=alt.X(
+            "channel:O", sort=alt.SortField("rank"), title="channel, the furthest off first",
+            axis=alt.Axis(labelAngle=0, labelOverlap="greedy", grid=False),
+        ),
+        xOffset=alt.XOffset("source:N", sort=SOURCES, scale=domain),
+        color=alt.Color(
+            "source:N", scale=domain, legend=alt.Legend(symbolType="circle", symbolStrokeWidth=0)
+        ),
+        tooltip=[
+            alt.Tooltip("channel:O"), alt.Tooltip("source:N"),
+            *numbers("mean", "low", "high", form=".4g"),
+        ],
+    )  # fmt: skip
+    scale = alt.Scale(zero=False)
+    bar = base.mark_rule(strokeWidth=3, strokeCap="round", opacity=0.55).encode(
+        y=alt.Y("low:Q", title="mean ± one standard deviation", scale=scale), y2="high:Q"
     )
+    dot = base.mark_circle(size=48, opacity=1).encode(y=alt.Y("mean:Q", scale=scale))
+    description = (
+        f"Mean and standard deviation that the layer keeps (running) and that the data have, for "
+        f"up to {shown} channels that lie furthest apart."
+    )
+    chart = alt.layer(bar, dot).add_params(choice)
+    return finished("Channel by channel", chart, description, height=260, wide=True)
 
 
-def _distance(c: Compared) -> np.ndarray:
-    """Kullback–Leibler divergence of the data's normal distribution from the running one's."""
-    inverse = np.minimum(1 / c.ratio**2, 1e300)
-    kl: np.ndarray = 0.5 * (inverse * (1 + c.shift**2) - 1 + np.log(c.ratio**2))
-    return kl
+def _statistics(layer: NormEvidence) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Mean and variance, by `SOURCES`."""
+    assert layer.data is not None
+    return (layer.state.running_mean, layer.state.running_var), (layer.data.mean, layer.data.var)
+
+
+def heat(
+    title: str,
+    rows: Sequence[Row],
+    *,
+    value: str,
+    layers: Sequence[str],
+    description: str,
+    value_title: str,
+    log: bool,
+) -> Chart:
+    """Colour for each of `layers` (downwards) at each step; brighter is more of `value`."""
+    steps = sorted({row["step"] for row in rows})
+    across = alt.Axis(
+        labelAngle=0, labelOverlap="greedy", grid=False, format=",d",
+        values=steps[:: max(1, len(steps) // 8)],
+    )  # fmt: skip
+    down = alt.Axis(labelLimit=150, labelOverlap="greedy", grid=False)
+    chart = base_of(rows).mark_rect().encode(
+        x=alt.X("step:O", title="step", axis=across),
+        y=alt.Y("layer:N", sort=list(layers), title=None, axis=down),
+        color=alt.Color(
+            f"{value}:Q",
+            scale=alt.Scale(type="log" if log else "linear", scheme="viridis"),
+            legend=alt.Legend(
+                title=value_title, gradientLength=180, gradientThickness=10, tickCount=4
+            ),
+        ),
+        tooltip=[
+            alt.Tooltip("layer:N"),
+            alt.Tooltip("step:Q", title="step", format=","),
+            alt.Tooltip(f"{value}:Q", title=value_title, format=".4g"),
+        ],
+    )  # fmt: skip
+    height = max(110, min(16 * len(layers), 480))
+    return finished(title, chart, description, height=height, wide=True)
 
 
 def _short(value: float) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from steadynorm import __version__
-from steadynorm.doctor.evidence.records import NormEvidence
 from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.report.groups import Reported
 from steadynorm.files import json_text
@@ -51,18 +50,8 @@ def to_record(report: Reported) -> dict[str, Any]:
         "remarks": list(evidence.remarks),
         "model": _plain(evidence.model),
         "data": _plain(evidence.data, arrays=True),  # one number a batch
-        "layers": [_layer(layer) for layer in evidence.layers],
+        "layers": _plain(evidence.layers),
         "run": _plain(evidence.run),
-    }
-
-
-def _layer(layer: NormEvidence) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "state": _plain(layer.state),
-        "usage": _plain(layer.usage),
-        "data": _plain(layer.data),
     }
 
 

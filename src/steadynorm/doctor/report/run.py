@@ -18,7 +18,7 @@ FIGURES = (
      "stays; what remains above it is lag."),
     ("ratio", "Batch standard deviation over the running one", "ratio", True,
      "Geometric mean over channels. At 1 inference normalizes with what the batches have."),
-    ("gradient", "WeightGradient that reaches the layer", "norm", True,
+    ("gradient", "Gradient that reaches the layer", "norm", True,
      "Norm of the loss's gradient for the layer's output."),
     ("dead", "Channels nowhere above 0", "share of channels", False,
      "In one batch; nothing of them passes a ReLU."),
@@ -53,8 +53,8 @@ def _chart(
     log: bool,
     told: str,
 ) -> Chart | None:
+    from steadynorm.doctor.report.charts import heat
     from steadynorm.report.charts import lines
-    from steadynorm.report.depth import heat
 
     values = [(r, float(getattr(r, name))) for r in readings]
     rows = [
@@ -67,11 +67,10 @@ def _chart(
         return None
     layers = [named(layer) for layer in run.layers]
     if len(layers) > FEW:
-        return heat(title, rows, x="step", value=name, layer="layer", layers=layers, log=log,
-                    x_title="step", value_title=unit, description=f"{told} Layers from input to "
-                    "output, downwards.")  # fmt: skip
+        return heat(title, rows, value=name, layers=layers, log=log, value_title=unit,
+                    description=f"{told} Layers from input to output, downwards.")  # fmt: skip
     return lines(title, rows, x="step", y=name, series="layer", order=layers, log_y=log,
-                 x_title="step", y_title=unit, description=told)  # fmt: skip
+                 y_title=unit, description=told)  # fmt: skip
 
 
 def _table(run: TrainingRun) -> Table:

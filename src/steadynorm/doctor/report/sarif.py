@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from steadynorm import __version__
 from steadynorm.doctor.finding import Finding, Severity
@@ -124,11 +125,6 @@ def _physical_location(target: str) -> dict[str, Any]:
         return {}
     whole = path.resolve()
     here = Path.cwd()
-    uri = whole.relative_to(here).as_posix() if whole.is_relative_to(here) else whole.as_uri()
-    return {"physicalLocation": {"artifactLocation": {"uri": _quoted(uri)}, **region}}
-
-
-def _quoted(uri: str) -> str:
-    from urllib.parse import quote
-
-    return uri if uri.startswith("file:") else quote(uri)
+    inside = whole.is_relative_to(here)
+    uri = quote(whole.relative_to(here).as_posix()) if inside else whole.as_uri()
+    return {"physicalLocation": {"artifactLocation": {"uri": uri}, **region}}

@@ -20,15 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from steadynorm.doctor.rules.rule import (
-    INFO,
-    WARNING,
-    Evidence,
-    Findings,
-    NormEvidence,
-    Numbers,
-    Rule,
-)  # fmt: skip
+from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
 
 DEAD = 1e-3
 
@@ -45,7 +37,7 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     dead = int((size <= DEAD * size.max()).sum())
     if not dead:
         return
-    numbers: Numbers = {"dead": dead, "channels": weight.size, "largest": float(size.max())}
+    numbers = {"dead": dead, "channels": weight.size, "largest": float(size.max())}
     if dead < weight.size:
         message = (
             f"weight is at most a thousandth of the largest ({size.max():.3g}) in {dead} of "

@@ -34,7 +34,8 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     gain = np.ones_like(mean) if state.weight is None else state.weight
     offset = np.zeros_like(mean) if state.bias is None else state.bias
     finite = np.isfinite([mean, var, gain, offset]).all(0) & (var + state.known_eps > 0)
-    mean, var, gain, offset = (np.where(finite, a, 0.0) for a in (mean, var, gain, offset))
+    mean, gain, offset = (np.where(finite, array, 0.0) for array in (mean, gain, offset))
+    var = np.where(finite, var, 1.0)
     scale = gain / np.sqrt(var + state.known_eps)
     peak, bias = (None, None) if usage is None else (usage.host_peak, usage.host_bias)
     if peak is not None and peak.shape != scale.shape:

@@ -19,15 +19,7 @@ Source: pytorch/examples issue 289; ludwig-ai/ludwig issue 2100; kazuto1011/deep
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import running_divergence
-from steadynorm.doctor.rules.rule import (
-    INFO,
-    WARNING,
-    Evidence,
-    Findings,
-    NormEvidence,
-    Numbers,
-    Rule,
-)  # fmt: skip
+from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
 from steadynorm.statistics import CONVENTIONS
 
 WITHOUT_MOMENTUM = ("Steady", "Frozen")
@@ -53,7 +45,7 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         f"statistics know as much as {batches:.3g} batches; {others} would mean "
         f"{1 - weight:.3g}"
     )
-    numbers: Numbers = {
+    numbers = {
         "momentum": momentum,
         "weight_of_new_batch": weight,
         "batches_remembered": batches,

@@ -39,9 +39,9 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
     half = next((dtype for dtype in dtypes if dtype in HALF), None)
     if half is None or mean is None or var is None or not mean.size:
         return
-    spread = np.sqrt(np.maximum(var, 0) + state.known_eps)
+    std = np.sqrt(np.maximum(var, 0) + state.known_eps)
     with np.errstate(invalid="ignore"):  # infinity over infinity is left out below
-        shifts = ROUNDING.get(dtypes[0], 0.0) * np.abs(mean) / spread
+        shifts = ROUNDING.get(dtypes[0], 0.0) * np.abs(mean) / std
     finite = shifts[np.isfinite(shifts)]
     shift = float(finite.max()) if finite.size else 0.0
     trains = usage is not None and usage.training and usage.moves

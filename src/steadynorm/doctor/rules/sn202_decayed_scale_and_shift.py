@@ -15,6 +15,8 @@ issue 4104.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, Rule
 
 rule = Rule(__name__, __doc__, WARNING, safe=None, explains=("SN105",))
@@ -36,6 +38,7 @@ def _check(evidence: Evidence) -> Findings:
     parts = " and ".join(sorted({name for _, name, _ in decayed}, reverse=True))
     optimizer = evidence.model.optimizer
     groups = f"sn.parameter_groups(model, weight_decay={largest:g})"
+    torchs = hasattr(import_module("torch.optim"), optimizer)  # neither another's nor several
     yield rule.finding(
         None,
         f"{optimizer} decays {parts} of {layers} of {len(evidence.layers)} batch norms by "
@@ -47,5 +50,5 @@ def _check(evidence: Evidence) -> Findings:
             "weight_decay": largest,
             "first_layer": decayed[0][0].name,
         },
-        line=f"torch.optim.{optimizer}({groups}, ...)",
+        line=f"torch.optim.{optimizer}({groups}, ...)" if torchs else f"groups = {groups}",
     )

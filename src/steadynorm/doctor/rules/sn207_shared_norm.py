@@ -18,15 +18,7 @@ Source: pytorch/pytorch issue 175024; Cooijmans et al. 2016, section 4 (statisti
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import FAR
-from steadynorm.doctor.rules.rule import (
-    INFO,
-    WARNING,
-    Evidence,
-    Findings,
-    NormEvidence,
-    Numbers,
-    Rule,
-)  # fmt: skip
+from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
 
 rule = Rule(__name__, __doc__, WARNING, safe=None, explains=("SN301", "SN302"))
 
@@ -43,7 +35,7 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         f"called {calls} times in a forward, on {inputs} different inputs, with one pair of "
         f"running statistics"
     )
-    numbers: Numbers = {"calls": calls, "inputs": inputs}
+    numbers = {"calls": calls, "inputs": inputs}
     if divergence is None:
         message += "; give batches to see whether the inputs differ"
         yield rule.finding(layer, message, numbers, severity=INFO)

@@ -18,18 +18,8 @@ Source: torch.nn.BatchNorm2d's documentation of momentum=None (cumulative moving
 
 from __future__ import annotations
 
-from steadynorm.doctor.rules.rule import (
-    INFO,
-    WARNING,
-    Evidence,
-    Findings,
-    NormEvidence,
-    Rule,
-)  # fmt: skip
-from steadynorm.doctor.rules.sn107_momentum_of_another_framework import (
-    WITHOUT_MOMENTUM,
-    setting,
-)
+from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
+from steadynorm.doctor.rules.sn107_momentum_of_another_framework import WITHOUT_MOMENTUM, setting
 
 MANY = 1000
 

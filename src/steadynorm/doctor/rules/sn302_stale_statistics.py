@@ -28,16 +28,7 @@ from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import CLEARLY, Divergence, first_divergent
 from steadynorm.doctor.evidence.losses import LossChange, loss_change
-from steadynorm.doctor.rules.rule import (
-    ERROR,
-    INFO,
-    WARNING,
-    Evidence,
-    Findings,
-    Numbers,
-    Rule,
-    Severity,
-)  # fmt: skip
+from steadynorm.doctor.rules.rule import ERROR, INFO, WARNING, Evidence, Findings, Rule, Severity
 from steadynorm.doctor.rules.sn101_statistics_never_updated import untrained
 
 ASK = (
@@ -57,7 +48,7 @@ def _check(evidence: Evidence) -> Findings:
     layer, divergence, count = first
     losses = data.loss
     gain = None if losses is None else loss_change(losses.inference, losses.calibrated)
-    numbers: Numbers = {
+    numbers = {
         "shift": divergence.typical_shift,
         "std_ratio": divergence.typical_ratio,
         "divergence": divergence.mean_kl,

@@ -24,7 +24,6 @@ import numpy as np
 
 from steadynorm.doctor.evidence.divergence import EPS, FAR, divergence, measured
 from steadynorm.doctor.evidence.losses import loss_change
-from steadynorm.doctor.evidence.records import NormData
 from steadynorm.doctor.rules.rule import WARNING, Evidence, Findings, NormEvidence, Numbers, Rule
 
 rule = Rule(__name__, __doc__, WARNING, safe=False, explains=("SN301", "SN302"))
@@ -37,14 +36,15 @@ def _check(evidence: Evidence) -> Findings:
         if data.reference_mean is None or data.reference_var is None:
             continue
         eps = layer.state.eps or EPS
-        second, first = (data.reference_mean, data.reference_var), _first(data)
+        first = data.inference_mean, data.inference_var
+        second = data.reference_mean, data.reference_var
         shift = divergence(*second, *first, eps=eps)
         if shift.mean_kl > max(FAR + data.reference_noise, data.reference_limit):
-            found.append((layer, data, shift))
+            found.append((layer, first, second, shift))
     if not found:
         return
-    layer, data, shift = found[0]
-    own, other = _from_running(layer, data)
+    layer, first, second, shift = found[0]
+    own, other = (_from_running(layer, *statistics) for statistics in (first, second))
     fits_first = own <= other
     numbers: Numbers = {
         "shift": shift.typical_shift,
@@ -65,12 +65,13 @@ def _check(evidence: Evidence) -> Findings:
     if not losses:
         yield rule.finding(layer, message, numbers, line=f"sn.calibrate(model, {new})")
         return
-    told = ", ".join(f"{loss:.3g} after sn.{name}" for name, loss in losses.items() if name)
+    told = ", ".join(
+        f"{loss:.3g} after sn.{name}" if name else f"{loss:.3g}" for name, loss in losses.items()
+    )
     numbers |= {f"loss_after_{name}" if name else "loss": loss for name, loss in losses.items()}
     yield rule.finding(
         layer,
-        f"{message}; tried on the {'second' if fits_first else 'first'} set, the loss is "
-        f"{losses['']:.3g}, {told}",
+        f"{message}; tried on the {'second' if fits_first else 'first'} set, the loss is {told}",
         numbers,
         cure=None if best else "Leave the statistics: no cure that was tried lowers the loss.",
         line=f"sn.{best}(model, {new})" if best else "",
@@ -96,18 +97,11 @@ def _tried(evidence: Evidence, *, on_second: bool) -> tuple[dict[str, float], st
     return losses, min(improving, key=lambda name: losses[name], default="")
 
 
-def _first(data: NormData) -> tuple[np.ndarray, np.ndarray]:
-    return data.inference_mean, data.inference_var
-
-
-def _from_running(layer: NormEvidence, data: NormData) -> tuple[float, float]:
-    """How far the running statistics are from either set's."""
+def _from_running(layer: NormEvidence, mean: np.ndarray, var: np.ndarray) -> float:
+    """How far the running statistics are from those of a set; 0 where there are none."""
     state = layer.state
     if state.running_mean is None or state.running_var is None:
-        return 0.0, 0.0
-    assert data.reference_mean is not None
-    assert data.reference_var is not None
-    running, eps = (state.running_mean, state.running_var), state.eps or EPS
-    own = divergence(*running, *_first(data), eps=eps)
-    other = divergence(*running, data.reference_mean, data.reference_var, eps=eps)
-    return own.mean_kl, other.mean_kl
+        return 0.0
+    return divergence(
+        state.running_mean, state.running_var, mean, var, eps=state.eps or EPS
+    ).mean_kl

@@ -52,9 +52,9 @@ def scatter_limit(batches: int, channels: float = 1.0, layers: int = 1) -> float
     >>> round(scatter_limit(8), 1), round(scatter_limit(32), 1), round(scatter_limit(32, 5), 1)
     (4.1, 2.2, 1.5)
     """
-    spread = 2 / (9 * channels * (batches - 1))
+    variance = 2 / (9 * channels * (batches - 1))  # of the cube root
     quantile = NormalDist().inv_cdf(1 - 1 / (5000 * layers))
-    return float((1 - spread + quantile * spread**0.5) ** 3)
+    return float((1 - variance + quantile * variance**0.5) ** 3)
 
 
 @rule.whole

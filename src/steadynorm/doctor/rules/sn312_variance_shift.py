@@ -27,14 +27,7 @@ from __future__ import annotations
 import math
 
 from steadynorm.doctor.evidence.divergence import measured, running_divergence
-from steadynorm.doctor.rules.rule import (
-    INFO,
-    WARNING,
-    Evidence,
-    Findings,
-    NormEvidence,
-    Rule,
-)  # fmt: skip
+from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
 
 CLEAR, SMALL = 1.15, 1.05
 

@@ -19,30 +19,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, NormEvidence, Rule
+from steadynorm.doctor.rules.rule import INFO, WARNING, Evidence, Findings, Rule
 
 ENOUGH = 500  # values of a channel
 
 rule = Rule(__name__, __doc__, WARNING, safe=False)
 
 
-@rule.each_layer
-def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
-    trend = None if evidence.run is None else evidence.run.trends.get(layer.name)
-    after = None if layer.usage is None else layer.usage.after
-    if trend is None or trend.readings < 8 or trend.values < ENOUGH:
-        return
-    silent = trend.dead
-    if not after and trend.no_gradient is not None:
-        silent = silent & trend.no_gradient
-    elif not any(part.kind in {"ReLU", "ReLU6", "relu", "relu6"} for part in after or ()):
-        return
-    dead, channels = int(np.sum(silent)), silent.size
-    if dead < 0.1 * channels:
-        return
-    yield rule.finding(
-        layer,
-        f"{dead} of {channels} channels were never above 0 in {trend.values:,} values",
-        {"dead": dead, "channels": channels, "values": trend.values},
-        severity=WARNING if 2 * dead >= channels else INFO,
-    )
+@rule.whole
+def _check(evidence: Evidence) -> Findings:
+    for layer, trend in evidence.trends():
+        after = None if layer.usage is None else layer.usage.after
+        silent = trend.dead
+        if not after and trend.no_gradient is not None:
+            silent = silent & trend.no_gradient
+        elif not any(part.kind in {"ReLU", "ReLU6", "relu", "relu6"} for part in after or ()):
+            continue
+        dead, channels = int(np.sum(silent)), silent.size
+        if trend.values < ENOUGH or dead < 0.1 * channels:
+            continue
+        yield rule.finding(
+            layer,
+            f"{dead} of {channels} channels were never above 0 in {trend.values:,} values",
+            {"dead": dead, "channels": channels, "values": trend.values},
+            severity=WARNING if 2 * dead >= channels else INFO,
+        )

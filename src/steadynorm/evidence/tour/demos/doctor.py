@@ -138,10 +138,11 @@ def _charts(visit: Visit) -> list[Chart]:
     """How far the running statistics were off, and are after the cure."""
     rows: dict[str, list[dict[str, Any]]] = {"shift": [], "ratio": []}
     for when, report in (("before", visit.before), ("after", visit.after)):
-        for against in filter(None, map(compared, report.evidence.layers)):
-            for name, charted in rows.items():
+        for layer in report.evidence.layers:
+            against = compared(layer)
+            for name, charted in rows.items() if against is not None else ():
                 low, middle, high = np.percentile(getattr(against, name), [10, 50, 90])
-                row = {"layer": named(against.layer), "when": when}
+                row = {"layer": named(layer), "when": when}
                 charted.append({**row, "low": low, "median": middle, "high": high})
     description = (
         "The median channel of each layer, and a bar over the middle 80 % of its channels."
