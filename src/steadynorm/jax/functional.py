@@ -272,7 +272,8 @@ def _moved_by(value: Array, share: Array, live: Array) -> Array:
 @_moved_by.defjvp
 def _moved_by_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     value, share, _ = primals
-    return value, jnp.asarray(share * tangents[2], value.dtype)
+    # Itself again as the value: a plain `value` would be a constant in the next derivative.
+    return _moved_by(*primals), jnp.asarray(share * tangents[2], value.dtype)
 
 
 def _forward(
