@@ -24,6 +24,7 @@ from steadynorm.models.equivalence import (
 from steadynorm.models.fuse import fuse as fuse_calls
 from steadynorm.models.fuse import unfuse, unfused
 from steadynorm.models.layers import (
+    REPLACED,
     Norm,
     activation_name,
     behaves,
@@ -280,6 +281,8 @@ def why_not_ours(module: nn.Module, norm: Norm) -> str | None:
     """Why a batch norm cannot become ours, None where it can."""
     if norm.kind != "ours" and parametrize.is_parametrized(module):
         return PARAMETRIZED
+    if norm.kind == "torch" and "forward" in vars(module):
+        return REPLACED
     if norm.kind in ("ours", "torch"):
         return None
     name = type(module).__name__
