@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -45,7 +46,8 @@ def convert_weights(
     keep the biased variance in torch too: leave those as they are.
 
     Args:
-        weights: arrays by name, names joined as `SEPARATORS` says.
+        weights: arrays by name, names joined as `SEPARATORS` says; flax's by slashes too, and with
+            the collections of `flax.linen`, `params` and `batch_stats`, in front.
         source: "torch", "keras" or "flax".
         target: likewise.
         values_per_channel: n above; without, the variance is left as it is, which is remarked.
@@ -72,6 +74,8 @@ def convert_weights(
     ('1: num_batches_tracked (9) is left out: keras has no place for it.',)
     """
     names, new_names = _names(source, "source"), _names(target, "target")
+    if source == "flax":
+        weights = _without_collections(weights)
     layers = find_layers(weights, source)
     unnamed = _unnamed(weights) if source == "keras" else {}
     remarks = [_UNNAMED.format(prefix, len(arrays)) for prefix, arrays in unnamed.items()]
@@ -104,6 +108,12 @@ def convert_weights(
     if others := len(weights) - len(used):
         remarks.append(f"{others} other arrays are left out: they are no batch normalization.")
     return Converted(converted, tuple(remarks))
+
+
+def _without_collections(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """flax's arrays by the names of their layers, where linen's collections part a layer's."""
+    dotted = {name.replace("/", "."): array for name, array in weights.items()}
+    return {re.sub(r"^(params|batch_stats)\.", "", name): array for name, array in dotted.items()}
 
 
 _UNNAMED = (
