@@ -14,7 +14,7 @@ from steadynorm.keras import recomputation
 from steadynorm.keras.arrays import reference, xp
 from steadynorm.keras.gradient_memory import GradientMemoryOfLayer, Seen
 from steadynorm.keras.replica_context import replica_context
-from steadynorm.kernels.checks import nonfinite_name, residual_shape
+from steadynorm.kernels.checks import momentum_range, nonfinite_name, residual_shape
 from steadynorm.kernels.reference import Groups
 from steadynorm.statistics import (
     Batch,
@@ -117,7 +117,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         **keras_arguments: Any,
     ) -> None:
         nonfinite_name(nonfinite, "BatchNormalization")
-        _settings_in_range(momentum, epsilon)
+        momentum_range(momentum, "BatchNormalization")
+        if not epsilon > 0:
+            raise ValueError(
+                f"BatchNormalization: `epsilon` must be above 0, so that a channel of one value "
+                f"can be normalized; got {epsilon!r}."
+            )
         super().__init__(axis, momentum, epsilon, center, scale, *others, **keras_arguments)
         self.statistics = _policy(statistics)
         self.renorm = getattr(self, "renorm", False)  # older releases of Keras have none
@@ -349,19 +354,6 @@ def _policy(statistics: Policy | PolicyName | Mapping[str, Any]) -> Policy:
         return policy_from(statistics)
     settings = dict(statistics)
     return type(policy_from(settings.pop("policy", None)))(**settings)
-
-
-def _settings_in_range(momentum: float, epsilon: float) -> None:
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"BatchNormalization: `momentum` must lie in [0, 1], the weight of the old average; "
-            f"got {momentum!r}."
-        )
-    if not epsilon > 0:
-        raise ValueError(
-            f"BatchNormalization: `epsilon` must be above 0, so that a channel of one value can be "
-            f"normalized; got {epsilon!r}."
-        )
 
 
 def _expanded(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
