@@ -133,10 +133,10 @@ def _unnamed(weights: Mapping[str, Any]) -> dict[str, list[str]]:
         kind = prefix.rpartition(SEPARATORS["keras"])[2]
         if last.isdecimal() and not kind.startswith(_OTHERS):
             groups.setdefault(prefix, []).append(name)
-    return {prefix: names for prefix, names in groups.items() if _alike(weights, names)}
+    return {prefix: names for prefix, names in groups.items() if _may_be_a_layer(weights, names)}
 
 
-def _alike(weights: Mapping[str, Any], names: list[str]) -> bool:
+def _may_be_a_layer(weights: Mapping[str, Any], names: list[str]) -> bool:
     shapes = [np.shape(weights[name]) for name in names]
     shapes = shapes[:-1] if shapes[-1] == () else shapes  # a count of batches
     # Two to seven arrays: the moving statistics, what is learned, and what renorm=True adds.

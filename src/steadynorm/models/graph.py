@@ -223,8 +223,10 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
     order: list[Node] = []
     for entry in graph.nodes:
         module = modules[str(entry.target)] if entry.op == "call_module" else None
-        drops_nothing = isinstance(module, DROPOUTS) and not module.training
-        if (isinstance(module, nn.Identity) or drops_nothing) and not hooked(module):
+        idle = isinstance(module, nn.Identity) or (
+            isinstance(module, DROPOUTS) and not module.training
+        )
+        if module is not None and idle and not hooked(module):
             nodes[entry] = nodes[entry.args[0]]
             continue
         if entry.op == "get_attr":
