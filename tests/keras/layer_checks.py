@@ -265,6 +265,22 @@ def test_masks_with_channels_first() -> None:
         np.testing.assert_allclose(array(layer.moving_variance), valid.var(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_mask_that_arrives_by_itself_says_which_steps_count(steps: int, beside: bool) -> None:
+    """Of 4 steps of 4 values it fitted the values too, and was taken for theirs."""
+    x = draw(6, steps, 4) + 1
+    valid = draw(6, steps, seed=1) < 0.5
+    x[~valid] = 0
+    inputs = keras.Input((steps, 4))
+    layer = BatchNormalization(axis=1, momentum=0.0)
+    masked = keras.layers.Masking()(inputs)
+    model = keras.Model(inputs, layer(masked, residual=inputs) if beside else layer(masked))
+    model(x, training=True)
+    expected = [x[:, step][valid[:, step]].mean() for step in range(steps)]
+    np.testing.assert_allclose(array(layer.moving_mean), expected, atol=1e-5)
+
+
 def test_a_mask_of_kerass_own_shape_with_channels_first() -> None:
     """(N, C) beside (N, C, T): every channel has its own valid positions."""
     x, mask = draw(6, 3, 4), draw(6, 3, seed=1) < 0.5

@@ -12,11 +12,12 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from steadynorm.kernels.reference import Reference
+from steadynorm.kernels.reference.immutable_arrays import ImmutableArrays
 
 _barrier: Any = jax.lax.optimization_barrier  # not annotated by JAX
 
 
-class JaxArrays:
+class JaxArrays(ImmutableArrays):
     """The functions that `ArrayNamespace` asks for, over JAX arrays."""
 
     int32 = jnp.int32
@@ -34,11 +35,6 @@ class JaxArrays:
     erf = staticmethod(jax.scipy.special.erf)
     exp = staticmethod(jnp.exp)
     expm1 = staticmethod(jnp.expm1)
-
-    @staticmethod
-    def const(number: float, like: Array) -> float:
-        """Beside a plain number, JAX's operators keep the array's type."""
-        return number
 
     @staticmethod
     def statistics_dtype(x: Array) -> DTypeLike:
@@ -59,34 +55,10 @@ class JaxArrays:
         return prod(x.shape[axis] for axis in axes)
 
     @staticmethod
-    def sum(x: Array, axes: tuple[int, ...]) -> Array:
-        """The sum, one axis after the other, the last first.
-
-        XLA on the CPU adds hundreds of values of a channel sequentially; for data near 1e6, whose
-        roundings repeat, that cost the variance of 448 values 2e-6. The barrier keeps XLA from
-        joining the axes again.
-        """
-        for axis in sorted(axes, reverse=True):  # the first one first takes XLA 20 times as long
-            x = _barrier(x.sum(axis, keepdims=True))
-        return x
-
-    @staticmethod
-    def mean(x: Array, axes: tuple[int, ...]) -> Array:
-        mean: Array = JaxArrays.sum(x, axes) / max(JaxArrays.size(x, axes), 1)
-        return mean
-
-    @staticmethod
-    def mean_and_variance(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-        mean = JaxArrays.mean(x, axes)
-        return mean, JaxArrays.mean(jnp.square(x - mean), axes)
-
-    @staticmethod
-    def add(a: Array, b: Array, *, out: Array) -> Array:
-        return a + b
-
-    @staticmethod
-    def addcmul(a: Array, b: Array, c: Array, *, out: Array) -> Array:
-        return a + b * c
+    def sum_over(x: Array, axis: int) -> Array:
+        """Over one axis; the barrier keeps XLA from joining it with the next one again."""
+        summed: Array = _barrier(x.sum(axis, keepdims=True))
+        return summed
 
 
 reference = Reference(JaxArrays())

@@ -16,10 +16,9 @@ from flax.nnx.nn import dtypes, initializers
 from jax import Array
 from jax.typing import DTypeLike
 
-from steadynorm.jax import checks
 from steadynorm.jax.functional import batch_norm
 from steadynorm.kernels.activations import ActivationName
-from steadynorm.kernels.checks import activation_name, nonfinite_name
+from steadynorm.kernels.checks import activation_name, momentum_range, nonfinite_name
 from steadynorm.statistics import Policy, PolicyName, RunningStatistics, policy_from
 
 
@@ -106,7 +105,7 @@ class BatchNorm(nnx.BatchNorm):
     ) -> None:
         activation_name(activation, "BatchNorm")
         nonfinite_name(nonfinite, "BatchNorm")
-        checks.momentum_range(momentum, "BatchNorm")
+        momentum_range(momentum, "BatchNorm")
         super().__init__(
             num_features,
             use_running_average=use_running_average,

@@ -10,15 +10,6 @@ from jax import Array
 from steadynorm.statistics import Ghost, Policy, RunningStatistics
 
 
-def momentum_range(momentum: float, owner: str) -> None:
-    """`momentum` is a weight."""
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"{owner}: `momentum` must lie in [0, 1], the weight of the old average; "
-            f"got {momentum!r}."
-        )
-
-
 def input_and_axis(x: Array, axis: int, policy: Policy, owner: str) -> int:
     """x is real, and `axis` one of its axes; returned counted from the front."""
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):

@@ -15,7 +15,12 @@ from steadynorm.jax import checks
 from steadynorm.jax.arrays import reference
 from steadynorm.jax.named_axis import NamedAxis, varying_like
 from steadynorm.kernels.activations import ACTIVATIONS, ActivationName
-from steadynorm.kernels.checks import activation_name, nonfinite_name, residual_shape
+from steadynorm.kernels.checks import (
+    activation_name,
+    momentum_range,
+    nonfinite_name,
+    residual_shape,
+)
 from steadynorm.kernels.reference import Groups
 from steadynorm.statistics import (
     Coefficients,
@@ -178,7 +183,7 @@ def batch_norm(
     policy = policy_from(statistics).one_way()
     activation_name(activation, owner)
     nonfinite_name(nonfinite, owner)
-    checks.momentum_range(momentum, owner)
+    momentum_range(momentum, owner)
     x = jnp.asarray(x)
     axis = checks.input_and_axis(x, axis, policy, owner)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -272,7 +277,8 @@ def _moved_by(value: Array, share: Array, live: Array) -> Array:
 @_moved_by.defjvp
 def _moved_by_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     value, share, _ = primals
-    return value, jnp.asarray(share * tangents[2], value.dtype)
+    # Itself again as the value: a plain `value` would be a constant in the next derivative.
+    return _moved_by(*primals), jnp.asarray(share * tangents[2], value.dtype)
 
 
 def _forward(

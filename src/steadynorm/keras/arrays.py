@@ -11,11 +11,12 @@ import keras
 from keras import ops
 
 from steadynorm.kernels.reference import Reference
+from steadynorm.kernels.reference.immutable_arrays import ImmutableArrays
 
 Tensor = Any  # of whichever backend
 
 
-class KerasArrays:
+class KerasArrays(ImmutableArrays):
     """The functions that `ArrayNamespace` asks for; what is not here is `keras.ops`'s own."""
 
     int32 = "int32"
@@ -23,11 +24,6 @@ class KerasArrays:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(ops, name)
-
-    @staticmethod
-    def const(number: float, like: Tensor) -> float:
-        """Beside a plain number, every backend's operators keep the tensor's type."""
-        return number
 
     @staticmethod
     def promote_types(*dtypes: Any) -> str:
@@ -53,36 +49,11 @@ class KerasArrays:
         return ops.cast(ops.prod(ops.stack([ops.cast(n, "int32") for n in lengths])), x.dtype)
 
     @staticmethod
-    def sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-        """The sum, one axis after the other, the last first.
-
-        XLA on the CPU adds hundreds of values of a channel sequentially; for data near 1e6, whose
-        roundings repeat, that cost the variance of 448 values 2e-6.
-        """
-        for axis in sorted(axes, reverse=True):  # the first one first takes XLA 20 times as long
-            x = ops.sum(x, axis, keepdims=True)
-            if keras.config.backend() == "jax":  # whose compiler would join the axes again
-                x = import_module("jax").lax.optimization_barrier(x)
+    def sum_over(x: Tensor, axis: int) -> Tensor:
+        x = ops.sum(x, axis, keepdims=True)
+        if keras.config.backend() == "jax":  # whose compiler would join the axes again
+            x = import_module("jax").lax.optimization_barrier(x)
         return x
-
-    @staticmethod
-    def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-        size = KerasArrays.size(x, axes)
-        size = max(size, 1) if isinstance(size, int) else ops.maximum(size, 1)
-        return KerasArrays.sum(x, axes) / size
-
-    @staticmethod
-    def mean_and_variance(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        mean = KerasArrays.mean(x, axes)
-        return mean, KerasArrays.mean(ops.square(x - mean), axes)
-
-    @staticmethod
-    def add(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-        return a + b
-
-    @staticmethod
-    def addcmul(a: Tensor, b: Tensor, c: Tensor, *, out: Tensor) -> Tensor:
-        return a + b * c
 
 
 xp: Any = KerasArrays()

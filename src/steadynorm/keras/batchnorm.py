@@ -8,12 +8,13 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.src import backend
 
 from steadynorm.keras import recomputation
 from steadynorm.keras.arrays import reference, xp
 from steadynorm.keras.gradient_memory import GradientMemoryOfLayer, Seen
 from steadynorm.keras.replica_context import replica_context
-from steadynorm.kernels.checks import nonfinite_name, residual_shape
+from steadynorm.kernels.checks import momentum_range, nonfinite_name, residual_shape
 from steadynorm.kernels.reference import Groups
 from steadynorm.statistics import (
     Batch,
@@ -77,7 +78,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         training: whether the policy decides and the moving statistics move.
         mask: true where valid; of inputs' shape without the channel axis, wherever that is, or with
             length 1 in places. Moments come from valid positions; every position is normalized. A
-            mask that only fits without the last axis, as Keras's layers make them, is taken too.
+            mask that only fits without the last axis, as Keras's layers make them, is taken too;
+            one that arrives by itself from such a layer is always read so.
         residual: of inputs' shape; added before the activation.
 
     Raises:
@@ -115,7 +117,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         **keras_arguments: Any,
     ) -> None:
         nonfinite_name(nonfinite, "BatchNormalization")
-        _settings_in_range(momentum, epsilon)
+        momentum_range(momentum, "BatchNormalization")
+        if not epsilon > 0:
+            raise ValueError(
+                f"BatchNormalization: `epsilon` must be above 0, so that a channel of one value "
+                f"can be normalized; got {epsilon!r}."
+            )
         super().__init__(axis, momentum, epsilon, center, scale, *others, **keras_arguments)
         self.statistics = _policy(statistics)
         self.renorm = getattr(self, "renorm", False)  # older releases of Keras have none
@@ -349,24 +356,11 @@ def _policy(statistics: Policy | PolicyName | Mapping[str, Any]) -> Policy:
     return type(policy_from(settings.pop("policy", None)))(**settings)
 
 
-def _settings_in_range(momentum: float, epsilon: float) -> None:
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"BatchNormalization: `momentum` must lie in [0, 1], the weight of the old average; "
-            f"got {momentum!r}."
-        )
-    if not epsilon > 0:
-        raise ValueError(
-            f"BatchNormalization: `epsilon` must be above 0, so that a channel of one value can be "
-            f"normalized; got {epsilon!r}."
-        )
-
-
 def _expanded(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
     """`mask` as boolean, of inputs' shape without the channel axis.
 
-    A mask of the inputs' shape without the *last* axis, as Keras's layers make them, where that is
-    another shape, becomes one of the inputs' whole shape.
+    A mask of the inputs' shape without the *last* axis, as Keras's layers make them, becomes one of
+    the inputs' whole shape: where that is another shape, or the inputs come from such a layer.
     """
     shape, came = ops.shape(inputs), tuple(mask.shape)
 
@@ -377,7 +371,10 @@ def _expanded(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
         )
 
     mask, last = ops.cast(mask, "bool"), len(inputs.shape) - 1
-    if fits(axis):
+    # Keras 3.5 has no function for it.
+    carried = getattr(backend, "get_keras_mask", lambda t: getattr(t, "_keras_mask", None))(inputs)
+    from_keras = axis != last and carried is not None and fits(last)
+    if fits(axis) and not from_keras:
         return ops.broadcast_to(mask, tuple(n for i, n in enumerate(shape) if i != axis))
     if fits(last):
         return ops.broadcast_to(ops.expand_dims(mask, -1), shape)

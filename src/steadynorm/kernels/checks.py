@@ -26,6 +26,15 @@ def nonfinite_name(nonfinite: Any, owner: str) -> Any:
     return nonfinite
 
 
+def momentum_range(momentum: float, owner: str) -> None:
+    """`momentum` is a weight, that of the old average, as in Keras and flax."""
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{owner}: `momentum` must lie in [0, 1], the weight of the old average; "
+            f"got {momentum!r}."
+        )
+
+
 def numerics_name(numerics: Any, owner: str) -> Any:
     """`numerics`, if it is "device" or "exact"."""
     if numerics not in ("device", "exact"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from copy import copy
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -93,6 +94,11 @@ def moved(batch: Any, device: torch.device) -> Any:
         return type(batch)(*(moved(part, device) for part in batch))
     if type(batch) in (tuple, list):
         return type(batch)(moved(part, device) for part in batch)
-    if type(batch) is dict:
-        return {key: moved(value, device) for key, value in batch.items()}
-    return batch.to(device) if hasattr(batch, "to") else batch
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, MutableMapping):
+        there = {key: moved(value, device) for key, value in batch.items()}
+        if any(there[key] is not batch[key] for key in there):
+            batch = copy(batch)
+            batch.update(there)
+    return batch

@@ -50,7 +50,8 @@ def drop_redundant_bias(
         model: in either mode, which stays.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, a batch that
             the model can train on. With them the model may be any Python code, and its answers in
-            inference are compared with those from before. Without, `torch.fx` must follow it.
+            inference are compared with those from before. Without, `torch.fx` must follow it, and a
+            `BatchNorm1d` beside `nn.Linear` is taken to act on (N, C).
         inplace: change the model given instead of a copy.
 
     Returns the model and the changes. An optimizer must be built, or rebuilt, after this.
@@ -145,9 +146,12 @@ def _why_needed(
     for module in (host, *norms):
         if reason := why_untouchable(module):
             return reason
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
     for graph in graphs:
         if any(id(parameter) in graph.touched for parameter in host.parameters()):
             return "it is also read outside its layer"
+        if any(id(buffer) in graph.touched for buffer in statistics):
+            return "the running mean after it is also read outside it"
         for call in graph.calls(host):
             axis = None if call.shape is None else channel_axis(host, len(call.shape))
             users = list(call.ends(axis))

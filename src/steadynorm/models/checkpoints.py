@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -45,7 +46,8 @@ def convert_weights(
     keep the biased variance in torch too: leave those as they are.
 
     Args:
-        weights: arrays by name, names joined as `SEPARATORS` says.
+        weights: arrays by name, names joined as `SEPARATORS` says; flax's by slashes too, and with
+            the collections of `flax.linen`, `params` and `batch_stats`, in front.
         source: "torch", "keras" or "flax".
         target: likewise.
         values_per_channel: n above; without, the variance is left as it is, which is remarked.
@@ -72,6 +74,8 @@ def convert_weights(
     ('1: num_batches_tracked (9) is left out: keras has no place for it.',)
     """
     names, new_names = _names(source, "source"), _names(target, "target")
+    if source == "flax":
+        weights = _without_collections(weights)
     layers = find_layers(weights, source)
     unnamed = _unnamed(weights) if source == "keras" else {}
     remarks = [_UNNAMED.format(prefix, len(arrays)) for prefix, arrays in unnamed.items()]
@@ -106,6 +110,12 @@ def convert_weights(
     return Converted(converted, tuple(remarks))
 
 
+def _without_collections(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """flax's arrays by the names of their layers, where linen's collections part a layer's."""
+    dotted = {name.replace("/", "."): array for name, array in weights.items()}
+    return {re.sub(r"^(params|batch_stats)\.", "", name): array for name, array in dotted.items()}
+
+
 _UNNAMED = (
     "{}: {} arrays are left out: they may be a batch normalization with scale=False, center=False "
     "or renorm=True, but the file numbers its arrays and does not say which they are. Save the "
@@ -123,10 +133,10 @@ def _unnamed(weights: Mapping[str, Any]) -> dict[str, list[str]]:
         kind = prefix.rpartition(SEPARATORS["keras"])[2]
         if last.isdecimal() and not kind.startswith(_OTHERS):
             groups.setdefault(prefix, []).append(name)
-    return {prefix: names for prefix, names in groups.items() if _alike(weights, names)}
+    return {prefix: names for prefix, names in groups.items() if _may_be_a_layer(weights, names)}
 
 
-def _alike(weights: Mapping[str, Any], names: list[str]) -> bool:
+def _may_be_a_layer(weights: Mapping[str, Any], names: list[str]) -> bool:
     shapes = [np.shape(weights[name]) for name in names]
     shapes = shapes[:-1] if shapes[-1] == () else shapes  # a count of batches
     # Two to seven arrays: the moving statistics, what is learned, and what renorm=True adds.

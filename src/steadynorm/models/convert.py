@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -24,6 +23,8 @@ from steadynorm.models.equivalence import (
 from steadynorm.models.fuse import fuse as fuse_calls
 from steadynorm.models.fuse import unfuse, unfused
 from steadynorm.models.layers import (
+    OURS,
+    REPLACED,
     Norm,
     activation_name,
     behaves,
@@ -269,17 +270,16 @@ PAIRS: tuple[tuple[type[nn.Module], type[ours.SteadyNorm]], ...] = (
     (nn.LazyBatchNorm1d, ours.LazyBatchNorm1d),
     (nn.LazyBatchNorm2d, ours.LazyBatchNorm2d),
     (nn.LazyBatchNorm3d, ours.LazyBatchNorm3d),
-    (nn.BatchNorm1d, ours.BatchNorm1d),
-    (nn.BatchNorm2d, ours.BatchNorm2d),
-    (nn.BatchNorm3d, ours.BatchNorm3d),
+    *OURS.items(),
 )
-BY_RANK = {"1d": ours.BatchNorm1d, "2d": ours.BatchNorm2d, "3d": ours.BatchNorm3d}
 
 
 def why_not_ours(module: nn.Module, norm: Norm) -> str | None:
     """Why a batch norm cannot become ours, None where it can."""
     if norm.kind != "ours" and parametrize.is_parametrized(module):
         return PARAMETRIZED
+    if norm.kind == "torch" and "forward" in vars(module):
+        return REPLACED
     if norm.kind in ("ours", "torch"):
         return None
     name = type(module).__name__
@@ -318,8 +318,8 @@ def _class_for(module: nn.Module) -> type[ours.SteadyNorm]:
     for theirs, mine in PAIRS:
         if isinstance(module, theirs):
             return mine
-    found = re.search(r"[123]d", type(module).__name__)
-    return BY_RANK[found.group()] if found else BatchNorm
+    by_rank = (mine for mine in OURS.values() if mine.__name__[-2:] in type(module).__name__)
+    return next(by_rank, BatchNorm)
 
 
 def _restructure(module: Any, norm: Norm) -> list[str]:

@@ -56,8 +56,11 @@ def reproducible() -> Iterator[None]:
         yield
 
 
-def answers(model: nn.Module, example_inputs: Any, *, training: bool) -> list[Tensor]:
-    """Every tensor the model returns, from a fixed seed; the model is left as it was."""
+def answers(model: nn.Module, example_inputs: Any, *, training: bool | None) -> list[Tensor]:
+    """Every tensor the model returns, from a fixed seed; the model is left as it was.
+
+    `training`: None leaves every module in its own mode.
+    """
     with untouched(model), reproducible(), torch.no_grad():
         set_training(model, training)
         seed(0)

@@ -149,7 +149,8 @@ def write(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         kinds = ", ".join(formats.WRITERS)
         raise ValueError(f"path must end in one of {kinds}; got {path.name!r}.")
     held = {name: formats.whole(value) for name, value in weights.items()}
-    if objects := [name for name, value in held.items() if value.dtype == object]:
+    kinds_of = {n: v.dtype.kind for n, v in held.items() if isinstance(v, np.ndarray)}
+    if objects := [name for name, kind in kinds_of.items() if kind in "OSUMmV"]:
         raise ValueError(f"weights must be arrays of numbers; got objects under {objects}.")
     with replacing(path) as part:
         formats.WRITERS[path.suffix](held, part)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from steadynorm.models.changes import Change, Changes
@@ -18,6 +20,7 @@ from steadynorm.models.layers import (
     channels,
     describe,
     is_host,
+    kept_elsewhere,
     meets_channels,
     named,
     recognize,
@@ -49,7 +52,8 @@ def fold(
     (see `steadynorm.models.graph`). Folded is
     only what provably gives the same: the output of the layer before goes to this batch norm alone;
     a convolution after it must not pad with zeros. Everything else is left and named in the
-    changes, with the reason.
+    changes, with the reason. Layers that were put in training mode, such as a dropout that samples
+    in inference, are followed in that mode.
 
     Arguments:
         model: in inference (`model.eval()`).
@@ -82,12 +86,12 @@ def fold(
             "fold: `model` must be in inference, since a batch norm in training normalizes with "
             "the batch and cannot be folded; got a model in training. Call model.eval() first."
         )
-    expected = None if example_inputs is None else answers(model, example_inputs, training=False)
+    expected = None if example_inputs is None else answers(model, example_inputs, training=None)
     folded = model if inplace else copied(model, "fold")
-    surgery = _Folding(folded, trace(folded, example_inputs))
+    surgery = _Folding(folded, trace(folded, example_inputs, training=None))
     folded, changes = surgery.run()
     if expected is not None:
-        compare(expected, answers(folded, example_inputs, training=False), "fold")
+        compare(expected, answers(folded, example_inputs, training=None), "fold")
     if changes.tally().get("folded"):
         for part in folded.modules():
             if hasattr(part, "save_pretrained"):
@@ -112,6 +116,7 @@ class _Folding:
         self.model = model
         self.graph = graph
         self.names = {id(module): name for name, module in named(model)}
+        self.kept = kept_elsewhere(model)
 
     def run(self) -> tuple[Any, Changes]:
         order = [module for _, module in named(self.model) if recognize(module) is not None]
@@ -162,7 +167,7 @@ class _Folding:
                 return f"its input comes from {made_by}, not from a linear layer or convolution"
             hosts[source.module] = None
         for host in hosts:
-            if reason := self.why_not_into(host, module):
+            if reason := self.why_not_into(host, module) or _overflow(host, module, scale_output):
                 return f"{self.name(host)} before it cannot take it: {reason}"
         return list(hosts)
 
@@ -175,14 +180,20 @@ class _Folding:
         if norm.activation is not None:
             return "it applies an activation, so nothing after it can take it"
         hosts: dict[nn.Module, None] = {}
+        order = {node: at for at, node in enumerate(self.graph.nodes)}
         for call_ in self.graph.calls(module):
             for user, axis in call_.ends(None if call_.shape is None else 1):
                 if user.module is None or not is_host(user.module):
                     return f"its output goes to {user.name}, not to a linear layer or convolution"
                 host = user.module
-                if reason := self.why_not_from(host, module, user, axis):
+                reason = self.why_not_from(host, module, user, axis)
+                if reason := reason or _overflow(host, module, scale_input):
                     return f"{self.name(host)} after it cannot take it: {reason}"
                 hosts[host] = None
+                # Its input itself would go to that layer, with what was written into it meanwhile.
+                between = self.graph.nodes[order[call_] + 1 : order[user]]
+                if writer := next((node for node in between if node.writes), None):
+                    return f"{writer.name}, called before {self.name(host)}, works in place"
         return list(hosts) or "nothing uses its output"
 
     def why_not(self, module: nn.Module) -> str | None:
@@ -197,6 +208,10 @@ class _Folding:
             return reason
         if norm.kind == "other" and not behaves(module, norm):
             return f"{type(module).__name__} has its own forward, and it is not a batch norm's"
+        if module in self.kept:
+            return "an attribute of the model holds it too, in a list or the like"
+        if any(id(t) in self.graph.touched for t in (*module.parameters(), *module.buffers())):
+            return "its weights or statistics are also read outside it"
         calls = self.graph.calls(module)
         if not calls:
             return "it is not called"
@@ -253,3 +268,13 @@ class _Folding:
         if any(id(parameter) in self.graph.touched for parameter in host.parameters()):
             return "its weights are also read outside it"
         return None
+
+
+def _overflow(host: nn.Module, norm: nn.Module, rewrite: Rewrite) -> str | None:
+    """Why a layer in half precision cannot take a batch norm: its folded weights are too large."""
+    if all(parameter.dtype is not torch.float16 for parameter in host.parameters()):
+        return None
+    folded = copy.deepcopy(host)
+    rewrite(folded, *recognize(norm).in_inference())  # type: ignore[union-attr]
+    finite = all(parameter.isfinite().all() for parameter in folded.parameters())
+    return None if finite else "float16 cannot hold the weights that it would get"

@@ -132,19 +132,19 @@ def tensor_entry(tensor: Any) -> Entry:
 
 
 def array_of(value: Any) -> np.ndarray:
-    """A tensor as an array of its own; NumPy knows no bfloat16, so that becomes float32."""
+    """A tensor as an array of its own; what NumPy has no type for, bfloat16, becomes float32."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     tensor = value.detach().to("cpu", copy=True)
-    half = str(tensor.dtype) == "torch.bfloat16"
-    array: np.ndarray = (tensor.float() if half else tensor).numpy()
+    known = hasattr(np, str(tensor.dtype).removeprefix("torch."))
+    array: np.ndarray = (tensor if known else tensor.float()).numpy()
     return array
 
 
 def npy(path: Path, opened: ExitStack) -> Entries:
     """Of `.npy`: one array, mapped."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return {"": Entry(array.shape, array.dtype.name, lambda: array)}
+    return {"": Entry(array.shape, array.dtype.name, lambda: _native(array))}
 
 
 def npz(path: Path, opened: ExitStack) -> Entries:
@@ -166,7 +166,12 @@ def npz(path: Path, opened: ExitStack) -> Entries:
 
 
 def _load_from(held: Any, name: Any) -> Callable[[], np.ndarray]:
-    return lambda: np.asarray(held[name])
+    return lambda: _native(np.asarray(held[name]))
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """The array in this machine's order of bytes, the only one that torch takes."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def keras(path: Path, opened: ExitStack) -> Entries:
@@ -292,7 +297,7 @@ def _write_safetensors(held: Mapping[str, Any], path: Path) -> None:
     else:
         from safetensors.torch import save
 
-        content = save(dict(held))
+        content = save(_tensors(held))
     path.write_bytes(content)
 
 
@@ -304,7 +309,13 @@ def _write_npz(held: Mapping[str, Any], path: Path) -> None:
 def _write_torch(held: Mapping[str, Any], path: Path) -> None:
     import torch
 
-    torch.save({n: torch.as_tensor(value) for n, value in held.items()}, path)
+    torch.save(_tensors(held), path)
+
+
+def _tensors(held: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.as_tensor(value) for name, value in held.items()}
 
 
 WRITERS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {

@@ -9,7 +9,14 @@ from torch.nn.utils import parametrize
 
 from steadynorm.models.changes import Change, Changes
 from steadynorm.models.convert import BEFORE_FREEZE, OURS_ALONE, PARAMETRIZED, adopt
-from steadynorm.models.layers import Norm, describe, named, recognize, require_module
+from steadynorm.models.layers import (
+    REPLACED,
+    Norm,
+    describe,
+    named,
+    recognize,
+    require_module,
+)
 from steadynorm.nn.steps import StepNorm
 from steadynorm.statistics import Frozen, Policy
 
@@ -140,6 +147,8 @@ def _described(module: nn.Module) -> str:
 def _why_not(module: nn.Module, norm: Norm) -> str | None:
     if parametrize.is_parametrized(module):
         return PARAMETRIZED
+    if "forward" in vars(module):
+        return REPLACED
     if norm.kind == "other" and not norm.frozen:
         return f"{type(module).__name__} has its own forward; convert the model first"
     if isinstance(module.running_mean, nn.parameter.UninitializedBuffer):

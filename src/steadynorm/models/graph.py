@@ -30,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from steadynorm.models.fuse import unfused
 from steadynorm.models.layers import DROPOUTS, is_host, recognize
 from steadynorm.models.untouched import set_training, untouched
+from steadynorm.nn.hooks import hooked
 
 
 @dataclass(eq=False)
@@ -46,6 +47,8 @@ class Node:
     """Of the result, where known."""
     axes: dict[int, int] | None = None
     """For an operator that only rearranges: where each axis of `inputs[0]` goes."""
+    writes: bool = False
+    """Whether it may write into a tensor that it is given."""
 
     def ends(self, axis: int | None) -> Iterator[tuple[Node, int | None]]:
         """Every true user behind operators that only rearrange, and where the axis has gone.
@@ -95,13 +98,13 @@ def trace(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    training: bool = False,
+    training: bool | None = False,
     atom: Callable[[nn.Module], bool] = is_atom,
 ) -> Graph:
     """The graph of `model` in inference, or in training; the model is left as it was.
 
-    `example_inputs`: as `call` takes them. `atom`: what is one node, with its module; what is not
-    is looked into.
+    `example_inputs`: as `call` takes them. `training`: None leaves every module in its own mode.
+    `atom`: what is one node, with its module; what is not is looked into.
 
     Raises ValueError where `torch.fx` cannot follow the model and no example inputs are given.
     """
@@ -155,8 +158,9 @@ def _in_place(function: Any) -> Any:
     return record
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
-    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+for _name in _IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 _TRACING = threading.Lock()  # torch.fx patches nn.Module for the whole process
@@ -169,6 +173,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._atom = atom
         self._leaves: set[nn.Module] = set()
+        self.touched: set[int] = set()
         self._thread = threading.get_ident()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
@@ -193,6 +198,7 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
             return attr_val
+        self.touched.update(id(tensor) for tensor in tensors(attr_val))
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
@@ -202,8 +208,9 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
         only = Node("", model, [start], [end])
         start.users, end.inputs = [only], [only]
         return Graph([start, only, end], set())
+    tracer = _Tracer(atom)
     try:
-        graph = _Tracer(atom).trace(model)
+        graph = tracer.trace(model)
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
@@ -212,12 +219,14 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
     nodes: dict[fx.Node, Node] = {}
-    touched: set[int] = set()
+    touched = tracer.touched
     order: list[Node] = []
     for entry in graph.nodes:
         module = modules[str(entry.target)] if entry.op == "call_module" else None
-        drops_nothing = isinstance(module, DROPOUTS) and not module.training
-        if isinstance(module, nn.Identity) or drops_nothing:
+        idle = isinstance(module, nn.Identity) or (
+            isinstance(module, DROPOUTS) and not module.training
+        )
+        if module is not None and idle and not hooked(module):
             nodes[entry] = nodes[entry.args[0]]
             continue
         if entry.op == "get_attr":
@@ -225,6 +234,7 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
             touched.update(id(tensor) for tensor in tensors(found))
         node = Node(str(entry.target), module if module and atom(module) else None)
         node.plain = len(entry.args) == 1 and not entry.kwargs
+        node.writes = _may_write(entry, module)
         nodes[entry] = node
         order.append(node)
         if not _reads_only_metadata(entry):
@@ -234,6 +244,18 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
                 node.inputs.append(nodes[source])
                 nodes[source].users.append(node)
     return Graph(order, touched)
+
+
+def _may_write(entry: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a call works in place, by its name or by what it is told."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if entry.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(entry.target, "__name__", entry.target))
+    flags = [entry.kwargs.get("inplace"), *entry.args]
+    told = "out" in entry.kwargs or any(flag is True for flag in flags)
+    return told or name.endswith("_") or name in _IN_PLACE
 
 
 def _reads_only_metadata(entry: fx.Node) -> bool:
@@ -266,7 +288,8 @@ class _Recorder(TorchDispatchMode):
         if not self.inside:
             given = list(tensors([args, kwargs or {}]))
             self.touched.update(id(tensor) for tensor in given if id(tensor) in self.owned)
-            node = self.add(Node(str(func.overloadpacket)), given, result)
+            node = Node(str(func.overloadpacket), writes=func._schema.is_mutable)
+            self.add(node, given, result)
             if len(given) == 1 and isinstance(result, Tensor):
                 node.axes = _moved_axes(func, args, given[0].shape, result.shape)
         return result

@@ -55,7 +55,15 @@ class Norm(NamedTuple):
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU, since not every device has it."""
+    """In float64, on the CPU, since not every device has it.
+
+    Raises ValueError for a tensor without values.
+    """
+    if tensor.is_meta:
+        raise ValueError(
+            "`model` must hold values to compute with; got a tensor on the meta device. Move it "
+            "with model.to_empty(device=...) and load its weights first."
+        )
     return tensor.detach().to("cpu", torch.float64)
 
 
@@ -124,8 +132,14 @@ def is_host(module: nn.Module) -> bool:
     return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
 
 
+REPLACED = "its forward has been replaced"
+"""Why a layer stays whose `forward` is an attribute of the object: what that does is not known."""
+
+
 def why_untouchable(module: nn.Module) -> str | None:
     """Why the weights of a layer cannot be rewritten, None where they can."""
+    if "forward" in vars(module):
+        return REPLACED
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks, which would see other values"
     if parametrize.is_parametrized(module):
@@ -208,15 +222,40 @@ def describe(module: nn.Module) -> str:
 
 
 def require_module(model: object, owner: str) -> None:
-    """Raises TypeError for what is no model."""
+    """Raises TypeError for what is no model, or one that torch.jit has compiled."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{owner}: `model` must be a torch.nn.Module; got {type(model).__name__}.")
+    scripted = next((n for n, part in named(model) if isinstance(part, torch.jit.ScriptModule)), "")
+    if scripted:
+        raise TypeError(
+            f"{owner}: `model` must not be compiled by torch.jit, which keeps no layers to "
+            f"recognize; {scripted!r} is. Give the model from before torch.jit.script or trace."
+        )
 
 
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, by its first name in the model; the model itself is "(model)"."""
     for name, module in model.named_modules():
         yield name or "(model)", module
+
+
+def kept_elsewhere(model: nn.Module) -> set[nn.Module]:
+    """Modules that a model holds as plain attributes, too, where `replace` does not reach them."""
+
+    def inside(value: Any, depth: int) -> Iterator[nn.Module]:
+        if isinstance(value, nn.Module):
+            yield value
+        elif depth and isinstance(value, list | tuple | set | dict):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from inside(item, depth - 1)
+
+    return {
+        found
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name != "_modules"
+        for found in inside(value, 4)
+    }
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

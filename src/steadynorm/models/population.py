@@ -75,8 +75,7 @@ class MeasuringPass:
             ("running_mean", now.mean, before.mean),
             ("running_var", now.var, before.var),
         ):
-            buffer = getattr(module, name)
-            buffer.copy_(torch.where(some, value, old).to(buffer.dtype))
+            _write(getattr(module, name), torch.where(some, value, old), layer.name)
         if getattr(module, "nonfinite", None) == "skip":
             part = _without_nonfinite(part)
         so_far = self.found.get(layer.name)
@@ -89,6 +88,18 @@ def _without_nonfinite(part: LayerMoments) -> LayerMoments:
     if finite:
         return part
     return LayerMoments(Moments(*(torch.zeros_like(v) for v in part.moments)), 0, 0)
+
+
+def _write(buffer: Tensor, value: Tensor, layer: str) -> None:
+    """Writes statistics into a buffer. Raises ValueError where half precision cannot hold them."""
+    written = value.to(buffer.dtype)
+    if buffer.dtype is torch.float16 and (written.isinf() & value.isfinite()).any():
+        raise ValueError(
+            f"the running statistics of {layer!r} are float16, which cannot hold those of the "
+            f"data, up to {float(value.abs().max()):.3g}. sn.convert makes layers that keep them "
+            f"in float32."
+        )
+    buffer.copy_(written)
 
 
 @dataclass
@@ -176,8 +187,8 @@ class Population:
     def _store(self, name: str) -> None:
         module: Any = self.movable[name].module
         now = self._final(name)
-        module.running_mean.copy_(now.mean.to(module.running_mean.dtype))
-        module.running_var.copy_(now.var.to(module.running_var.dtype))
+        _write(module.running_mean, now.mean, name)
+        _write(module.running_var, now.var, name)
 
     def write(self) -> None:
         """Copy the final statistics into the layers' buffers."""

@@ -151,7 +151,10 @@ def seed(value: int) -> None:
         torch.mps.manual_seed(value)
 
 
-def set_training(model: nn.Module, training: bool) -> None:
-    """Sets the mode of every submodule, past whatever a model's own `train()` does."""
+def set_training(model: nn.Module, training: bool | None) -> None:
+    """Sets the mode of every submodule, past whatever a model's own `train()` does.
+
+    None leaves each in its own.
+    """
     for module in model.modules():
-        module.training = training
+        module.training = module.training if training is None else training

@@ -1,6 +1,6 @@
 """What a batch may be, and what is said about one that cannot be used."""
 
-from collections import UserDict
+from collections import OrderedDict, UserDict
 from typing import Any, NamedTuple
 
 import pytest
@@ -74,6 +74,15 @@ def test_max_batches_reads_no_further() -> None:
 
     assert sn.calibrate(Model(), endless(), max_batches=3, progress=False).batches == 3
     assert len(read) == 3
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, OrderedDict])
+def test_mappings_of_every_kind_move_and_keep_their_kind(kind: Any) -> None:
+    batch = kind(x=X, labels=None)
+    there = moved(batch, torch.device("meta"))
+    assert type(there) is kind
+    assert there["x"].is_meta
+    assert not batch["x"].is_meta
 
 
 def test_batches_move_to_the_device() -> None:

@@ -268,6 +268,19 @@ def test_statistics_keep_their_buffers_type(dtype: torch.dtype) -> None:
     close(layer.running_var, var)
 
 
+@pytest.mark.parametrize("passes", ["one", "layerwise"])
+def test_statistics_beyond_float16_are_refused(passes: str) -> None:
+    """torch's layer in half precision; its running variance would be infinite, and say nothing."""
+    model = nn.Sequential(nn.BatchNorm1d(1)).half()
+    batches = [torch.tensor([[-1000.0], [1000.0]]).half()]
+    with pytest.raises(ValueError, match=r"of '0' are float16, which cannot hold .* sn.convert"):
+        sn.calibrate(model, batches, passes=passes)
+    assert model[0].running_var.item() == 1
+    model, _ = sn.convert(model)
+    sn.calibrate(model, batches, passes=passes)
+    assert model[0].running_var.item() == 2e6
+
+
 def test_update_bn_gives_something_else() -> None:
     """The peer weighs batches alike and forgets the spread between their means."""
     x = data(6, 2)

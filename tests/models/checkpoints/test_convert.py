@@ -54,6 +54,30 @@ def test_flax_and_keras_keep_the_same_variance() -> None:
     assert remarks == ()
 
 
+@pytest.mark.parametrize("separator", [".", "/"])
+@pytest.mark.parametrize("collections", [("", ""), ("params.", "batch_stats.")])
+def test_flax_by_slashes_and_with_linens_collections(
+    separator: str, collections: tuple[str, str]
+) -> None:
+    """linen keeps a layer's weight in another collection than its statistics."""
+    learned, seen = collections
+    flax = {
+        f"{learned}block.bn.scale": np.full(3, 2.0),
+        f"{learned}block.bn.bias": np.full(3, 3.0),
+        f"{seen}block.bn.mean": np.full(3, 4.0),
+        f"{seen}block.bn.var": np.full(3, 5.0),
+    }
+    named = {name.replace(".", separator): array for name, array in flax.items()}
+    values, _ = convert_weights(named, "flax", "torch")
+    first = {name: array[0] for name, array in values.items() if array.ndim}
+    assert first == {
+        "block.bn.weight": 2.0,
+        "block.bn.bias": 3.0,
+        "block.bn.running_mean": 4.0,
+        "block.bn.running_var": 5.0,
+    }
+
+
 @pytest.mark.parametrize("other", ["keras", "flax"])
 def test_there_and_back_is_the_same_checkpoint(other: str) -> None:
     layers = {name: a for name, a in TORCH.items() if name != "0.weight"}

@@ -142,6 +142,22 @@ def test_left_with_the_reason(spoil: Any, why: str) -> None:
     assert result[0].bias is not None
 
 
+def test_statistics_read_elsewhere_and_a_hook_in_between_stay() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.linear(x)) + self.bn.running_mean.sum()
+
+    _, changes = drop_redundant_bias(Reads())
+    assert changes[0].why == "the running mean after it is also read outside it"
+    hooked = nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.BatchNorm1d(4))
+    hooked[1].register_forward_hook(lambda module, args, result: result * 2)
+    assert drop_redundant_bias(hooked)[1] == []
+
+
 def test_residual_that_is_not_the_input() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:

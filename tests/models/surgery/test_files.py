@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from steadynorm.files import replacing
-from steadynorm.models import named
+from steadynorm.models import files, named
 from steadynorm.models.files import load_weights, read_data, read_tensors, write
 
 STATE = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
@@ -36,6 +36,22 @@ def test_shared_tensors_and_views_are_written_whole(tmp_path: Path) -> None:
     read = read_tensors(tmp_path / "w.safetensors")
     assert torch.equal(read["b"], shared)
     assert torch.equal(read["c"], shared.t())
+
+
+def test_types_of_other_machines_and_of_other_libraries(tmp_path: Path) -> None:
+    np.savez(tmp_path / "big.npz", a=np.arange(3, dtype=">f4"))
+    np.save(tmp_path / "big.npy", np.arange(3, dtype=">f4"))
+    assert torch.equal(read_tensors(tmp_path / "big.npz")["a"], torch.arange(3.0))
+    assert torch.equal(read_data(tmp_path / "big.npy"), torch.arange(3.0))
+    write({"a": torch.ones(2).to(torch.float8_e4m3fn), "b": np.ones(2)}, tmp_path / "w.safetensors")
+    assert {
+        name: str(array.dtype) for name, array in files.read(tmp_path / "w.safetensors").items()
+    } == {
+        "a": "float32",
+        "b": "float64",
+    }
+    with pytest.raises(ValueError, match=r"weights must be arrays of numbers; .* \['name'\]"):
+        write({"name": np.array("x")}, tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("nest", ["state_dict", "model_state_dict", "model"])

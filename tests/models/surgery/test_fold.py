@@ -191,6 +191,47 @@ def test_subclass_with_its_own_forward_stays() -> None:
     check(model, torch.randn(2, 3, 5, 5), folded=0)
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_forward_of_the_object_itself_stays(at: int) -> None:
+    model = disturb(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval()
+    layer = model[at]
+    layer.forward = lambda x: type(layer).forward(layer, x) * 2 + 1
+    for inputs in (None, torch.randn(2, 3, 4, 4)):
+        _, changes = fold(model, inputs)
+        assert "its forward has been replaced" in changes.left[0].why
+
+
+def test_weights_that_half_precision_cannot_hold_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(300)
+        model[1].running_var.fill_(1e-6)
+    _, changes = fold(model.half())
+    assert "float16 cannot hold the weights" in changes.left[0].why
+    assert fold(model.bfloat16())[1].tally() == {"folded": 1}
+
+
+def test_a_model_without_values_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().to("meta")
+    with pytest.raises(ValueError, match=r"must hold values .* on the meta device"):
+        fold(model)
+
+
+def test_compiled_by_jit_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    scripted = torch.jit.script(model)
+    for compiled in (scripted, nn.Sequential(scripted)):
+        for call in (
+            sn.fold,
+            sn.convert,
+            sn.drop_redundant_bias,
+            lambda m: sn.calibrate(m, [torch.randn(4, 3)]),
+            lambda m: sn.parameter_groups(m, weight_decay=0.1),
+        ):
+            with pytest.raises(TypeError, match=r"`model` must not be compiled by torch.jit"):
+                call(compiled)  # type: ignore[operator]
+
+
 def test_training_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fold: `model` must be in inference.*model.eval\(\)"):
         fold(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))

@@ -143,6 +143,80 @@ def test_an_operator_nobody_announced_is_seen() -> None:
     check(Forward(forward), torch.randn(2, 3, 4, 4), folded=0, by="record")
 
 
+def test_what_samples_or_branches_in_training_mode_inside_a_model_in_inference() -> None:
+    """Monte Carlo dropout: taken for nothing, it made the folded model differ by 1.2."""
+
+    class Mode(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 3 + 1 if self.training else x
+
+    x = torch.randn(6, 3)
+    for between in (nn.Dropout(0.5), Mode()):
+        for layers in (
+            (nn.Linear(3, 4), between, nn.BatchNorm1d(4)),
+            (nn.BatchNorm1d(3), between, nn.Linear(3, 4)),
+        ):
+            model = disturb(nn.Sequential(*layers)).eval()
+            between.train()
+            for inputs in (None, x):
+                assert fold(model, inputs)[1].tally() == {"left": 1}
+            between.eval()
+            assert fold(model)[1].tally() == {"folded": 1}
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout()])
+def test_a_hook_on_what_does_nothing_is_seen(between: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), between, nn.BatchNorm2d(4))
+    between.register_forward_hook(lambda module, args, result: result * 2 + 1)
+    check(model, torch.randn(2, 3, 4, 4), folded=0)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.add_(1),
+        lambda x: x.__iadd__(1),
+        lambda x: nn.functional.relu(x, inplace=True),
+        lambda x: torch.mul(x, 2, out=x),
+    ],
+)
+def test_an_input_written_into_before_the_layer_after_stays(write: Any) -> None:
+    """Folded, the layer would be given that input itself, and see what was written."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x * 2
+        y = m.bn(x)
+        write(x)
+        return m.conv(y) + x.mean()
+
+    model = Forward(forward)
+    model.conv, model.bn = nn.Conv2d(4, 3, 1), nn.BatchNorm2d(4)
+    check(model, torch.randn(2, 4, 3, 3), folded=0)
+
+
+def test_statistics_read_elsewhere_stay() -> None:
+    for name in ("weight", "running_mean"):
+        model = Forward(lambda m, x, name=name: m.bn(m.conv(x)) + getattr(m.bn, name).sum())
+        check(model, torch.randn(2, 3, 4, 4), folded=0)
+
+
+def test_layers_called_by_a_plain_list_stay() -> None:
+    """The list would go on calling the batch norm, behind folded weights."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.steps = {"all": [self.conv, self.bn]}
+
+        def forward(self, x: Tensor) -> Tensor:
+            for step in self.steps["all"]:
+                x = step(x)
+            return x
+
+    check(Listed(), torch.randn(2, 3, 4, 4), folded=0)
+
+
 # Axes ------------------------------------------------------------------------------------------
 
 

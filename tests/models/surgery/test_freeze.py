@@ -178,6 +178,15 @@ def test_left_with_the_reason(layer: nn.Module, why: str) -> None:
     assert type(layer) is kind
 
 
+def test_a_forward_of_the_object_itself_stays() -> None:
+    """It may call torch's forward, which would go on moving the statistics."""
+    layer = nn.BatchNorm1d(3)
+    forward = layer.forward
+    layer.forward = forward  # type: ignore[method-assign]
+    for changes in (freeze(nn.Sequential(layer))[1], sn.convert(nn.Sequential(layer))[1]):
+        assert [(c.what, c.why) for c in changes] == [("left", "its forward has been replaced")]
+
+
 def test_no_model() -> None:
     with pytest.raises(TypeError, match="unfreeze: `model` must be a"):
         unfreeze(None)  # type: ignore[type-var]
