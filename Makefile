@@ -47,7 +47,8 @@ test-oldest: constraints.txt  ## the layers on the oldest torch claimed; downloa
 	$(OLDEST)/bin/python -m pip install --quiet 'torch==2.7.*' '.[torch]' pytest hypothesis expecttest
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(OLDEST)/bin/python -m pytest -q \
 	    tests/statistics tests/nn/test_checkpointing.py tests/nn/test_edges.py \
-	    tests/nn/test_policies.py tests/nn/test_names.py tests/nn/test_transforms.py \
+	    tests/nn/test_gradients.py tests/nn/test_higher_derivatives.py tests/nn/test_names.py \
+	    tests/nn/test_policies.py tests/nn/test_transforms.py \
 	    tests/models/surgery/test_convert.py tests/models/test_other_tools.py
 
 test-newest: constraints.txt  ## `make test` on the newest torch, else with the pins; downloads 3 GB

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import steadynorm as sn
+from steadynorm.kernels import compat
 
 POLICIES = {
     "batch": sn.Batch(),
@@ -127,6 +128,13 @@ def test_memory_of_first_runs_ends_with_the_layer() -> None:
     assert len(recomputation._first_runs) == before
 
 
+# There is no way to ask torch before 2.8 which checkpointed region runs: refused there.
+refused_by_torch_2_7 = pytest.mark.xfail(
+    compat.saved_hooks(True) is not None,
+    reason="which of two forwards is repeated cannot be told",
+    raises=NotImplementedError,
+    strict=True,
+)
 SAME_BATCH = [sn.Steady(), sn.Steady(window=None), sn.Running(), sn.Renorm(warmup=0)]
 
 
@@ -148,6 +156,7 @@ def same_batch_twice(policy, run):
 
 
 @pytest.mark.parametrize("policy", SAME_BATCH, ids=str)
+@refused_by_torch_2_7
 def test_the_same_batch_twice_in_a_step(policy):
     mine, truth = same_batch_twice(policy, lambda m, t: checkpoint(m, t, use_reentrant=False))
     torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
@@ -160,6 +169,7 @@ def test_the_same_batch_twice_under_reentrant_checkpointing_is_refused(policy):
 
 
 @pytest.mark.parametrize("policy", SAME_BATCH[:3], ids=str)
+@refused_by_torch_2_7
 def test_the_same_batch_twice_in_one_region(policy):
     torch.manual_seed(0)
     layer = sn.BatchNorm1d(4, statistics=policy).double()
