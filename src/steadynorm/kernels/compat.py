@@ -1,6 +1,6 @@
 """Interfaces of PyTorch that are not public: each with why, and what serves in its place.
 
-Tested with torch 2.7.1 (`make test-oldest`) and 2.13.0 (all tests). Those that have no other
+Tested with torch 2.13.0 (all tests), 2.7.1 and 2.15.0 (docs/install.md). Those that have no other
 form stand where they are used:
 
 - `torch.nn.modules.batchnorm._BatchNorm` and `_LazyNormBase`: the classes by which everybody
