@@ -8,9 +8,8 @@ step more (measured at input (2, 16, 4, 4)).
 Half precision on CPU is widened first: the operator would sum its gradients in half precision over
 some layouts (off by 0.03 at 16 rows), and a constant channel of 1e6 came out as 14.
 
-Accelerators go without a pivot: it would add 2 passes over x to the operator's 3. Numerics at
-large means are then the device's own. Third derivatives in training are refused everywhere.
-`numerics="exact"` keeps the call from here.
+Accelerators go without a pivot, which would add 2 passes over x to the operator's 3. At large
+means numerics are then the device's own; `numerics="exact"` keeps the call from here.
 """
 
 from __future__ import annotations

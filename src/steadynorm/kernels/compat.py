@@ -27,9 +27,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
 
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
-
-# Export from compilation: public since 2.7.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting
 
 # What decides whether a result is right has no default: a torch without it fails at the import.
 
@@ -42,6 +40,9 @@ is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 # The backward pass that this thread runs, -1 for none: how a recomputation is told apart.
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
+
+# The node whose backward runs, for its hooks, which are not told.
+current_node: Callable[[], Any] = torch._C._current_autograd_node
 
 # Whether a gradient is one of `autograd.grad(is_grads_batched=True)`, which has no memory.
 is_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
+from steadynorm.kernels import compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Gradients, Saved, coefficients_of
 from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory
+
+REFUSED_BY_TORCH = TorchVersion(torch.__version__) >= (2, 14)
 
 
 def live_moments(saved: Saved, own: Moments) -> Moments:
@@ -83,19 +87,33 @@ def several_at_once(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gra
 def refuse_third_derivatives(y: Tensor, x: Tensor, weight: Tensor | None) -> None:
     """Of PyTorch's own operator, whose output y is: they come out wrong, and without an error.
 
-    Its second derivative takes the saved mean and variance for constants (torch 2.13 to 2.15).
+    Its second derivative takes the saved mean and variance for constants; from 2.14 on torch
+    refuses by itself.
     """
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if REFUSED_BY_TORCH or not (x.requires_grad and torch.is_grad_enabled()):
         return  # by the parameters alone no third derivative passes the statistics
+    followed = _kept(x)
 
     def before_backward(grads: Any) -> Any:
         if not torch.is_grad_enabled():  # create_graph=False: no second derivative can follow
             return None
-        followed = _First.apply(grads[0], x, weight)  # type: ignore[no-untyped-call]
-        return followed, *grads[1:]
+        source = compat.current_node()._saved_input if followed is None else followed
+        grad = _First.apply(grads[0], source, weight)  # type: ignore[no-untyped-call]
+        return grad, *grads[1:]
 
     # On the node: a hook on y costs 2 µs more, and would be in the way of callers' own.
     y.grad_fn.register_prehook(before_backward)  # type: ignore[union-attr]
+
+
+def _kept(x: Tensor) -> Tensor | None:
+    """A tensor by which the graph leads to x; None where the operator's node has x itself.
+
+    That lasts as long as y, so it must not be a large x. Hooks on saved tensors, as of activation
+    checkpointing, let nobody but the node itself take x from it.
+    """
+    if x.is_cpu:  # a small call
+        return x
+    return None if compat.saved_hooks(True) is None else x.narrow(0, 0, 0).clone()
 
 
 class _First(torch.autograd.Function):
