@@ -14,7 +14,7 @@ from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Gradients, Saved, coefficients_of
 from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory
 
-REFUSED_BY_TORCH = TorchVersion(torch.__version__) >= (2, 14)
+REFUSED_BY_TORCH = TorchVersion(torch.__version__) >= "2.14"
 
 
 def live_moments(saved: Saved, own: Moments) -> Moments:
