@@ -215,7 +215,7 @@ REFUSED = {
     "the input is float16, not float32, float64 or bfloat16": lambda x: x.half(),
     "the input is empty": lambda x: x[:0],
     "the input is contiguous neither channels-first nor channels-last": lambda x: x[:, ::2],
-    "`x` is on meta": lambda x: x.to("meta"),
+    "`x` is on meta, not on cpu": lambda x: x.to("meta"),
 }
 
 
