@@ -90,3 +90,28 @@ def test_hooks_are_called_once_a_step(register: str, everywhere: bool) -> None:
         for handle in handles:
             handle.remove()
     assert sorted(map(steps.index, fired)) == list(range(TIME))
+
+
+@pytest.mark.parametrize("policy", ["batch", "steady", "running", "renorm", "ghost"])
+def test_time_steps_put_into_inference_alone_are_all_there(policy: str) -> None:
+    """As fine-tuning does with every batch norm of a model that stays in training."""
+    network = made(policy)
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    before = copy.deepcopy(network.state_dict())
+    one = sequences(samples=1)  # which no policy refuses in inference
+    found, alone = network(sequences())[0], network(one)[0]
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    network.eval()
+    torch.testing.assert_close(found, network(sequences())[0], rtol=0, atol=0)
+    torch.testing.assert_close(alone, network(one)[0], rtol=0, atol=0)
+
+
+def test_time_steps_put_into_training_alone_all_learn() -> None:
+    network, truth = made("steady").eval(), made("steady")
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.train()
+    torch.testing.assert_close(network(sequences())[0], truth(sequences())[0])
+    torch.testing.assert_close(network.state_dict(), truth.state_dict())

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from steadynorm.nn import checks, packed_rows, recurrent_checks
 from steadynorm.nn.recurrent_checks import State
-from steadynorm.nn.steps import Served, StepNorm
+from steadynorm.nn.steps import Served, StepNorm, learns
 from steadynorm.statistics import Policy, PolicyName
 
 
@@ -181,7 +181,7 @@ class BatchNormLSTMCell(nn.Module):
     def _check_size(self, samples: int, step: int, owner: str) -> None:
         norm = self.hidden_norm
         policy = norm.policy
-        if self.training and policy.batch_alone and norm.smallest_group(samples) == 1:
+        if policy.batch_alone and learns(norm.steps) and norm.smallest_group(samples) == 1:
             raise ValueError(
                 f"{owner}: training needs more than one sequence at every time step under "
                 f"{policy!r}; got {samples} at step {step}. Use a larger batch, sequences of more "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -111,19 +112,19 @@ class StepNorm(_NormBase):
     @property
     def policy(self) -> Policy:
         """That of every time step."""
-        first = self.steps[0]
+        return self._time_steps()[0].statistics
+
+    def _time_steps(self) -> list[TimeStep]:
+        """All time steps, if no tool has put other layers in their place."""
+        steps: list[Any] = list(self.steps)
+        first = steps[0]
         if not isinstance(first, TimeStep):
             raise TypeError(
                 f"BatchNormLSTM: its time steps must be TimeStep layers; got "
                 f"{type(first).__name__}, as torch.nn.SyncBatchNorm.convert_sync_batchnorm makes. "
                 f"Use sn.convert(model, synchronize=True), which leaves the LSTM as it is."
             )
-        return first.statistics
-
-    @property
-    def learns(self) -> bool:
-        """Whether a forward moves the statistics."""
-        return self.training and not isinstance(self.policy, Frozen)
+        return steps
 
     def serving(self, start: int, length: int) -> list[Served]:
         """What serves each of the `length` time steps from `start` on.
@@ -134,10 +135,11 @@ class StepNorm(_NormBase):
         """
         last = len(self.steps) - 1
         times = [min(time, last) for time in range(start, start + length)]
-        layers: list[Any] = list(self.steps)
-        furthest = layers[max(times, default=last)]
-        if self.learns or (_can_be_read(furthest) and int(furthest.num_batches_tracked)):
-            return [Served(layers[time]) for time in times]
+        layers = self._time_steps()
+        called = [layers[time] for time in times]
+        furthest: Any = layers[max(times, default=last)]
+        if learns(called) or (_can_be_read(furthest) and int(furthest.num_batches_tracked)):
+            return [Served(layer) for layer in called]
         running = _stacked(layers)
         touched = batches_seen(running, xp=torch, rows=True).flatten() != 0
         if _can_be_read(furthest):
@@ -184,19 +186,22 @@ class StepNorm(_NormBase):
         if not self._can_join(input, [one.layer for one in served]):
             parts = enumerate(zip(input.split(sizes), served, strict=True), start)
             return tuple(self(part, time, served=one) for time, (part, one) in parts)
-        self._check(input, served, sizes)
-        y = dispatch.normalize(_AllSteps(served, sizes, input, self.weight, self.bias, self.learns))
+        training = learns([served[0].layer])  # the others' modes are the same
+        self._check(input, served, sizes, training)
+        y = dispatch.normalize(_AllSteps(served, sizes, input, self.weight, self.bias, training))
         return tuple(y.split(sizes))
 
-    def _check(self, input: Tensor, served: list[Served], sizes: tuple[int, ...]) -> None:
+    def _check(
+        self, input: Tensor, served: list[Served], sizes: tuple[int, ...], training: bool
+    ) -> None:
         """Refuse what one call a step would refuse, before anything changes."""
         first: Any = served[0].layer
         owner = type(first).__name__
-        checks.epsilon(first.eps, owner, positive=self.learns)
+        checks.epsilon(first.eps, owner, positive=training)
         for one in served:
             mean, var = one.statistics or (one.layer.running_mean, one.layer.running_var)
             checks.tensors(input, mean, var, self.weight, self.bias, owner)
-        if self.learns and min(sizes) == 1:
+        if training and min(sizes) == 1:
             checks.one_value(input[:1], first.statistics, owner)
 
     def _can_join(self, input: Tensor, layers: list[Any]) -> bool:
@@ -204,7 +209,7 @@ class StepNorm(_NormBase):
         few = input.numel() == 0 or len(layers) < 2
         if few or compat.is_traced() or compat.has_global_hooks():
             return False
-        if self.learns and (
+        if learns(layers) and (
             len(set(layers)) < len(layers)
             or recomputation.is_recomputation()
             or recomputation.may_be_recomputed()
@@ -219,6 +224,14 @@ class StepNorm(_NormBase):
         """Sizes and settings; the steps repeat them."""
         bias = "" if self.bias is not None else ", bias=False"
         return f"{self.num_features}, max_length={len(self.steps)}, gain={self.gain}{bias}"
+
+
+def learns(steps: Iterable[Any]) -> bool:
+    """Whether a forward of these time steps moves statistics: by their own modes, as any layer's.
+
+    Fine-tuning often puts every batch norm alone into inference, and knows nothing of `StepNorm`.
+    """
+    return any(step.training and not isinstance(step.statistics, Frozen) for step in steps)
 
 
 def _can_be_read(step: Any) -> bool:
