@@ -319,11 +319,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def set_weights(self, weights: list[Any]) -> None:
         """Set the weights that Keras's layer has, and the count of batches where it is given."""
         count = self.num_batches_tracked
+        given = count is not None and len(weights) == len(self.weights) + 1
+        super().set_weights(weights[:-1] if given else weights)
         if count is not None:
-            given = len(weights) == len(self.weights) + 1
             count.assign(weights[-1] if given else np.int32(0))
-            weights = weights[:-1] if given else weights
-        super().set_weights(weights)
         self._forget_gradient()
 
 
