@@ -276,12 +276,12 @@ def _lost_in_half(host: nn.Module, norm: nn.Module, rewrite: Rewrite) -> str | N
     """Why a layer in half precision cannot take a batch norm: float16 ends too early."""
     if all(parameter.dtype is not torch.float16 for parameter in host.parameters()):
         return None
-    folded, exactly = copy.deepcopy(host), copy.deepcopy(host).double()
-    for layer in (folded, exactly):
+    layers: list[Any] = [copy.deepcopy(host), copy.deepcopy(host).double()]
+    for layer in layers:
         rewrite(layer, *recognize(norm).in_inference())  # type: ignore[union-attr]
-    if not all(parameter.isfinite().all() for parameter in folded.parameters()):
+    if not all(parameter.isfinite().all() for parameter in layers[0].parameters()):
         return "float16 cannot hold the weights that it would get"
-    weights = [layer.weight.double() for layer in (folded, exactly)]
+    weights = [layer.weight.double() for layer in layers]
     if isinstance(host, TRANSPOSED):
         weights = [weight.transpose(0, 1) for weight in weights]
     rounded, expected = (weight.reshape(len(weight), -1) for weight in weights)
