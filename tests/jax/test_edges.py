@@ -66,6 +66,7 @@ def test_changing_the_mask_under_it_changes_nothing_at_valid_positions() -> None
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
+        ({"axis": (1, 2)}, TypeError, "`axis` must be one axis, an int; got (1, 2)"),
         ({"axis": 3}, ValueError, "`axis` must be an axis of `x`, from -3 to 2; got 3"),
         ({"activation": "swish"}, ValueError, "`activation` must be None or one of relu, relu6"),
         ({"activation": jnp.tanh}, TypeError, "`activation` must be None or one of relu, relu6"),

@@ -221,3 +221,12 @@ def test_the_count_of_batches_is_in_files_but_for_whole_h5_models(
     assert int(layer.num_batches_tracked) == 8
     layer.set_weights(layer.get_weights())
     assert int(layer.num_batches_tracked) == 0
+
+
+def test_weights_that_are_refused_leave_the_count_of_batches() -> None:
+    layer = BatchNormalization(statistics="steady")
+    for _ in range(2):
+        layer(draw(4, 3), training=True)
+    with pytest.raises(ValueError, match="weight list of length 3"):
+        layer.set_weights(layer.get_weights()[:-1])
+    assert int(layer.num_batches_tracked) == 2

@@ -14,6 +14,10 @@ def input_and_axis(x: Array, axis: int, policy: Policy, owner: str) -> int:
     """x is real, and `axis` one of its axes; returned counted from the front."""
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
         raise TypeError(f"{owner}: `x` must hold real numbers; got {x.dtype}.")
+    if not hasattr(axis, "__index__"):
+        raise TypeError(
+            f"{owner}: `axis` must be one axis, an int; got {axis!r}. Reshape `x` to join several."
+        )
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
             f"{owner}: `axis` must be an axis of `x`, from {-x.ndim} to {x.ndim - 1}; got {axis} "

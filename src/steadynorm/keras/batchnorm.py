@@ -64,9 +64,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             default process group. With JAX the batch is that of all devices in any case.
         statistics: `sn.Batch()`, `sn.Steady()`, `sn.Running()`, `sn.Renorm()`, `sn.Ghost()`,
             `sn.Frozen()`, or a lower-case name. A policy that asks how many batches were seen adds
-            one variable, `num_batches_tracked`, which is saved but is none of `weights`. The memory
-            of the gradient of `Steady(window=...)` is kept on the torch backend; on the others
-            `Steady` is one-way, as with `window=None`, since no state leaves their backward pass.
+            one variable, `num_batches_tracked`, which is saved but is none of `weights`: a legacy
+            `.h5` file of a whole model keeps only those, and after it the count is 0, which beside
+            trained statistics reads as many. The memory of the gradient of `Steady(window=...)` is
+            kept on the torch backend; on the others `Steady` is one-way, as with `window=None`,
+            since no state leaves their backward pass.
         activation: one that runs inside the layer: whatever `keras.activations.get` takes, with
             Keras's meaning ("leaky_relu" has slope 0.2 there), or None.
         nonfinite: "skip" keeps batches with NaN or infinity out of the moving statistics.
@@ -319,11 +321,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def set_weights(self, weights: list[Any]) -> None:
         """Set the weights that Keras's layer has, and the count of batches where it is given."""
         count = self.num_batches_tracked
+        given = count is not None and len(weights) == len(self.weights) + 1
+        super().set_weights(weights[:-1] if given else weights)
         if count is not None:
-            given = len(weights) == len(self.weights) + 1
             count.assign(weights[-1] if given else np.int32(0))
-            weights = weights[:-1] if given else weights
-        super().set_weights(weights)
         self._forget_gradient()
 
 

@@ -12,6 +12,7 @@ from steadynorm.models.changes import Change, Changes
 from steadynorm.models.equivalence import answers, compare, copied
 from steadynorm.models.graph import Graph, trace
 from steadynorm.models.layers import (
+    SHARES_STATISTICS,
     channel_axis,
     channels,
     exact,
@@ -19,6 +20,7 @@ from steadynorm.models.layers import (
     named,
     recognize,
     require_module,
+    shared_buffers,
     why_untouchable,
 )
 from steadynorm.statistics import Running, Steady
@@ -101,11 +103,17 @@ def biases(
 
     The last is None for a redundant one. `graphs`: the model's in inference and in training.
     """
+    shared = shared_buffers(model)
     for name, host in named(model):
         if not is_host(host) or host.bias is None:
             continue
         if norms := _norms_after(host, graphs):
-            yield name, host, norms, _why_needed(host, norms, graphs, model.training)
+            needed = _why_needed(host, norms, graphs, model.training)
+            if needed is None and any(
+                id(getattr(norm, "running_mean", None)) in shared for norm in norms
+            ):
+                needed = SHARES_STATISTICS
+            yield name, host, norms, needed
 
 
 def _subtract(norm: Any, host: Any) -> None:

@@ -58,7 +58,8 @@ def calibrate(
     so a shuffling loader repeats its batches in every pass.
 
     Layers with `Frozen()`, frozen look-alikes, layers in inference mode inside a model in training
-    mode, layers without running statistics and layers that no batch reaches are left and named.
+    mode, layers without running statistics, layers that hold the same ones as another, and layers
+    that no batch reaches are left and named.
 
     Args:
         model: a module; wrappers (torch.compile, DistributedDataParallel) are seen through.

@@ -33,7 +33,7 @@ READERS = {
     ".h5": formats.hdf5,
     ".keras": formats.keras,
 }
-WRAPPERS = ("module", "_orig_mod")
+WRAPPERS = ("module", "_orig_mod", "model")
 READABLE = ".safetensors, .pt, .pth, .pth.tar, .ckpt, .bin, .npz, .weights.h5, .h5, .keras"
 
 
@@ -104,24 +104,45 @@ def read_data(path: Path) -> Any:
 def load_weights(model: Any, path: Path) -> None:
     """Loads a checkpoint into a model, name by name.
 
-    Names that all begin with what DistributedDataParallel or torch.compile puts before them
-    (`module.`, `_orig_mod.`) lose it, unless the model's own do too.
+    Names that all begin with what DistributedDataParallel, torch.compile or a LightningModule puts
+    before them (`module.`, `_orig_mod.`, `model.`) lose it, unless the model's own do too; so do
+    those of torch's AveragedModel, whose count `n_averaged` is dropped. A tensor that the model
+    holds under several names may be in the file under one, as `safetensors.torch.save_model` does.
 
     Raises ValueError for a file that cannot be read, or whose names or shapes do not fit.
     """
+    own = model.state_dict(keep_vars=True)
+    held = _unwrapped(read_tensors(path), own)
+    names_in_file = {id(own[name]): name for name in own.keys() & held.keys()}
+    for name, tensor in own.items():
+        if hasattr(tensor, "detach") and name not in held and id(tensor) in names_in_file:
+            held[name] = held[names_in_file[id(tensor)]]
     try:
-        model.load_state_dict(_unwrapped(read_tensors(path), model.state_dict()))
+        model.load_state_dict(held)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model. {error}") from error
+        raise ValueError(
+            f"{path} does not fit the model. {_prefix_of(held, own)}{error}"
+        ) from error
 
 
 def _unwrapped(held: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     while held and not held.keys() & own.keys():
-        first = next(iter(held)).partition(".")[0]
-        if first not in WRAPPERS or not all(name.startswith(f"{first}.") for name in held):
+        named = {name: value for name, value in held.items() if name != "n_averaged"}
+        first = next(iter(named), "").partition(".")[0]
+        if first not in WRAPPERS or not all(name.startswith(f"{first}.") for name in named):
             break
-        held = {name.removeprefix(f"{first}."): value for name, value in held.items()}
+        held = {name.removeprefix(f"{first}."): value for name, value in named.items()}
     return held
+
+
+def _prefix_of(held: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Which part of the file would fit the model, in words."""
+    some = next(iter(own), "")
+    for name in held:
+        prefix = name.removesuffix(some)
+        if some and prefix.endswith(".") and all(f"{prefix}{one}" in held for one in own):
+            return f"It would without {prefix!r} before its names. "
+    return ""
 
 
 def keras_settings(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -167,7 +167,9 @@ class _Folding:
                 return f"its input comes from {made_by}, not from a linear layer or convolution"
             hosts[source.module] = None
         for host in hosts:
-            if reason := self.why_not_into(host, module) or _overflow(host, module, scale_output):
+            if reason := self.why_not_into(host, module) or _lost_in_half(
+                host, module, scale_output
+            ):
                 return f"{self.name(host)} before it cannot take it: {reason}"
         return list(hosts)
 
@@ -187,7 +189,7 @@ class _Folding:
                     return f"its output goes to {user.name}, not to a linear layer or convolution"
                 host = user.module
                 reason = self.why_not_from(host, module, user, axis)
-                if reason := reason or _overflow(host, module, scale_input):
+                if reason := reason or _lost_in_half(host, module, scale_input):
                     return f"{self.name(host)} after it cannot take it: {reason}"
                 hosts[host] = None
                 # Its input itself would go to that layer, with what was written into it meanwhile.
@@ -270,11 +272,20 @@ class _Folding:
         return None
 
 
-def _overflow(host: nn.Module, norm: nn.Module, rewrite: Rewrite) -> str | None:
-    """Why a layer in half precision cannot take a batch norm: its folded weights are too large."""
+def _lost_in_half(host: nn.Module, norm: nn.Module, rewrite: Rewrite) -> str | None:
+    """Why a layer in half precision cannot take a batch norm: float16 ends too early."""
     if all(parameter.dtype is not torch.float16 for parameter in host.parameters()):
         return None
-    folded = copy.deepcopy(host)
-    rewrite(folded, *recognize(norm).in_inference())  # type: ignore[union-attr]
-    finite = all(parameter.isfinite().all() for parameter in folded.parameters())
-    return None if finite else "float16 cannot hold the weights that it would get"
+    layers: list[Any] = [copy.deepcopy(host), copy.deepcopy(host).double()]
+    for layer in layers:
+        rewrite(layer, *recognize(norm).in_inference())  # type: ignore[union-attr]
+    if not all(parameter.isfinite().all() for parameter in layers[0].parameters()):
+        return "float16 cannot hold the weights that it would get"
+    weights = [layer.weight.double() for layer in layers]
+    if isinstance(host, TRANSPOSED):
+        weights = [weight.transpose(0, 1) for weight in weights]
+    rounded, expected = (weight.reshape(len(weight), -1) for weight in weights)
+    off = (rounded - expected).norm(dim=1)
+    if (off > 2**-9 * expected.norm(dim=1)).any():  # rounding alone: 2**-11
+        return "float16 cannot tell the weights that it would get from zero"
+    return None

@@ -156,12 +156,16 @@ def npz(path: Path, opened: ExitStack) -> Entries:
     opened.enter_context(archive)
     members: Any = archive.zip
     held: Entries = {}
-    for name in archive.files:
-        with members.open(name if name in members.namelist() else f"{name}.npy") as member:
+    for file_name in members.namelist():
+        name = file_name.removesuffix(".npy")
+        if name in held:
+            raise ValueError(f"it holds two arrays named {name!r}")
+        with members.open(file_name) as member:
             version = np.lib.format.read_magic(member)
             header = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
             shape, _, dtype = getattr(np.lib.format, header)(member)
-        held[name] = Entry(shape, dtype.name, _load_from(archive, name))
+        # By the file's name: NumPy takes "a.npy" for the array "a" where both are there.
+        held[name] = Entry(shape, dtype.name, _load_from(archive, file_name))
     return held
 
 
@@ -302,8 +306,17 @@ def _write_safetensors(held: Mapping[str, Any], path: Path) -> None:
 
 
 def _write_npz(held: Mapping[str, Any], path: Path) -> None:
-    with path.open("wb") as stream:  # by name, NumPy would append its ending
-        np.savez(stream, allow_pickle=False, **{n: array_of(value) for n, value in held.items()})
+    for name in held:
+        if f"{name}.npy" in held:
+            raise ValueError(
+                f".npz files cannot tell the names {name!r} and '{name}.npy' apart; "
+                f"write .safetensors instead."
+            )
+    # Not by np.savez, which takes the names as keywords beside its own, such as "file".
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in held.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array_of(value), allow_pickle=False)
 
 
 def _write_torch(held: Mapping[str, Any], path: Path) -> None:

@@ -39,7 +39,8 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
     in training as in inference, with `weight` and `bias` held still too. Unlike `model.eval()` and
     `requires_grad = False`, it survives `model.train()` and covers both halves. It changes the
     model itself, since an optimizer may hold its parameters already: every layer and parameter
-    stays the same object, and torch's batch norms become ours with `statistics=Frozen()`.
+    stays the same object, and torch's batch norms become ours with `statistics=Frozen()`. Gradients
+    that the held parameters have are dropped, since an optimizer would still step by them.
 
     Left and named: layers without running statistics, lazy ones that have not seen an input, and
     classes with a forward of their own. `unfreeze` puts everything back exactly. Inside a
@@ -88,6 +89,7 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
         setattr(module, BEFORE_FREEZE, memory)
         for key in held:
             parameters[key].requires_grad_(False)
+            parameters[key].grad = None  # an optimizer skips what has none, its momentum too
         parts = ", ".join([*([] if still else ["statistics"]), *held])
         after = before if norm is None else f"{describe(module)}, Frozen()"
         changes.append(Change("frozen", name, before, after, parts))

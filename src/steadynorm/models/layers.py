@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -283,13 +284,15 @@ class NormLayer(NamedTuple):
     left: str | None
     unbiased: bool
 
+    def running(self) -> tuple[Tensor, Tensor]:
+        """The buffers of its running mean and variance."""
+        module: Any = self.module
+        return module.running_mean, module.running_var
+
     @property
     def statistics(self) -> RunningStatistics:
         """A copy of its running statistics in float64, on the CPU: not every device has it."""
-        mean, var = (
-            getattr(self.module, name).detach().to("cpu", torch.float64, copy=True)
-            for name in ("running_mean", "running_var")
-        )
+        mean, var = (t.detach().to("cpu", torch.float64, copy=True) for t in self.running())
         return RunningStatistics(mean, var, None)
 
 
@@ -328,7 +331,23 @@ def batch_norms(model: nn.Module, owner: str) -> list[NormLayer]:
         unbiased = policy.unbiased if isinstance(policy, Policy) else True
         frozen = norm.frozen or isinstance(policy, Frozen)
         found.append(NormLayer(name, module, _why_left(model, module, frozen), unbiased))
+    shared = shared_buffers(model)
+    for at, layer in enumerate(found):
+        if layer.left is None and not shared.isdisjoint(map(id, layer.running())):
+            found[at] = layer._replace(left=SHARES_STATISTICS)
     return found
+
+
+SHARES_STATISTICS = "another layer holds the same running statistics"
+"""Why the statistics of a layer stay as they are: what fits one would be wrong for the other."""
+
+
+def shared_buffers(model: nn.Module) -> set[int]:
+    """The ids of the buffers that several modules of a model hold."""
+    held = Counter(
+        id(b) for module in model.modules() for b in {*module._buffers.values()} - {None}
+    )
+    return {buffer for buffer, count in held.items() if count > 1}
 
 
 def _why_left(model: nn.Module, module: nn.Module, frozen: bool) -> str | None:

@@ -120,3 +120,14 @@ def test_subclasses_with_their_own_forward_are_calibrated() -> None:
     mean, std = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True).add(1e-5).sqrt()
     torch.testing.assert_close(first.running_mean, mean.flatten())
     torch.testing.assert_close(second.running_mean, ((x - mean) / std).relu().mean((0, 2, 3)))
+
+
+def test_layers_that_hold_the_same_statistics_are_left() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].running_mean, model[1].running_var = model[0].running_mean, model[0].running_var
+    report = sn.calibrate(model, [torch.randn(8, 3) + 1])
+    assert [layer.reason for layer in report.left] == [
+        "another layer holds the same running statistics"
+    ] * 2
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
+    assert [layer.name for layer in report.moved] == ["2"]

@@ -192,3 +192,26 @@ def test_nothing_to_do_and_no_model() -> None:
     assert changes == []
     with pytest.raises(TypeError, match="drop_redundant_bias: `model` must be"):
         drop_redundant_bias([])  # type: ignore[type-var]
+
+
+class SharedStatistics(nn.Module):
+    """Two batch norms, each on inputs of its own, that hold the same running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.norm_a, self.norm_b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.norm_b.running_mean = self.norm_a.running_mean
+        self.norm_b.running_var = self.norm_a.running_var
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_b(self.b(self.norm_a(self.a(x)).relu()))
+
+
+def test_a_bias_stays_where_two_layers_hold_the_same_statistics() -> None:
+    model, x = SharedStatistics().eval(), torch.randn(8, 3)
+    result, changes = drop_redundant_bias(model)
+    assert torch.equal(result(x), model(x))
+    assert [change.why for change in changes] == [
+        "another layer holds the same running statistics"
+    ] * 2

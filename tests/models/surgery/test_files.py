@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 from steadynorm.files import replacing
@@ -173,3 +174,50 @@ def test_a_kill_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     write({"weight": torch.ones(1)}, path)  # and what it left beside is in nobody's way
     assert torch.equal(read_tensors(path)["weight"], torch.ones(1))
+
+
+def test_names_that_npz_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the names 'a' and 'a.npy' apart; write .safetensors"):
+        write({"a": torch.zeros(2), "a.npy": torch.ones(2)}, tmp_path / "w.npz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_npz_takes_the_names_that_numpy_has_for_its_own(tmp_path: Path) -> None:
+    weights = {name: np.array([at]) for at, name in enumerate(["file", "allow_pickle", "a/b"])}
+    write(weights, tmp_path / "w.npz")
+    assert files.read(tmp_path / "w.npz") == weights
+    with np.load(tmp_path / "w.npz") as archive:
+        assert {name: archive[name] for name in archive.files} == weights
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+def test_weights_of_a_lightning_module_and_of_an_averaged_model_load(tmp_path: Path) -> None:
+    trained = network()
+    lightning = {f"model.{name}": value for name, value in trained.state_dict().items()}
+    torch.save({"state_dict": lightning}, tmp_path / "w.ckpt")
+    torch.save(torch.optim.swa_utils.AveragedModel(trained).state_dict(), tmp_path / "w.pt")
+    for name in ("w.ckpt", "w.pt"):
+        model = network()
+        load_weights(model, tmp_path / name)
+        assert torch.equal(model[0].weight, trained[0].weight)
+
+
+def test_tied_weights_load_from_the_one_name_that_safetensors_keeps(tmp_path: Path) -> None:
+    def tied() -> nn.ModuleDict:
+        first = nn.Linear(3, 3)
+        return nn.ModuleDict({"a": first, "b": nn.Linear(3, 3), "c": first})
+
+    trained, model = tied(), tied()
+    save_model(trained, str(tmp_path / "w.safetensors"))
+    load_weights(model, tmp_path / "w.safetensors")
+    assert torch.equal(model["c"].weight, trained["a"].weight)
+
+
+def test_a_prefix_that_stands_in_the_way_is_named(tmp_path: Path) -> None:
+    weights = {f"net.{name}": value for name, value in network().state_dict().items()}
+    write(weights | {"loss.weight": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"It would without 'net\.' before its names"):
+        load_weights(network(), tmp_path / "w.pt")

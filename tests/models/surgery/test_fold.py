@@ -381,3 +381,20 @@ def test_half_precision_where_torch_loses_more() -> None:
         for name, m in (("ours", ours), ("theirs", theirs))
     }
     assert error["ours"] <= error["theirs"]
+
+
+@pytest.mark.parametrize("host", [nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)])
+def test_weights_that_half_precision_rounds_to_zero_stay(host: nn.Module) -> None:
+    model = nn.Sequential(host, nn.BatchNorm1d(3)).eval()
+    with torch.no_grad():
+        host.weight.copy_(torch.randn_like(host.weight) * 1e-4)
+        model[1].running_var.fill_(60_000)
+    _, changes = fold(model.half())
+    assert "float16 cannot tell the weights that it would get from zero" in changes.left[0].why
+
+
+def test_batch_norms_in_half_precision_fold_into_one_another() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    folded, changes = fold(model.eval().half())
+    assert [change.where for change in changes if change.what == "folded"] == ["3"]
+    assert all(parameter.dtype == torch.float16 for parameter in folded.parameters())

@@ -190,3 +190,16 @@ def test_a_forward_of_the_object_itself_stays() -> None:
 def test_no_model() -> None:
     with pytest.raises(TypeError, match="unfreeze: `model` must be a"):
         unfreeze(None)  # type: ignore[type-var]
+
+
+def test_an_optimizer_with_gradients_from_before_holds_frozen_parameters_still() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    model(torch.randn(8, 3)).square().mean().backward()
+    optimizer.step()
+    weight = model[1].weight.detach().clone()
+    freeze(model)
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert torch.equal(model[1].weight, weight)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import steadynorm as sn
 from steadynorm.models.groups import parameter_groups
@@ -74,3 +75,21 @@ def test_bad_weight_decay(value: float) -> None:
 def test_no_model() -> None:
     with pytest.raises(TypeError, match="parameter_groups: `model` must be"):
         parameter_groups({}, weight_decay=0.1)  # type: ignore[arg-type]
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_parametrized_biases_and_normalizations_do_not_decay() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    for layer, name in ((model[0], "bias"), (model[1], "weight")):
+        parametrize.register_parametrization(layer, name, Doubled())
+    decaying, others = parameter_groups(model, weight_decay=0.1)
+    assert (len(decaying["params"]), len(others["params"])) == (1, 3)
+
+
+def test_a_weight_decay_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"`weight_decay` must be a number; got '0\.1'"):
+        parameter_groups(nn.Linear(2, 3), weight_decay="0.1")
