@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steadynorm.files import replace_file
+from steadynorm.files import check_writable, replace_file
 
 
 def test_writes_text_and_bytes_and_makes_folders(tmp_path):
@@ -37,3 +37,21 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         replace_file(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cannot_be_written_is_named_before_the_work_and_in_it(tmp_path):
+    (tmp_path / "a").touch()
+    below = tmp_path / "a" / "deep" / "b.txt"
+    for attempt in (check_writable, lambda path: replace_file(path, "new")):
+        with pytest.raises(OSError, match=r"cannot be written \(.*\): '.*b\.txt'") as raised:
+            attempt(below)
+        assert raised.value.filename == str(below)
+    with pytest.raises(ValueError, match="is no regular file"):
+        check_writable(tmp_path)
+
+
+def test_checking_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path / "new" / "b.txt")
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / "old")
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("old", "old")]

@@ -12,6 +12,8 @@ import typer
 from rich import progress as bars
 from rich.console import Console
 
+from steadynorm._extras import lacking
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 DataDir = Annotated[
     Path | None,
@@ -24,17 +26,22 @@ verbose = False
 
 @contextmanager
 def errors_in_one_line(command: str, interrupted: str = "nothing was written.") -> Iterator[None]:
-    """Turns an error about what was given into one line without control characters, exit code 2.
+    """Turns an error into one line without control characters, exit code 2.
 
     With `--verbose` the traceback comes before it. Ctrl-C ends with 130. A package that is missing
     passes through: the group of all commands says which extra brings it.
     """
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except Exception as error:  # a model, its data and its loss may raise anything
+        if lacking(error):
+            raise
         if verbose:
             traceback.print_exc()
-        line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+        told = str(error)
+        if not isinstance(error, ValueError | TypeError | RuntimeError | OSError):
+            told = f"{type(error).__name__}: {told}".removesuffix(": ")  # KeyError says a key alone
+        line = " ".join("".join(c if c.isprintable() else " " for c in told).split())
         typer.echo(f"steadynorm {command}: {line}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:

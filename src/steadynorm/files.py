@@ -30,14 +30,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     link is followed: what it points to is replaced, and the link stays. An existing file keeps its
     permissions.
 
-    Raises ValueError where something other than a file is in that place.
+    Raises ValueError where something other than a file is in that place, and OSError where none
+    can be written.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise ValueError(f"{path} is no regular file, and cannot be replaced by one.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        handle, name = _temporary(target.parent, target)
+    except OSError as error:
+        raise _not_written(error, path) from error
     part = Path(name)
     try:
         if fcntl is not None:
@@ -51,6 +55,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         os.close(handle)
         part.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises as `replacing` would, before the work whose result goes to `path`. Leaves nothing
+    behind: missing folders are not made.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is no regular file, and cannot be replaced by one.")
+    folder = next(parent for parent in target.parents if parent.exists())
+    try:
+        handle, name = _temporary(folder, target)
+    except OSError as error:
+        raise _not_written(error, path) from error
+    os.close(handle)
+    Path(name).unlink()
+
+
+def _temporary(folder: Path, target: Path) -> tuple[int, str]:
+    return tempfile.mkstemp(dir=folder, prefix=f".{target.name}.", suffix=".part")
+
+
+def _not_written(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """The error with the file that was asked for in place of the temporary one."""
+    return type(error)(error.errno, f"cannot be written ({error.strerror})", str(path))
 
 
 def replace_file(path: str | os.PathLike[str], content: str | bytes) -> Path:

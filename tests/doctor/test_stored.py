@@ -319,6 +319,7 @@ CANNOT = {
     "bomb.keras": (bomb_keras, "its weights would be larger than such a file can hold"),
     "list.pt": (other_things, "it holds no state dict of tensors"),
     "text.pt": (lambda path: path.write_text("weights\n" * 99), "cannot be read: "),
+    "hello.pt": (lambda path: path.write_text("hello"), "it is damaged, or of another kind."),
     "empty.pt": (lambda path: path.touch(), "empty.pt is empty."),
     "folder.pt": (lambda path: path.mkdir(), "is a folder; name the checkpoint file in it."),
     "missing.pt": (lambda path: None, "no such file: "),
@@ -404,3 +405,19 @@ def test_half_a_file_is_refused(tmp_path: Path, name: str) -> None:
     code, line = doctor(tmp_path / name)
     assert (code, line.count("\n")) == (2, 1)
     assert line.startswith(f"steadynorm doctor: {tmp_path / name} cannot be read: ")
+
+
+def test_keras_and_flax_get_no_code_for_torch():
+    arrays = [np.ones(4, "f4"), np.zeros(4, "f4"), np.zeros(4, "f4"), np.ones(4, "f4")]
+    for framework, names in {
+        "keras": ("gamma", "beta", "moving_mean", "moving_variance"),
+        "flax": ("scale", "bias", "mean", "var"),
+        "torch": ("weight", "bias", "running_mean", "running_var"),
+    }.items():
+        separator = "/" if framework == "keras" else "."
+        held = {f"norm{separator}{name}": a for name, a in zip(names, arrays, strict=True)}
+        report = diagnose(held)
+        (finding,) = report.findings
+        assert finding.code == "SN101"
+        assert bool(finding.line) is (framework == "torch")
+        assert ("sn." in str(report)) is (framework == "torch")

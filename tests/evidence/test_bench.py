@@ -156,6 +156,26 @@ def test_what_cannot_be_measured_is_said_before_anything_is(monkeypatch, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("words", ["bench --suites small", "tour"])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_done(monkeypatch, tmp_path, words):
+    (tmp_path / "file").touch()
+    for module in ("bench.measure.measure", "tour.visit.run"):
+        monkeypatch.setattr(f"steadynorm.evidence.{module}", None)  # nothing may be done by it
+    result = CliRunner().invoke(app, [*words.split(), "--out", str(tmp_path / "file" / "out")])
+    assert result.exit_code == 2
+    assert "cannot be written" in result.output
+
+
+def test_an_interrupted_warmup_ends_in_one_line(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steadynorm.kernels.cpu.kernels.warmup", interrupted)
+    result = CliRunner().invoke(app, ["warmup"])
+    assert result.exit_code == 130
+    assert "warmup: interrupted; what was compiled stays on disk.\n" in result.output
+
+
 def test_charts_show_the_whole_step():
     training, _ = charts(FOUND)
     points = next(rows for rows in training.spec["datasets"].values() if len(rows) > 1)

@@ -13,7 +13,7 @@ from steadynorm.doctor.diagnosis import Report, diagnose
 from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.rules import all_rules, find_rule
 from steadynorm.doctor.rules.pages import plain
-from steadynorm.files import replace_file
+from steadynorm.files import check_writable, replace_file
 from steadynorm.models._cli import DATA, MODEL
 
 FORMATS = ("text", "json", "sarif", "html")
@@ -76,7 +76,7 @@ def doctor(
             _tell(explain, json)
             return
         output_format = "json" if json else output_format
-        _check(target, output_format, fail_on, fix, out)
+        _check(target, output_format, fail_on, fix, out, output)
         asked: dict[str, Any] = {"select": _split(select), "ignore": _split(ignore)}
         named = {"data": data, "against": against, "loss": loss, "optimizer": optimizer}
         try:
@@ -98,7 +98,12 @@ def doctor(
 
 
 def _check(
-    target: str | None, output_format: str, fail_on: str, fix: bool, out: Path | None
+    target: str | None,
+    output_format: str,
+    fail_on: str,
+    fix: bool,
+    out: Path | None,
+    output: Path | None,
 ) -> None:
     if target is None:
         raise ValueError("TARGET must name a model (package.module:factory) or a checkpoint file.")
@@ -113,6 +118,11 @@ def _check(
             ) from None
     if out is not None and not fix:
         raise ValueError("--out writes what --fix mended; give --fix too.")
+    from steadynorm.models.files import check_out
+
+    check_out(out)
+    if output is not None:
+        check_writable(output)
 
 
 def _split(codes: list[str] | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from math import isnan
+from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from steadynorm.doctor.evidence.training import (
     trend,
 )
 from steadynorm.doctor.monitor_hooks import OwnHook
-from steadynorm.doctor.writers import FIGURES, writers
+from steadynorm.doctor.writers import writers
 from steadynorm.models.graph import tensors
 from steadynorm.models.layers import recognize, unwrapped
 from steadynorm.nn.recomputation import is_recomputation
@@ -170,8 +170,8 @@ class Monitor:
         elif late < ENOUGH:
             remarks = (
                 *remarks,
-                f"The second half of the run has {late} of the {ENOUGH} readings that most rules "
-                f"need: monitor more steps, or with a smaller `every`.",
+                f"The second half of the run has {late} of the {ENOUGH} finite readings that most "
+                f"rules need: monitor more steps, or with a smaller `every`.",
             )
         evidence = replace(evidence, run=run, remarks=remarks)
         return judge(evidence, select=select, ignore=ignore)
@@ -181,13 +181,19 @@ class Monitor:
         return self.report().to_html(path)
 
     def record(self) -> dict[str, Any]:
-        """The readings as plain dicts, for JSON: NaN is None."""
+        """The readings as plain dicts, for JSON: NaN is None, infinity is "inf" or "-inf"."""
+
+        def plain(value: Any) -> Any:
+            if not isinstance(value, float) or isfinite(value):
+                return value
+            return None if isnan(value) else str(value)
+
         return {
             "steps": self.steps,
             "every": self.every,
             "readings": [
-                {k: None if k in FIGURES and isnan(v) else v for k, v in r._asdict().items()}
-                for r in self.readings
+                {name: plain(value) for name, value in reading._asdict().items()}
+                for reading in self.readings
             ],
         }
 

@@ -63,10 +63,15 @@ def fold(
     json: Json = False,
 ) -> None:
     """Merge batch norms into their neighbours, for inference, and say what changed."""
+    from steadynorm.files import check_writable
     from steadynorm.models import named
+    from steadynorm.models.files import check_out
     from steadynorm.models.fold import fold as fold_model
 
     with errors_in_one_line("fold"):
+        check_out(out)
+        if onnx is not None:
+            check_writable(onnx)
         loaded = _load(model, weights)
         example_inputs = named.example(data, loaded)
         if onnx is not None and example_inputs is None:
@@ -99,8 +104,10 @@ def calibrate(
     """Replace a model's running statistics by those of its data, and say how far they were off."""
     from steadynorm.models import calibrate as functions
     from steadynorm.models import named
+    from steadynorm.models.files import check_out
 
     with errors_in_one_line("calibrate"):
+        check_out(out)
         network = _load(model, weights)
         batches = named.batches(data, network)
         options: dict[str, Any] = {"passes": passes, "max_batches": max_batches}
@@ -132,6 +139,7 @@ def convert_weights(
     from steadynorm.models import checkpoints, files
 
     with errors_in_one_line("convert-weights"):
+        files.check_out(target_file)
         values, remarks = checkpoints.convert_weights(
             files.read(source_file),
             source,

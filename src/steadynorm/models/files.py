@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from steadynorm.files import replacing
+from steadynorm.files import check_writable, replacing
 from steadynorm.models import formats
 from steadynorm.models.formats import Entry, array_of, within_size
 
@@ -166,15 +166,26 @@ def write(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Raises ValueError for another kind of file, or what is no array of numbers.
     """
     path = Path(path)
-    if path.suffix not in formats.WRITERS:
-        kinds = ", ".join(formats.WRITERS)
-        raise ValueError(f"path must end in one of {kinds}; got {path.name!r}.")
+    _check_ending(path)
     held = {name: formats.whole(value) for name, value in weights.items()}
     kinds_of = {n: v.dtype.kind for n, v in held.items() if isinstance(v, np.ndarray)}
     if objects := [name for name, kind in kinds_of.items() if kind in "OSUMmV"]:
         raise ValueError(f"weights must be arrays of numbers; got objects under {objects}.")
     with replacing(path) as part:
         formats.WRITERS[path.suffix](held, part)
+
+
+def check_out(path: Path | None) -> None:
+    """Raises as `write` would for that path, before the work whose result goes there."""
+    if path is not None:
+        _check_ending(path)
+        check_writable(path)
+
+
+def _check_ending(path: Path) -> None:
+    if path.suffix not in formats.WRITERS:
+        kinds = ", ".join(formats.WRITERS)
+        raise ValueError(f"path must end in one of {kinds}; got {path.name!r}.")
 
 
 def _explained(entry: Entry, path: Path) -> Entry:
@@ -196,6 +207,8 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} cannot be read: {_why_not_unpickled(error)}.") from error
+    except (LookupError, EOFError) as error:  # bytes that are no such file; the text says nothing
+        raise ValueError(f"{path} cannot be read: it is damaged, or of another kind.") from error
     except Exception as error:
         own = type(error) is ValueError
         what = str(error) if own else f"{type(error).__name__}: {error}".rstrip(": ")

@@ -28,6 +28,19 @@ def batches():
     return [(torch.randn(2, 3, 6, 6), "label") for _ in range(2)]
 
 
+def no_batches():
+    raise KeyError("split")
+
+
+def touches():
+    open("was_read", "w").close()
+    return network()
+
+
+def disagrees():
+    assert 1 == 2
+
+
 def sized(channels, bias=True):
     return nn.Sequential(nn.Conv2d(3, channels, 1, bias=bias), nn.BatchNorm2d(channels))
 
@@ -157,6 +170,11 @@ def test_fold_and_onnx(folder: Path) -> None:
         (("fold", "shop:network", "--onnx", "m.onnx"), "--onnx needs --data"),
         (("convert", "shop:network", "--statistics", "median"), "statistics must be one of"),
         (("convert", "shop:network", "--to", "keras"), "`to` must be 'steadynorm' or 'torch'"),
+        (("convert", "shop:disagrees"), "steadynorm convert: AssertionError\n"),
+        (
+            ("calibrate", "shop:network", "--data", "shop:no_batches"),
+            "calibrate: KeyError: 'split'",
+        ),
     ],
 )
 def test_errors_are_one_line(folder: Path, arguments: tuple[str, ...], why: str) -> None:
@@ -165,6 +183,21 @@ def test_errors_are_one_line(folder: Path, arguments: tuple[str, ...], why: str)
     assert why in result.output
     assert "Traceback" not in result.output
     assert not (folder / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--onnx"])
+@pytest.mark.parametrize("target", ["x.npy/w.pt", ".", "w.txt"])
+@pytest.mark.parametrize("command", ["fold", "calibrate", "doctor"])
+def test_what_cannot_be_written_is_said_before_the_work(
+    folder: Path, command: str, option: str, target: str
+) -> None:
+    if option == "--onnx" and (command != "fold" or target == "w.txt"):
+        option = "--out"
+    more = ["--fix"] if command == "doctor" else []
+    arguments = [command, "shop:touches", "--data", "x.npy", option, target, *more]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert not (folder / "was_read").exists()
 
 
 @pytest.mark.parametrize("name", ["transformers ResNet (basic)", "MONAI UNet 2d"])

@@ -118,12 +118,28 @@ WANTING = {
 }
 
 
+WANTING_ELSEWHERE = {
+    "keras": {
+        "model": "a torch model",
+        "data": "a torch model and batches of data",
+        "run": "a training run: steadynorm.doctor.callbacks.keras_callback()",
+    },
+    "flax": {
+        "model": "a torch model",
+        "data": "a torch model and batches of data",
+        "run": "a training run of a torch or Keras model",
+    },
+}
+
+
 def unasked(report: Reported) -> list[str]:
     """A sentence for each kind of evidence that was not there, and how to give it."""
     missing = Counter[str](find_rule(code).needs for code in report.skipped)
+    layers = report.evidence.layers
+    framework = layers[0].state.framework if layers else "torch"
     return [
         f"{plural(missing[kind], 'rule needs', 'rules need')} {how}."
-        for kind, how in WANTING.items()
+        for kind, how in (WANTING | WANTING_ELSEWHERE.get(framework, {})).items()
         if missing[kind]
     ]
 

@@ -90,10 +90,11 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         message += "; nothing of this layer was trained yet"
     worse = loss_raised_by_calibration(evidence.data)
     if worse is not None and not changed:
+        why = "Nothing was" if untrained(evidence) else "The weights were"
+        of = " yet" if untrained(evidence) else " with 0 and 1"
         changed = {
-            "cure": f"Train on with the layer in training mode. The weights were trained with 0 "
-            f"and 1: calibration alone would raise the loss from {worse.after:.3g} to "
-            f"{worse.before:.3g}.",
+            "cure": f"Train on with the layer in training mode. {why} trained{of}: calibration "
+            f"alone would raise the loss from {worse.after:.3g} to {worse.before:.3g}.",
             "line": "model.train()",
             "safe": False,
         }

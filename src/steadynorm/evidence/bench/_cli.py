@@ -11,15 +11,15 @@ from rich.console import Console
 
 from steadynorm._extras import require
 from steadynorm.command import GroupBars, Json, errors_in_one_line, print_json, say
+from steadynorm.files import check_writable
 
 
 def _words(value: str, allowed: tuple[str, ...], option: str) -> list[str]:
     words = [word.strip() for word in value.split(",") if word.strip()]
     for word in words:
         if word not in allowed:
-            raise typer.BadParameter(
-                f"must be a comma-separated list of {', '.join(allowed)}; got {word!r}.",
-                param_hint=option,
+            raise ValueError(
+                f"{option} must be a comma-separated list of {', '.join(allowed)}; got {word!r}."
             )
     return words
 
@@ -63,6 +63,7 @@ def bench(
         from steadynorm.report.terminal import to_rich
 
         check_device(device)
+        check_writable(out / "bench.json")
         if kernels not in ("operator", "gpu"):
             raise ValueError(f"--kernels must be operator or gpu; got {kernels!r}.")
         wanted = _words(suites, (*SUITES, "networks"), "--suites")
@@ -120,24 +121,25 @@ def warmup(
     json: Json = False,
 ) -> None:
     """Compile the CPU kernels ahead, so that the first training step does not."""
-    import time
+    with errors_in_one_line("warmup", "what was compiled stays on disk."):
+        import time
 
-    import torch
+        import torch
 
-    from steadynorm.kernels.activations import ACTIVATIONS
-    from steadynorm.kernels.cpu import kernels
+        from steadynorm.kernels.activations import ACTIVATIONS
+        from steadynorm.kernels.cpu import kernels
 
-    kinds = _words(dtypes, ("float32", "float64", "bfloat16"), "--dtypes")
-    names = _words(activations, ("none", *ACTIVATIONS), "--activations")
-    start = time.perf_counter()
-    with Console(stderr=True).status("compiling"):
-        done = kernels.warmup(
-            [getattr(torch, kind) for kind in kinds],
-            [None if name == "none" else name for name in names],
-        )
-    ready = sum(kernel.cached for kernel in done.values())
-    took = round(time.perf_counter() - start, 1)
-    if json:
-        print_json({"kernels": len(done), "from_cache": ready, "seconds": took})
-        return
-    say(f"{len(done)} kernels ready, {ready} of them from the disk cache, in {took} s.")
+        kinds = _words(dtypes, ("float32", "float64", "bfloat16"), "--dtypes")
+        names = _words(activations, ("none", *ACTIVATIONS), "--activations")
+        start = time.perf_counter()
+        with Console(stderr=True).status("compiling"):
+            done = kernels.warmup(
+                [getattr(torch, kind) for kind in kinds],
+                [None if name == "none" else name for name in names],
+            )
+        ready = sum(kernel.cached for kernel in done.values())
+        took = round(time.perf_counter() - start, 1)
+        if json:
+            print_json({"kernels": len(done), "from_cache": ready, "seconds": took})
+            return
+        say(f"{len(done)} kernels ready, {ready} of them from the disk cache, in {took} s.")

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from steadynorm._extras import require
 from steadynorm.command import DataDir, GroupBars, Json, errors_in_one_line, print_json, say
+from steadynorm.files import check_writable
 
 NEEDED = {"torch": ("torch",), "keras": ("torch", "keras"), "jax": ("torch", "jax", "flax")}
 
@@ -39,6 +40,7 @@ def tour(
 
         seeds = (seed,) if short else (seed, seed + 1, seed + 2)
         options = TourOptions(None if data_dir is None else str(data_dir), seeds, short)
+        check_writable(out / "report.html")
         load(options.data_dir)  # broken files are reported before any bar is drawn
         with GroupBars() as bars:
             visited = run(
