@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import steadynorm as sn
-from steadynorm.kernels import dispatch
+from steadynorm.kernels import aten, compat, dispatch
 from steadynorm.kernels.reference import differentiable
 
 SMALL, LARGE = (3, 4, 3, 2), (16, 64, 4, 4)
@@ -172,17 +172,27 @@ def test_a_gradient_penalty_is_not_refused() -> None:
 ours_refuses = pytest.mark.skipif(differentiable.REFUSED_BY_TORCH, reason="torch refuses by itself")
 
 
-@pytest.fixture(params=["small", "large", "large, under hooks"])
-def route(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What leads to the input: itself, what its node has saved, or a tensor without values."""
-    routes: dict[str, Callable[[Tensor], Tensor | None]] = {
-        "small": lambda x: x,
-        "large": lambda x: None,
-        "large, under hooks": lambda x: x.narrow(0, 0, 0).clone(),
-    }
-    monkeypatch.setattr(differentiable, "_kept", routes[request.param])
-    name: str = request.param
-    return name
+@pytest.fixture(params=["no hooks", "hooks", "hooks, an accelerator"])
+def route(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What leads to the input: what its node has saved, itself, or a tensor without values."""
+    hooks = None if request.param == "no hooks" else True
+    monkeypatch.setattr(compat, "saved_hooks", lambda _: hooks)
+    if "accelerator" in request.param:
+        refuse = aten.refuse_third_derivatives
+
+        def elsewhere(y: Tensor, x: Tensor, weight: Tensor | None) -> None:
+            refuse(y, OnAnAccelerator(x), weight)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(aten, "refuse_third_derivatives", elsewhere)
+
+
+class OnAnAccelerator:
+    """Passes for a tensor that is not on CPU."""
+
+    is_cpu = False
+
+    def __init__(self, x: Tensor) -> None:
+        self.requires_grad, self.narrow = x.requires_grad, x.narrow
 
 
 @ours_refuses
@@ -207,20 +217,19 @@ def test_second_derivatives_in_a_checkpointed_region() -> None:
 
 
 @ours_refuses
-@pytest.mark.parametrize("keeps", [False, True])
-def test_an_output_that_is_kept_holds_no_large_input(
-    keeps: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_that_is_kept_holds_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `total += loss` keeps graphs, whose saved tensors are freed."""
-    seen = []
+    refuse, seen = aten.refuse_third_derivatives, []
 
-    def kept(x: Tensor) -> Tensor | None:
+    def watched(y: Tensor, x: Tensor, weight: Tensor | None) -> None:
         seen.append(weakref.ref(x))
-        return x if keeps else None
+        refuse(y, x, weight)
 
-    monkeypatch.setattr(differentiable, "_kept", kept)
+    monkeypatch.setattr(aten, "refuse_third_derivatives", watched)
     x = torch.randn(SMALL, requires_grad=True)
-    loss = sn.functional.batch_norm(x, None, None, training=True).square().sum()
-    loss.backward()
-    assert (seen[0]() is not None) is keeps
-    assert loss.grad_fn is not None
+    for hooks in (None, True):
+        monkeypatch.setattr(compat, "saved_hooks", lambda _, hooks=hooks: hooks)
+        loss = sn.functional.batch_norm(x, None, None, training=True).square().sum()
+        loss.backward()
+        assert (seen.pop()() is None) is (hooks is None)
+        assert loss.grad_fn is not None
