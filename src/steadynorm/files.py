@@ -33,9 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises ValueError where something other than a file is in that place, and OSError where none
     can be written.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is no regular file, and cannot be replaced by one.")
+    target = _target(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target)
@@ -61,9 +59,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises as `replacing` would, before the work whose result goes to `path`. Leaves nothing
     behind: missing folders are not made.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is no regular file, and cannot be replaced by one.")
+    target = _target(path)
     folder = next(parent for parent in target.parents if parent.exists())
     try:
         handle, name = _temporary(folder, target)
@@ -71,6 +67,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise _not_written(error, path) from error
     os.close(handle)
     Path(name).unlink()
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is no regular file, and cannot be replaced by one.")
+    return target
 
 
 def _temporary(folder: Path, target: Path) -> tuple[int, str]:

@@ -14,6 +14,7 @@ form stand where they are used:
 - `torch._C._cuda_getCurrentRawStream`: a device's current stream (kernels/gpu/plan.py);
 - `_dynamo_marked_constant`: what the compiler calls as it traces (kernels/checks.py);
 - `torch.utils._python_dispatch.TorchDispatchMode`: which operators a model runs (models/graph.py);
+- a node's `_register_hook_dict` and `_saved_input`, before 2.14 (reference/differentiable.py);
 - the path of `torch._C`: PyTorch's OpenMP threads (kernels/cpu/runtime.py).
 """
 
@@ -31,8 +32,7 @@ is_exporting: Callable[[], bool] = torch.compiler.is_exporting
 
 # What decides whether a result is right has no default: a torch without it fails at the import.
 
-# `torch.jit.trace` and the ONNX exporter built on it; the public `torch.jit.is_tracing`
-# costs three times as much.
+# `torch.jit.trace`, and ONNX export by it; the public function costs three times as much.
 is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 
 # Inside `vmap`, `grad`, `jvp` and the like; there is no public way to know.

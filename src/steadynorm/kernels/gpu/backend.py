@@ -108,7 +108,7 @@ def _is_strided(call: Call) -> bool:
 def _fits(call: Call) -> bool:
     """Whether the tensors of a call of a known kind are memory that its kernels can use.
 
-    What the kind does not say of that, in the time that a small call has.
+    Checks only what the key of the kind does not tell, and names nothing: small calls come here.
     """
     x, residual, batches = call.x, call.residual, call.num_batches_tracked
     device = x.get_device()

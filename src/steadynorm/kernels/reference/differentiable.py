@@ -117,8 +117,8 @@ def _followed(grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
     return followed
 
 
-# All calls share one table of hooks: `register_hook` makes one for each, and a handle, which with
-# the arguments of `register_prehook` takes a small step 13 µs, this 5.
+# One table of hooks serves every node. `register_prehook` makes a table and a handle for each: with
+# it a small step takes 13 µs longer, with this 5.
 _HOOKED: Any = torch.empty(0, device="cpu")
 _HOOKED._backward_hooks = {0: _before_backward}
 
