@@ -44,9 +44,9 @@ SLOW = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what lies under one of `SLOW`."""
-    slow = [HERE / path for path in SLOW]
+    slow = {HERE / path for path in SLOW}
     if gone := [str(path) for path in slow if not path.exists()]:
         raise pytest.UsageError(f"tests/conftest.py: SLOW names what does not exist: {gone}")
     for item in items:
-        if any(item.path.is_relative_to(path) for path in slow):
+        if not slow.isdisjoint((item.path, *item.path.parents)):
             item.add_marker(pytest.mark.slow)

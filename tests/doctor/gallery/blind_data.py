@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from monai.networks.blocks import Convolution
 from tests.doctor.gallery.blind import (
     Draw,
     Planted,
@@ -96,6 +95,8 @@ def _(draw: Draw) -> Planted:
 
 @fault("SN308", "sigmoid layers, the first alone with a norm", "layers")
 def _(draw: Draw) -> Planted:
+    from monai.networks.blocks import Convolution  # imports TensorFlow
+
     depth = round(2 + 10 * draw.strength)
 
     def plain(norm: str | None, activation: str) -> nn.Module:
