@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from steadynorm.kernels.activations import normal_cdf_by
 from steadynorm.kernels.reference import Reference
 from steadynorm.kernels.reference.immutable_arrays import ImmutableArrays
 
@@ -32,7 +33,7 @@ class JaxArrays(ImmutableArrays):
     shape = staticmethod(jnp.shape)
     sigmoid = staticmethod(jax.nn.sigmoid)
     tanh = staticmethod(jnp.tanh)
-    erf = staticmethod(jax.scipy.special.erf)
+    normal_cdf = staticmethod(normal_cdf_by(jax.scipy.special.erf))
     exp = staticmethod(jnp.exp)
     expm1 = staticmethod(jnp.expm1)
 

@@ -2,9 +2,10 @@
 
 A definition takes a namespace `m` of elementwise mathematics and returns two functions of it:
 `forward(z)`, and `gradient(g, t)`, g times the derivative, with t the output y or the input z as
-`source` says. `m` has `exp`, `expm1` (asked for z at most 0), `tanh`, `sigmoid`, `erf`, `where` and
-`const(number, like)`, a number in the type of `like`: compiled float32 code would else compute in
-float64. `Elementwise` makes one of an array library; the compiled CPU kernels bring their own.
+`source` says. `m` has `exp`, `expm1` (asked for z at most 0), `tanh`, `sigmoid`, `normal_cdf` (the
+standard normal distribution), `where` and `const(number, like)`, a number in the type of `like`:
+compiled float32 code would else compute in float64. A module `own` in it, such as
+torch.nn.functional, brings forwards of the activations' names, which exporters and compilers know.
 
 Comparisons are written so that a NaN in t lets the gradient through, as torch does.
 """
@@ -21,23 +22,13 @@ Functions = tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]
 LEAKY_SLOPE = 0.01  # torch.nn.LeakyReLU's default
 
 
-class Elementwise:
-    """The namespace over an array library such as `torch`, `jax.numpy` or `keras.ops`.
+def normal_cdf_by(erf: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """`normal_cdf` of an array library from its error function."""
 
-    `own`: a module whose functions of the activations' names serve as their forward, where such
-    exist; exporters and compilers know them.
-    """
+    def normal_cdf(z: Array) -> Array:
+        return 0.5 * (1.0 + erf(z * math.sqrt(0.5)))
 
-    def __init__(self, xp: Any, *, sigmoid: Any = None, erf: Any = None, own: Any = None) -> None:
-        self.exp, self.expm1, self.tanh, self.where = xp.exp, xp.expm1, xp.tanh, xp.where
-        self.sigmoid = xp.sigmoid if sigmoid is None else sigmoid
-        self.erf = xp.erf if erf is None else erf
-        self.own = own
-
-    @staticmethod
-    def const(number: float, like: Array) -> float:
-        """The number: array libraries take a Python number in the type of the array beside it."""
-        return number
+    return normal_cdf
 
 
 def _relu(m: Any) -> Functions:
@@ -84,14 +75,14 @@ def _silu(m: Any) -> Functions:
 
 
 def _gelu(m: Any) -> Functions:
-    root_half, density = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
+    height = 1 / math.sqrt(2 * math.pi)  # of the normal density
 
     def forward(z: Array) -> Array:
-        return z * m.const(0.5, z) * (m.const(1.0, z) + m.erf(z * m.const(root_half, z)))
+        return z * m.normal_cdf(z)
 
     def gradient(g: Array, z: Array) -> Array:
-        cdf = m.const(0.5, z) * (m.const(1.0, z) + m.erf(z * m.const(root_half, z)))
-        return g * (cdf + z * m.const(density, z) * m.exp(m.const(-0.5, z) * z * z))
+        density = m.const(height, z) * m.exp(m.const(-0.5, z) * z * z)
+        return g * (m.normal_cdf(z) + z * density)
 
     return forward, gradient
 
@@ -164,13 +155,15 @@ class Activation(NamedTuple):
     `source`: whether the derivative is taken from the "output", needs the "input" z, or can be had
     from "either" at the cost of a comparison. `module`: the class in `torch.nn` that it stands for,
     with its default arguments. `gate`: for a derivative of 1 inside an interval of outputs and 0
-    outside, that interval: one bit for each output then tells all.
+    outside, that interval: one bit for each output then tells all. `heavy`: computing it takes
+    longer than memory does.
     """
 
     define: Callable[[Any], Functions]
     source: Literal["output", "input", "either"]
     module: str
     gate: tuple[float, float] | None = None
+    heavy: bool = False
 
 
 ActivationName = Literal[
@@ -182,13 +175,13 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(_relu, "either", "ReLU", gate=(0.0, math.inf)),
     "relu6": Activation(_relu6, "either", "ReLU6", gate=(0.0, 6.0)),
     "leaky_relu": Activation(_leaky_relu, "either", "LeakyReLU"),
-    "silu": Activation(_silu, "input", "SiLU"),
-    "gelu": Activation(_gelu, "input", "GELU"),
+    "silu": Activation(_silu, "input", "SiLU", heavy=True),
+    "gelu": Activation(_gelu, "input", "GELU", heavy=True),
     "hardswish": Activation(_hardswish, "input", "Hardswish"),
-    "elu": Activation(_elu, "output", "ELU"),
-    "sigmoid": Activation(_sigmoid, "output", "Sigmoid"),
-    "tanh": Activation(_tanh, "output", "Tanh"),
-    "mish": Activation(_mish, "input", "Mish"),
+    "elu": Activation(_elu, "output", "ELU", heavy=True),
+    "sigmoid": Activation(_sigmoid, "output", "Sigmoid", heavy=True),
+    "tanh": Activation(_tanh, "output", "Tanh", heavy=True),
+    "mish": Activation(_mish, "input", "Mish", heavy=True),
 }
 
 

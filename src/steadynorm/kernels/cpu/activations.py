@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from numba.core import types
-from numba.core.extending import overload
+from numba.core.extending import intrinsic, overload
 
 from steadynorm.kernels.activations import ACTIVATIONS, functions
 
@@ -41,6 +41,25 @@ def by_activation(**options: Any) -> Callable[[Callable[[int], Any]], Any]:
         return build
 
     return decorate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def vectors_for(typing: Any, code: Any) -> Any:
+    """Called in a function's body: vectors of 512 bits there for an activation that is `heavy`.
+
+    LLVM by itself takes 256 on processors that lower their clock for 512, and rightly where memory
+    decides. The function itself must ask, since its loops are vectorized before it is inlined.
+    """
+    name = NAMES[code.literal_value]
+    heavy = name is not None and ACTIVATIONS[name].heavy
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if heavy:
+            attribute = '"prefer-vector-width"="512"'
+            set.add(builder.function.attributes, attribute)  # llvmlite's `add` takes names alone
+        return context.get_dummy_value()
+
+    return types.void(code), generate
 
 
 def _compiled(code: int, which: int) -> Any:

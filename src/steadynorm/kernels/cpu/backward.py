@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .activations import IDENTITY, by_activation, gradient_at
+from .activations import IDENTITY, by_activation, gradient_at, vectors_for
 from .arguments import PASSES, at
 from .loops import (
     COMPILED,
@@ -151,6 +151,7 @@ def sums_of_planes(ACT: int) -> Any:
         grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, chunk: Any,
         center: Any, scale: Any, shift: Any, sums_1: Any, sums_2: Any, code: Any,
     ) -> None:  # fmt: skip
+        vectors_for(code)
         clear(sums_1, chunk.in_block)
         clear(sums_2, chunk.in_block)
         piece = SUM_LENGTH if signs is None else WIDTH
@@ -185,6 +186,7 @@ def sums_of_strips(ACT: int) -> Any:
         grad: Any, x: Any, y: Any, residual: Any, signs: Any, gated: Any, chunk: Any,
         m: Any, s: Any, t: Any, wide_1: Any, wide_2: Any, sums_1: Any, sums_2: Any, code: Any,
     ) -> None:  # fmt: skip
+        vectors_for(code)
         clear(sums_1, chunk.in_block)
         clear(sums_2, chunk.in_block)
         columns = chunk.in_block * chunk.length
@@ -220,6 +222,7 @@ def map_planes(ACT: int) -> Any:
         mask: Any, dx: Any, wanted: Any, chunk: Any, center: Any, scale: Any, shift: Any,
         slopes: Any, constants: Any, code: Any,
     ) -> None:  # fmt: skip
+        vectors_for(code)
         streams = args[at.streams] != 0
         piece = STAGE if streams else chunk.length if signs is None else WIDTH
         for row in range(chunk.top, chunk.bottom):
@@ -258,6 +261,7 @@ def map_strips(ACT: int) -> Any:
         mask: Any, valid: Any, dx: Any, wanted: Any, chunk: Any, m: Any, s: Any, t: Any,
         slope: Any, constant: Any, code: Any,
     ) -> None:  # fmt: skip
+        vectors_for(code)
         streams = args[at.streams] != 0
         piece = STAGE if streams else WIDTH
         for row in range(chunk.top, chunk.bottom, chunk.rows_per_strip):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .activations import activate, by_activation
+from .activations import activate, by_activation, vectors_for
 from .arguments import PASSES, at
 from .loops import (
     BLEND,
@@ -162,6 +162,7 @@ def map_chunk(ACT: int) -> Any:
         args: Any, x: Any, residual: Any, y: Any, signs: Any, staged: Any, chunk: Any, mean: Any,
         scale: Any, shift: Any, wide_1: Any, wide_2: Any, wide_3: Any, code: Any,
     ) -> None:  # fmt: skip
+        vectors_for(code)
         streams, signed = args[at.streams] != 0, signs is not None and args[at.signs] != 0
         if chunk.planes:
             piece = STAGE if streams else WIDTH if signed else chunk.length

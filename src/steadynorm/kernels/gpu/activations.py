@@ -15,7 +15,7 @@ import triton.language as tl
 
 from steadynorm.kernels.activations import ACTIVATIONS
 
-from .elementary import expm1, sigmoid, tanh
+from .elementary import expm1, normal_cdf, sigmoid, tanh
 
 
 class _Value:
@@ -74,7 +74,7 @@ class _Source:
         return condition.new(f"tl.where({condition}, {a}, {b})")
 
     def __getattr__(self, name: str) -> Any:
-        module = "tl." if name in {"exp", "erf"} else ""
+        module = "tl." if name == "exp" else ""
         return lambda z: z.new(f"{module}{name}({z})")
 
 
@@ -93,7 +93,7 @@ def _compiled(name: str, which: int, *arguments: str) -> Any:
     source += _branches(which, arguments)
     file = f"<steadynorm {name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    scope: dict[str, Any] = {"tl": tl, "expm1": expm1, "tanh": tanh, "sigmoid": sigmoid}
+    scope = dict(tl=tl, expm1=expm1, normal_cdf=normal_cdf, sigmoid=sigmoid, tanh=tanh)
     scope["__name__"] = __name__
     exec(compile(source, file, "exec"), scope)
     return triton.jit(scope[name])

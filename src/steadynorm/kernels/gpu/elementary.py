@@ -27,3 +27,9 @@ def tanh(z):
 def sigmoid(z):
     """1 / (1 + e^-z)."""
     return tl.div_rn(1.0, 1.0 + tl.exp(-z))
+
+
+@triton.jit
+def normal_cdf(z):
+    """The standard normal distribution, by the error function."""
+    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))

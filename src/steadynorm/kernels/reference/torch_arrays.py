@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steadynorm.kernels import compat
-from steadynorm.kernels.activations import functions
+from steadynorm.kernels.activations import functions, normal_cdf_by
 from steadynorm.kernels.reference import Reference
 from steadynorm.statistics import Moments
 
@@ -37,7 +37,7 @@ class TorchArrays:
     stop_gradient = staticmethod(torch.detach)
     sigmoid = staticmethod(torch.sigmoid)
     tanh = staticmethod(torch.tanh)
-    erf = staticmethod(torch.erf)
+    normal_cdf = staticmethod(normal_cdf_by(torch.erf))
     exp = staticmethod(torch.exp)
     expm1 = staticmethod(torch.expm1)
     own = F  # one pass and one tensor saved, and exporters know them
