@@ -15,7 +15,6 @@ from steadynorm.models.graph import Graph, Node, trace
 from steadynorm.models.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
-    behaves,
     channel_axis,
     channels,
     describe,
@@ -28,6 +27,7 @@ from steadynorm.models.layers import (
     require_module,
     why_untouchable,
 )
+from steadynorm.models.probe import behaves
 from steadynorm.models.weights import pads, scale_input, scale_output
 
 Model = TypeVar("Model", bound=nn.Module)

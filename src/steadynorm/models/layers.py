@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -183,36 +181,6 @@ def channels(module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features
     mean = recognize(module).running_mean  # type: ignore[union-attr]
     return (0, 0) if mean is None else (len(mean), len(mean))
-
-
-def behaves(module: nn.Module, norm: Norm) -> bool:
-    """Whether a batch norm with its own forward computes in inference what its parts say.
-
-    It is called with random numbers, in inference, past its hooks, and left as it was.
-    """
-    if norm.running_mean is None:
-        return False
-    rank = {"1d": 2, "2d": 4, "3d": 5}.get("".join(re.findall(r"\dd", type(module).__name__)), 4)
-    shape = (3, len(norm.running_mean), *(2 for _ in range(rank - 2)))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(norm.running_mean)
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        with torch.no_grad():
-            got = exact(module.forward(x.clone()))
-            scale, shift = (t.view(-1, *(1 for _ in range(rank - 2))) for t in norm.in_inference())
-            expected = exact(x) * scale + shift
-            if norm.activation is not None:
-                expected = copy.deepcopy(norm.activation).to("cpu", torch.float64)(expected)
-    except Exception:  # noqa: BLE001 - whatever a stranger raises, it is none of these
-        return False
-    finally:
-        for part, mode in modes:
-            part.training = mode
-    tolerance = 100 * torch.finfo(x.dtype).eps * float(expected.abs().max().clamp(min=1))
-    return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance)
 
 
 def describe(module: nn.Module) -> str:
