@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from steadynorm.models.fuse import unfused
 from steadynorm.models.layers import DROPOUTS, is_host, recognize
+from steadynorm.models.observe import eagerly
 from steadynorm.models.untouched import set_training, untouched
 from steadynorm.nn.hooks import hooked
 
@@ -120,9 +122,17 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
     Or hands it to a function that calls it.
     """
+    return _called(model, _copied(example_inputs))
+
+
+def _copied(example_inputs: Any) -> Any:
+    """Example inputs that a model may write into."""
+    return example_inputs if callable(example_inputs) else copy.deepcopy(example_inputs)
+
+
+def _called(model: nn.Module, example_inputs: Any) -> Any:
     if callable(example_inputs):
         return example_inputs(model)
-    example_inputs = copy.deepcopy(example_inputs)  # a model may write into what it is given
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     if isinstance(example_inputs, tuple | list):
@@ -232,7 +242,8 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
         if entry.op == "get_attr":
             found = operator.attrgetter(str(entry.target))(model)
             touched.update(id(tensor) for tensor in tensors(found))
-        node = Node(str(entry.target), module if module and atom(module) else None)
+        called = getattr(entry.target, "__name__", str(entry.target))
+        node = Node(called, module if module and atom(module) else None)
         node.plain = len(entry.args) == 1 and not entry.kwargs
         node.writes = _may_write(entry, module)
         nodes[entry] = node
@@ -328,9 +339,12 @@ def _recorded(model: nn.Module, example_inputs: Any, atom: Callable[[nn.Module],
         register_module_forward_pre_hook(recorder.enter),
         register_module_forward_hook(recorder.leave, with_kwargs=True),
     ]
+    given = _copied(example_inputs)  # before, or the copying itself would be recorded
     try:
-        with recorder:
-            result = call(model, example_inputs)
+        with eagerly(), warnings.catch_warnings(), recorder:
+            # The hooks are meant to fire for what torch.compile made, too.
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
+            result = _called(model, given)
     finally:
         for hook in hooks:
             hook.remove()

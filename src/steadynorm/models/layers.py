@@ -228,12 +228,16 @@ def kept_elsewhere(model: nn.Module) -> set[nn.Module]:
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Puts `new` wherever `old` stands, under every name it has; returns the model."""
+    """Puts `new` wherever `old` stands, under every name it has; returns the model.
+
+    A wrapper of torch.compile around `old` goes too: it would go on calling that.
+    """
     if model is old:
         return new
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is old:
+            wraps = child is not None and child._modules.get("_orig_mod") is old
+            if child is old or wraps:
                 parent._modules[name] = new
     return model
 

@@ -270,3 +270,24 @@ def test_recording_a_run_leaves_no_global_hook():
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
     fold(network, torch.randn(4, 3))
     assert not torch.nn.modules.module._has_any_global_hook()
+
+
+def test_a_compiled_batch_norm_goes_with_its_wrapper() -> None:
+    compiled: Any = torch.compile(nn.BatchNorm2d(4), backend="eager")
+    model = disturb(nn.Sequential(nn.Conv2d(3, 4, 3), compiled, nn.ReLU())).eval()
+    x = torch.randn(2, 3, 6, 6)
+    folded, changes = fold(model, x)
+    assert changes.tally() == {"folded": 1}
+    assert type(folded[1]) is nn.Identity
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_before_is_named_as_written() -> None:
+    """Not by its address, nor by the copying of the example inputs."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval()
+    _, changes = fold(model, torch.randn(2, 3, 6, 6))
+    assert "its input comes from outside the model, not from" in changes[0].why
+    added = Forward(lambda self, x: self.bn(x + x)).eval()
+    _, changes = fold(added)
+    assert "its input comes from add, not from" in changes[0].why
