@@ -9,6 +9,7 @@ import torch
 from tests.models.surgery.test_convert import BatchNormAct2d
 from torch import Tensor, nn
 
+import steadynorm as sn
 from steadynorm.models.convert import convert
 
 
@@ -58,6 +59,15 @@ def test_strangers_are_left_and_named(layer: nn.Module, why: str) -> None:
     assert layer.training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, before[name]) for name, value in result[0].state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_a_look_alike_is_known_in_every_type(dtype: torch.dtype) -> None:
+    layer = BatchNormAct2d(4).to(dtype)
+    before = copy.deepcopy(layer.state_dict())
+    result, _ = convert(nn.Sequential(layer))
+    assert isinstance(result[0], sn.BatchNorm2d)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 def test_a_look_alike_with_a_dropout_is_left() -> None:
