@@ -242,8 +242,7 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
         if entry.op == "get_attr":
             found = operator.attrgetter(str(entry.target))(model)
             touched.update(id(tensor) for tensor in tensors(found))
-        called = getattr(entry.target, "__name__", str(entry.target))
-        node = Node(called, module if module and atom(module) else None)
+        node = Node(_named(entry), module if module and atom(module) else None)
         node.plain = len(entry.args) == 1 and not entry.kwargs
         node.writes = _may_write(entry, module)
         nodes[entry] = node
@@ -255,6 +254,13 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
                 node.inputs.append(nodes[source])
                 nodes[source].users.append(node)
     return Graph(order, touched)
+
+
+def _named(entry: fx.Node) -> str:
+    """A module's path, an argument's name, or `add()`, which no module is called."""
+    if entry.op not in ("call_function", "call_method"):
+        return str(entry.target)
+    return f"{getattr(entry.target, '__name__', entry.target)}()"
 
 
 def _may_write(entry: fx.Node, module: nn.Module | None) -> bool:

@@ -290,4 +290,4 @@ def test_what_stands_before_is_named_as_written() -> None:
     assert "its input comes from outside the model, not from" in changes[0].why
     added = Forward(lambda self, x: self.bn(x + x)).eval()
     _, changes = fold(added)
-    assert "its input comes from add, not from" in changes[0].why
+    assert "its input comes from add(), not from" in changes[0].why
