@@ -21,6 +21,7 @@ from steadynorm.models.layers import (
     recognize,
     require_module,
     shared_buffers,
+    taken_for_granted,
     why_untouchable,
 )
 from steadynorm.statistics import Running, Steady
@@ -89,7 +90,8 @@ def drop_redundant_bias(
             if len(norms) > 1
             else "subtracts it; its running mean"
         )
-        changes.append(Change("dropped", f"{name}.bias", size, "none", f"{by} {verb} moved along"))
+        why = f"{by} {verb} moved along" + taken_for_granted([host], graphs[0].calls(host))
+        changes.append(Change("dropped", f"{name}.bias", size, "none", why))
     if expected is not None:
         got = answers(model, example_inputs, training=False)
         compare(expected, got, "drop_redundant_bias")

@@ -25,6 +25,7 @@ from steadynorm.models.layers import (
     recognize,
     replace,
     require_module,
+    taken_for_granted,
     why_untouchable,
 )
 from steadynorm.models.probe import behaves
@@ -146,13 +147,14 @@ class _Folding:
         for host in hosts:
             rewrite(host, *norm.in_inference())
         after = (nn.Identity() if norm.activation is None else norm.activation).eval()
-        for call_ in self.graph.calls(module):
+        calls = self.graph.calls(module)
+        for call_ in calls:
             if norm.activation is None:
                 self.graph.bypass(call_)
             else:
                 call_.module = None
         self.model = replace(self.model, module, after)
-        into = "into " + ", ".join(self.name(host) for host in hosts)
+        into = "into " + ", ".join(map(self.name, hosts)) + taken_for_granted(hosts, calls)
         return Change("folded", self.name(module), describe(module), type(after).__name__, into)
 
     def before(self, module: nn.Module) -> list[nn.Module] | str:

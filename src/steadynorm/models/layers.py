@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -171,6 +171,17 @@ def meets_channels(host: nn.Module, norm: nn.Module) -> bool:
         if isinstance(norm, kind) and type(norm)._check_input_dim in refuses:
             return axes in ours._axes
     return True
+
+
+def taken_for_granted(hosts: Iterable[nn.Module], calls: Iterable[Any]) -> str:
+    """What the changes say of a batch norm beside linear layers whose inputs' shapes are not known.
+
+    Over (N, L, C), which a linear layer takes too, a `BatchNorm1d` acts on L. `calls`: of a graph.
+    """
+    unknown = any(call.shape is None for call in calls)
+    if unknown and any(isinstance(host, nn.Linear) for host in hosts):
+        return "; inputs are taken to be (N, C), since no example inputs were given"
+    return ""
 
 
 def channels(module: nn.Module) -> tuple[int, int]:

@@ -291,3 +291,19 @@ def test_what_stands_before_is_named_as_written() -> None:
     added = Forward(lambda self, x: self.bn(x + x)).eval()
     _, changes = fold(added)
     assert "its input comes from add(), not from" in changes[0].why
+
+
+def test_what_is_taken_for_granted_without_example_inputs_is_said() -> None:
+    """Over (N, L, C) a `BatchNorm1d` after `nn.Linear` acts on L; without inputs nobody knows."""
+    said = "; inputs are taken to be (N, C), since no example inputs were given"
+    linear = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU()).eval()
+    convolution = nn.Sequential(nn.Conv1d(5, 7, 1), nn.BatchNorm1d(7), nn.ReLU()).eval()
+    for tool, why in ((fold, "into 0"), (sn.drop_redundant_bias, "1 subtracts it; its running ")):
+        for model, inputs, expected in (
+            (linear, None, True),
+            (linear, torch.randn(4, 5), False),
+            (convolution, None, False),
+        ):
+            (change,) = tool(model, inputs)[1]
+            assert change.why.startswith(why)
+            assert change.why.endswith(said) is expected
