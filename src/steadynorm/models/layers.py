@@ -173,6 +173,9 @@ def meets_channels(host: nn.Module, norm: nn.Module) -> bool:
     return True
 
 
+GRANTED = "; inputs are taken to be (N, C), since no example inputs were given"
+
+
 def taken_for_granted(hosts: Iterable[nn.Module], calls: Iterable[Any]) -> str:
     """What the changes say of a batch norm beside linear layers whose inputs' shapes are not known.
 
@@ -180,7 +183,7 @@ def taken_for_granted(hosts: Iterable[nn.Module], calls: Iterable[Any]) -> str:
     """
     unknown = any(call.shape is None for call in calls)
     if unknown and any(isinstance(host, nn.Linear) for host in hosts):
-        return "; inputs are taken to be (N, C), since no example inputs were given"
+        return GRANTED
     return ""
 
 
