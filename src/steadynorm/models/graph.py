@@ -224,8 +224,8 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"torch.fx cannot follow {type(model).__name__} ({reason}). Give `example_inputs`, "
-            "so that the model can be run and its calls recorded."
+            f"torch.fx cannot follow {type(model).__name__} ({reason}). Give `example_inputs` "
+            "(on the command line, --data), so that the model can be run and its calls recorded."
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
     nodes: dict[fx.Node, Node] = {}
