@@ -20,6 +20,8 @@ from steadynorm.models.layers import (
     named,
     recognize,
     require_module,
+    require_no_replicas,
+    require_values,
     shared_buffers,
     taken_for_granted,
     why_untouchable,
@@ -71,6 +73,9 @@ def drop_redundant_bias(
     Neither torch, Keras nor flax offers this.
     """
     require_module(model, "drop_redundant_bias")
+    require_no_replicas(model, "drop_redundant_bias")
+    if example_inputs is not None:
+        require_values(model, "drop_redundant_bias")
     expected = None if example_inputs is None else answers(model, example_inputs, training=False)
     model = model if inplace else copied(model, "drop_redundant_bias")
     graphs = [trace(model, example_inputs, training=training) for training in (False, True)]

@@ -31,6 +31,7 @@ from steadynorm.models.layers import (
     named,
     recognize,
     require_module,
+    require_values,
 )
 from steadynorm.models.probe import behaves
 from steadynorm.nn import batchnorm as ours
@@ -111,6 +112,8 @@ def convert(
     policy: for replicas use `synchronize=True`.
     """
     require_module(model, "convert")
+    if example_inputs is not None:
+        require_values(model, "convert")
     if to not in ("steadynorm", "torch"):
         raise ValueError(f"convert: `to` must be 'steadynorm' or 'torch'; got {to!r}.")
     policy = None if statistics is None else policy_from(statistics)

@@ -25,6 +25,8 @@ from steadynorm.models.layers import (
     recognize,
     replace,
     require_module,
+    require_no_replicas,
+    require_values,
     taken_for_granted,
     why_untouchable,
 )
@@ -82,6 +84,9 @@ def fold(
     `affine=False` after a linear layer, and does not ask where else a tensor goes.
     """
     require_module(model, "fold")
+    require_no_replicas(model, "fold")
+    if example_inputs is not None:
+        require_values(model, "fold")
     if model.training:
         raise ValueError(
             "fold: `model` must be in inference, since a batch norm in training normalizes with "

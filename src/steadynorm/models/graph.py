@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from steadynorm.models.fuse import unfused
-from steadynorm.models.layers import DROPOUTS, is_host, recognize
+from steadynorm.models.layers import DROPOUTS, is_host, recognize, unwrapped
 from steadynorm.models.observe import eagerly
 from steadynorm.models.untouched import set_training, untouched
 from steadynorm.nn.hooks import hooked
@@ -112,6 +112,7 @@ def trace(
     """
     with untouched(model), unfused(model), torch.no_grad():
         set_training(model, training)
+        model = unwrapped(model)  # DistributedDataParallel itself reads and writes the buffers
         if example_inputs is None:
             return _traced(model, atom)
         return _recorded(model, example_inputs, atom)

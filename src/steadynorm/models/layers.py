@@ -216,6 +216,37 @@ def require_module(model: object, owner: str) -> None:
         )
 
 
+def require_no_replicas(model: nn.Module, owner: str) -> None:
+    """Raises ValueError for what DistributedDataParallel wraps: it holds the parameters and buffers
+    that were there when it was made, and waits for those that are gone.
+    """
+    kind = nn.parallel.DistributedDataParallel
+    if found := [name for name, part in named(model) if isinstance(part, kind)]:
+        raise ValueError(
+            f"{owner}: `model` must not be wrapped by DistributedDataParallel, which holds on to "
+            f"parameters and buffers that this removes; {found[0]!r} is. Give the model inside, "
+            f"model.module."
+        )
+
+
+def require_values(model: nn.Module, owner: str) -> None:
+    """Raises ValueError for a model that is about to be run and lacks values.
+
+    Lazy parts would create them in the first run, and change their class: neither can be undone.
+    """
+    for name, part in named(model):
+        if _uninitialized(part):
+            raise ValueError(
+                f"{owner}: every part of `model` must have its parameters; {name!r} is lazy and "
+                f"has not seen an input yet. Run the model on one batch first."
+            )
+        if any(tensor.is_meta for tensor in _own_tensors(part)):
+            raise ValueError(
+                f"{owner}: `model` must hold values; those of {name!r} are on the meta device. "
+                f"Load its weights first (model.to_empty(device='cpu'), load_state_dict)."
+            )
+
+
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, by its first name in the model; the model itself is "(model)"."""
     for name, module in model.named_modules():
@@ -297,17 +328,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def batch_norms(model: nn.Module, owner: str) -> list[NormLayer]:
-    """Every batch norm once, in the order of the model.
-
-    Raises ValueError for a model with parts that have not seen an input yet: the first batch would
-    create parameters, which an interruption could not undo.
-    """
-    lazy = next((name for name, part in named(model) if _uninitialized(part)), None)
-    if lazy is not None:
-        raise ValueError(
-            f"{owner}: every part of `model` must have its parameters; {lazy!r} is lazy and has "
-            f"not seen an input yet. Run the model on one batch first."
-        )
+    """Every batch norm once, in the order of the model. Raises ValueError as `require_values`."""
+    require_values(model, owner)
     found = []
     for name, module in named(model):
         norm = recognize(module)
@@ -349,5 +371,10 @@ def _why_left(model: nn.Module, module: nn.Module, frozen: bool) -> str | None:
 
 
 def _uninitialized(module: nn.Module) -> bool:
-    parts = [*module._parameters.values(), *module._buffers.values()]
-    return any(part is not None and is_lazy(part) for part in parts)
+    return any(is_lazy(tensor) for tensor in _own_tensors(module))
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters and buffers."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in own if tensor is not None]
