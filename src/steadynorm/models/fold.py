@@ -209,12 +209,12 @@ class _Folding:
         """Why a batch norm cannot be folded whatever stands beside it."""
         norm = recognize(module)
         assert norm is not None
+        if reason := why_untouchable(module):
+            return reason
         if norm.running_mean is None:
             return "it keeps no running statistics, and so normalizes with the batch in inference"
         if module.training and not norm.frozen:
             return "it is in training"
-        if reason := why_untouchable(module):
-            return reason
         if norm.kind == "other" and not behaves(module, norm):
             return f"{type(module).__name__} has its own forward, and it is not a batch norm's"
         if module in self.kept:

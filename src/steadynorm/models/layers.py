@@ -139,14 +139,14 @@ def why_untouchable(module: nn.Module) -> str | None:
     """Why the weights of a layer cannot be rewritten, None where they can."""
     if "forward" in vars(module):
         return REPLACED
+    if _uninitialized(module):
+        return "it is lazy and has not seen an input yet"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks, which would see other values"
     if parametrize.is_parametrized(module):
         return "its weights are parametrized"
     if not is_host(module):
         return None
-    if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):
-        return "it is lazy and has not seen an input yet"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed, not a parameter"
     if not module.weight.is_floating_point():

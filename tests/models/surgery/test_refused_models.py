@@ -45,3 +45,12 @@ def test_replicas_are_refused(tool: str) -> None:
     wrapped.module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match=rf"{tool}: `model` must not be wrapped .*model\.module"):
         getattr(sn, tool)(wrapped.eval())
+
+
+def test_without_inputs_lazy_layers_are_left_and_named() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
+    (change,) = sn.fold(model)[1]
+    assert change.why == "it is lazy and has not seen an input yet"
+    (change,) = sn.drop_redundant_bias(model)[1]
+    assert change.why == "it is lazy and has not seen an input yet"
+    assert [f.code for f in sn.diagnose(model).findings] == []
