@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from steadynorm._extras import EXTRAS
@@ -80,6 +81,8 @@ def test_the_oldest_versions_claimed_are_those_that_are_tested() -> None:
         (("torch",), "steadynorm.BatchNorm2d", "steadynorm.BatchNorm2d", "torch"),
         (("torch",), "steadynorm.calibrate", "steadynorm.calibrate", "torch"),
         (("torch",), "steadynorm.functional", "steadynorm.functional", "torch"),
+        (("torch",), "import steadynorm.nn", "steadynorm.nn", "torch"),
+        (("torch",), "steadynorm.diagnose(3)", "steadynorm.diagnose", "torch"),
         (("keras",), "import steadynorm.keras", "steadynorm.keras", "keras"),
         (("jax",), "import steadynorm.jax", "steadynorm.jax", "jax"),
     ],
@@ -138,6 +141,21 @@ def test_help_and_rules_need_no_framework() -> None:
     for words in (["--help"], ["--version"], ["doctor", "--list"]):
         run = f"from steadynorm.cli import app\nsys.argv[1:] = {words!r}\napp()"
         assert without(frameworks, run).returncode == 0
+
+
+def test_a_checkpoint_is_diagnosed_without_torch(tmp_path: Path) -> None:
+    path = str(tmp_path / "weights.npz")
+    ones, zeros = np.ones(3), np.zeros(3)
+    layer = {"weight": ones, "bias": ones, "running_mean": zeros, "running_var": ones}
+    np.savez(path, **{f"norm.{name}": value for name, value in layer.items()})
+    report = without(
+        ("torch",),
+        f"import steadynorm\nprint([f.code for f in steadynorm.diagnose({path!r}).findings])",
+    )
+    assert report.stdout == "['SN101']\n", report.stderr
+    run = f"from steadynorm.cli import app\nsys.argv[1:] = ['doctor', {path!r}]\napp()"
+    done = without(("torch",), run)
+    assert (done.returncode, "error SN101" in done.stdout) == (1, True), done.stderr
 
 
 def test_the_package_runs_as_a_module() -> None:

@@ -169,6 +169,26 @@ def test_sn302(shift: float, loss: LossByMode | None, expected: Severity | None)
     assert severity("SN302", layer(running_mean=shift * ONES), loss=loss) is expected
 
 
+def test_no_rule_advises_a_calibration_that_would_raise_the_loss() -> None:
+    """As where a network was trained with its batch norms in inference mode."""
+    initial = layer(mean=ONES, inference_mean=ONES)
+    stale = layer(running_mean=ONES)
+    for loss, advised in ((losses(1.4, 0.2, 1.3), False), (losses(0.2, 1.3, 0.2), True)):
+        found = [*said("SN101", initial, gap=2.0, loss=loss)]
+        for code in ("SN301", "SN302"):
+            found += said(code, stale, gap=2.0, loss=loss)
+        assert [finding.code for finding in found] == ["SN101", "SN301", "SN302"]
+        for finding in found:
+            assert ("sn.calibrate" in finding.line) is advised, finding.code
+            assert ("the loss" in finding.cure) is not advised, finding.code
+            assert bool(finding.safe) is advised, finding.code
+    (told,) = said("SN302", stale, gap=2.0, loss=losses(1.4, 0.2, 1.3))
+    assert told.cure == (
+        "Do not calibrate: the loss would rise from 0.2 to 1.3. The weights fit the statistics "
+        "that they have."
+    )
+
+
 # --- SN303 and SN304
 
 

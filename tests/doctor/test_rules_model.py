@@ -196,6 +196,11 @@ def test_a_norm_whose_output_is_used_elsewhere_too() -> None:
     assert [f.layer for f in found(model, "SN206")] == ["1"]
 
 
+def test_a_model_that_is_one_norm_stands_after_none() -> None:
+    for batches in (None, [images()]):
+        assert found(nn.BatchNorm2d(2), "SN206", batches=batches) == []
+
+
 # --- SN208 recomputed norm
 
 

@@ -203,3 +203,25 @@ def test_random_states_are_as_before(call: Callable[[nn.Module, Tensor], Any]) -
     before = random_states()
     call(network, x)
     assert random_states() == before
+
+
+class Growing(nn.Module):
+    """Gives a buffer another shape, as the observers of quantization do on their first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest.resize_(x.shape[1]).copy_(x.amax(0))
+        return x
+
+
+def test_a_buffer_that_grows_is_put_back() -> None:
+    network = Growing()
+    held = network.largest
+    with untouched(network):
+        network(torch.randn(3, 4))
+        assert network.largest.shape == (4,)
+    assert network.largest is held
+    assert held.shape == (0,)

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steadynorm._extras import needed_by
 from steadynorm.doctor.evidence.keras_model import is_keras, probe_keras
 from steadynorm.doctor.evidence.losses import loss_raised_by_calibration
 from steadynorm.doctor.evidence.records import Evidence
@@ -240,34 +241,34 @@ def diagnose(
             of_models, "is for torch models; of a Keras model the layers' state alone is judged"
         )
         return judge(probe_keras(target), select=select, ignore=ignore)
-    from torch import nn
-
-    from steadynorm.doctor.evidence.checkpoint import probe_state
-    from steadynorm.doctor.evidence.model import probe_model
-    from steadynorm.doctor.evidence.passes import Forwards
-
     state = getattr(target, "state_dict", None)
-    if not isinstance(target, nn.Module) and isinstance(state, Mapping):  # torch.export's
-        target = state
-    if isinstance(target, nn.Module):
-        with bar(progress and batches is not None) as show:
-            evidence = probe_model(
-                target, batches, loss=loss, forward=forward, against=against,
-                max_batches=max_batches, optimizer=optimizer, exporting=exporting, target=name,
-                forwards=Forwards(show),
-            )  # fmt: skip
-    elif isinstance(target, str | PathLike | Mapping):
+    stored = state if isinstance(state, Mapping) else target  # torch.export's; a module's is called
+    if isinstance(stored, str | PathLike | Mapping):
         _refuse(
             of_models,
             "needs a model to go with it; got a checkpoint alone. Load it into its model and "
             "diagnose that",
         )
-        evidence = probe_state(target)
-    else:
+        from steadynorm.doctor.evidence.checkpoint import probe_state
+
+        with needed_by("steadynorm.diagnose"):
+            return judge(probe_state(stored), select=select, ignore=ignore)
+    with needed_by("steadynorm.diagnose"):
+        from torch import nn
+
+        from steadynorm.doctor.evidence.model import probe_model
+        from steadynorm.doctor.evidence.passes import Forwards
+    if not isinstance(target, nn.Module):
         raise TypeError(
             f"diagnose: `target` must be a torch.nn.Module, a checkpoint's path or a state dict; "
             f"got {type(target).__name__}."
         )
+    with bar(progress and batches is not None) as show:
+        evidence = probe_model(
+            target, batches, loss=loss, forward=forward, against=against,
+            max_batches=max_batches, optimizer=optimizer, exporting=exporting, target=name,
+            forwards=Forwards(show),
+        )  # fmt: skip
     return judge(evidence, select=select, ignore=ignore)
 
 

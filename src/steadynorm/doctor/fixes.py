@@ -28,7 +28,7 @@ from steadynorm.models.changes import Change, Changes
 from steadynorm.models.convert import convert
 from steadynorm.models.equivalence import copied
 from steadynorm.models.files import write
-from steadynorm.models.layers import unwrapped
+from steadynorm.models.layers import GRANTED, unwrapped
 from steadynorm.models.report import CalibrationReport, LayerReport
 from steadynorm.models.untouched import set_training, untouched
 
@@ -65,6 +65,12 @@ class Repair(NamedTuple):
     def read(self, model: nn.Module) -> list[Any]:
         """The batches that `diagnose` judges by."""
         return read(feeding(self.batches, model, max_batches=self.max_batches), "batches")
+
+    def example(self, model: nn.Module) -> Callable[[nn.Module], Any]:
+        """What calls a model on the first batch."""
+        feed = feeding(self.batches, model, self.arguments.get("forward"))
+        batch = self.read(model)[0]
+        return lambda network: feed.forward(network, batch)
 
     def layers(self, act: str) -> list[str]:
         """The layers whose findings ask for an act and may have it, each once."""
@@ -218,11 +224,17 @@ def _widen(model: nn.Module, _: Repair, layers: list[str]) -> Iterator[Change]:
                 yield replace(change, where=name or change.where)
 
 
-def _drop_bias(model: nn.Module, _: Repair, layers: list[str]) -> Iterator[Change]:
+def _drop_bias(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[Change]:
+    """By the calls of the first batch: what shapes show is not seen without it."""
     try:
-        yield from bias.drop_redundant_bias(model, inplace=True)[1]
+        example = None
+        if repair.batches is not None:
+            example = repair.example(model)
+        elif any(GRANTED in change.why for change in bias.drop_redundant_bias(model)[1]):
+            raise ValueError("without batches nobody knows on which axis a linear layer works")
+        yield from bias.drop_redundant_bias(model, example, inplace=True)[1]
     except ValueError as error:
-        yield _left("drop_redundant_bias", ["(model)"], str(error))
+        yield _left("drop_redundant_bias", layers, str(error))
 
 
 def _calibrate(model: nn.Module, repair: Repair, layers: list[str]) -> Iterator[Change]:

@@ -139,6 +139,11 @@ def convert_weights(
     from steadynorm.models import checkpoints, files
 
     with errors_in_one_line("convert-weights"):
+        if target_file.resolve() == source_file.resolve():
+            raise ValueError(
+                f"TARGET_FILE must be another file than SOURCE_FILE, whose other arrays would be "
+                f"lost; got {target_file} for both."
+            )
         files.check_out(target_file)
         values, remarks = checkpoints.convert_weights(
             files.read(source_file),

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steadynorm.models.graph import tensors
+
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -23,9 +25,11 @@ class Batches(NamedTuple):
     owner: str
 
     def run(self, model: nn.Module) -> Iterator[None]:
-        """Call the model on one batch after the other; yields after each."""
+        """Call the model on a copy of one batch after the other, since it may write into what it is
+        given; yields after each.
+        """
         for batch in islice(iter(self.source), self.limit):
-            self.forward(model, moved(batch, self.device))
+            self.forward(model, cloned(moved(batch, self.device)))
             yield
 
     def __len__(self) -> int:
@@ -90,15 +94,40 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
 def moved(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`; what holds no tensors stays the same object."""
+    return _rebuilt(batch, "to", device)
+
+
+def cloned(batch: Any) -> Any:
+    """A copy of a batch that a model may write into; what holds no tensors is not copied."""
+    return _rebuilt(batch, "clone")
+
+
+def _rebuilt(batch: Any, method: str, *args: Any, depth: int = 6) -> Any:
+    """The batch with `part.method(*args)` for every part of it that has that method: tensors, and
+    what knows itself how, such as packed sequences and graphs.
+    """
+    own = getattr(batch, method, None)
+    if callable(own):
+        return own(*args)
+    if not depth or next(tensors(batch), None) is None:
+        return batch
+
+    def inside(part: Any) -> Any:
+        return _rebuilt(part, method, *args, depth=depth - 1)
+
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(part, device) for part in batch))
+        return type(batch)(*map(inside, batch))
     if type(batch) in (tuple, list):
-        return type(batch)(moved(part, device) for part in batch)
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, MutableMapping):
-        there = {key: moved(value, device) for key, value in batch.items()}
-        if any(there[key] is not batch[key] for key in there):
-            batch = copy(batch)
-            batch.update(there)
-    return batch
+        return type(batch)(map(inside, batch))
+    if isinstance(batch, Mapping):
+        parts = {key: inside(value) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return parts
+        rebuilt = copy(batch)
+        rebuilt.update(parts)
+        return rebuilt
+    if not hasattr(batch, "__dict__"):
+        return batch
+    rebuilt = copy(batch)  # a dataclass, say
+    vars(rebuilt).update({name: inside(value) for name, value in vars(batch).items()})
+    return rebuilt

@@ -20,7 +20,10 @@ from steadynorm.models.layers import (
     named,
     recognize,
     require_module,
+    require_no_replicas,
+    require_values,
     shared_buffers,
+    taken_for_granted,
     why_untouchable,
 )
 from steadynorm.statistics import Running, Steady
@@ -70,6 +73,9 @@ def drop_redundant_bias(
     Neither torch, Keras nor flax offers this.
     """
     require_module(model, "drop_redundant_bias")
+    require_no_replicas(model, "drop_redundant_bias")
+    if example_inputs is not None:
+        require_values(model, "drop_redundant_bias")
     expected = None if example_inputs is None else answers(model, example_inputs, training=False)
     model = model if inplace else copied(model, "drop_redundant_bias")
     graphs = [trace(model, example_inputs, training=training) for training in (False, True)]
@@ -89,7 +95,8 @@ def drop_redundant_bias(
             if len(norms) > 1
             else "subtracts it; its running mean"
         )
-        changes.append(Change("dropped", f"{name}.bias", size, "none", f"{by} {verb} moved along"))
+        why = f"{by} {verb} moved along" + taken_for_granted([host], graphs[0].calls(host))
+        changes.append(Change("dropped", f"{name}.bias", size, "none", why))
     if expected is not None:
         got = answers(model, example_inputs, training=False)
         compare(expected, got, "drop_redundant_bias")

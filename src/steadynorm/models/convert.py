@@ -27,12 +27,13 @@ from steadynorm.models.layers import (
     REPLACED,
     Norm,
     activation_name,
-    behaves,
     describe,
     named,
     recognize,
     require_module,
+    require_values,
 )
+from steadynorm.models.probe import behaves
 from steadynorm.nn import batchnorm as ours
 from steadynorm.nn.batchnorm import SteadyNorm
 from steadynorm.nn.steps import TimeStep
@@ -66,8 +67,9 @@ def convert(
 
     Known are torch's (`BatchNorm1d`, `2d`, `3d`, lazy ones, `SyncBatchNorm`), subclasses of them,
     and look-alikes: classes named like a batch norm, made of the same parts, that also compute the
-    same on a probe (torchvision's, detectron2's, DETR's `FrozenBatchNorm2d`, timm's
-    `BatchNormAct2d` and `FrozenBatchNormAct2d`, mmcv's synchronized one). Each module stays the
+    same on a probe, in training and in inference (torchvision's, detectron2's, DETR's
+    `FrozenBatchNorm2d`, timm's `BatchNormAct2d` and `FrozenBatchNormAct2d`, mmcv's synchronized
+    one, which is tried in inference alone). Each module stays the
     same object and changes its class, so weights, buffers, eps, momentum, mode, type, device,
     hooks, sharing and `state_dict` keys stay. Frozen look-alikes become `statistics=Frozen()`;
     their weight and bias become parameters that need no gradient, and they gain
@@ -110,6 +112,8 @@ def convert(
     policy: for replicas use `synchronize=True`.
     """
     require_module(model, "convert")
+    if example_inputs is not None:
+        require_values(model, "convert")
     if to not in ("steadynorm", "torch"):
         raise ValueError(f"convert: `to` must be 'steadynorm' or 'torch'; got {to!r}.")
     policy = None if statistics is None else policy_from(statistics)
@@ -292,6 +296,8 @@ def why_not_ours(module: nn.Module, norm: Norm) -> str | None:
             return f"{name} also applies its `{part}`, {child}"
     if isinstance(norm.bias, nn.Parameter) and not isinstance(norm.weight, nn.Parameter):
         return f"{name} learns a bias without a weight"
+    if _synchronizes(module) is False and not behaves(module, norm, training=True):
+        return f"{name} has its own forward, and in training it is not a batch norm's"
     return None
 
 

@@ -15,7 +15,6 @@ from steadynorm.models.graph import Graph, Node, trace
 from steadynorm.models.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
-    behaves,
     channel_axis,
     channels,
     describe,
@@ -26,8 +25,12 @@ from steadynorm.models.layers import (
     recognize,
     replace,
     require_module,
+    require_no_replicas,
+    require_values,
+    taken_for_granted,
     why_untouchable,
 )
+from steadynorm.models.probe import behaves
 from steadynorm.models.weights import pads, scale_input, scale_output
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,6 +84,9 @@ def fold(
     `affine=False` after a linear layer, and does not ask where else a tensor goes.
     """
     require_module(model, "fold")
+    require_no_replicas(model, "fold")
+    if example_inputs is not None:
+        require_values(model, "fold")
     if model.training:
         raise ValueError(
             "fold: `model` must be in inference, since a batch norm in training normalizes with "
@@ -146,13 +152,14 @@ class _Folding:
         for host in hosts:
             rewrite(host, *norm.in_inference())
         after = (nn.Identity() if norm.activation is None else norm.activation).eval()
-        for call_ in self.graph.calls(module):
+        calls = self.graph.calls(module)
+        for call_ in calls:
             if norm.activation is None:
                 self.graph.bypass(call_)
             else:
                 call_.module = None
         self.model = replace(self.model, module, after)
-        into = "into " + ", ".join(self.name(host) for host in hosts)
+        into = "into " + ", ".join(map(self.name, hosts)) + taken_for_granted(hosts, calls)
         return Change("folded", self.name(module), describe(module), type(after).__name__, into)
 
     def before(self, module: nn.Module) -> list[nn.Module] | str:
@@ -202,12 +209,12 @@ class _Folding:
         """Why a batch norm cannot be folded whatever stands beside it."""
         norm = recognize(module)
         assert norm is not None
+        if reason := why_untouchable(module):
+            return reason
         if norm.running_mean is None:
             return "it keeps no running statistics, and so normalizes with the batch in inference"
         if module.training and not norm.frozen:
             return "it is in training"
-        if reason := why_untouchable(module):
-            return reason
         if norm.kind == "other" and not behaves(module, norm):
             return f"{type(module).__name__} has its own forward, and it is not a batch norm's"
         if module in self.kept:

@@ -78,7 +78,7 @@ def freeze(model: Model, *, affine: bool = True) -> tuple[Model, Changes]:
         still = norm is None or norm.frozen
         if still and (not held or (norm is not None and norm.kind == "other")):
             continue
-        memory: BeforeFreeze | None = getattr(module, BEFORE_FREEZE, None)
+        memory: BeforeFreeze | None = vars(module).get(BEFORE_FREEZE)
         if memory is None or not still:
             policy = getattr(module, "statistics", None)
             kind = type(module) if memory is None else memory.kind
@@ -109,7 +109,7 @@ def unfreeze(model: Model) -> tuple[Model, Changes]:
     require_module(model, "unfreeze")
     changes = Changes()
     for name, module in named(model):
-        memory: BeforeFreeze | None = getattr(module, BEFORE_FREEZE, None)
+        memory: BeforeFreeze | None = vars(module).get(BEFORE_FREEZE)
         if memory is None:
             continue
         before = _described(module)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from steadynorm.models.fuse import unfused
-from steadynorm.models.layers import DROPOUTS, is_host, recognize
+from steadynorm.models.layers import DROPOUTS, is_host, recognize, unwrapped
+from steadynorm.models.observe import eagerly
 from steadynorm.models.untouched import set_training, untouched
 from steadynorm.nn.hooks import hooked
 
@@ -110,6 +112,7 @@ def trace(
     """
     with untouched(model), unfused(model), torch.no_grad():
         set_training(model, training)
+        model = unwrapped(model)  # DistributedDataParallel itself reads and writes the buffers
         if example_inputs is None:
             return _traced(model, atom)
         return _recorded(model, example_inputs, atom)
@@ -120,9 +123,17 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
     Or hands it to a function that calls it.
     """
+    return _called(model, _copied(example_inputs))
+
+
+def _copied(example_inputs: Any) -> Any:
+    """Example inputs that a model may write into."""
+    return example_inputs if callable(example_inputs) else copy.deepcopy(example_inputs)
+
+
+def _called(model: nn.Module, example_inputs: Any) -> Any:
     if callable(example_inputs):
         return example_inputs(model)
-    example_inputs = copy.deepcopy(example_inputs)  # a model may write into what it is given
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     if isinstance(example_inputs, tuple | list):
@@ -214,8 +225,8 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"torch.fx cannot follow {type(model).__name__} ({reason}). Give `example_inputs`, "
-            "so that the model can be run and its calls recorded."
+            f"torch.fx cannot follow {type(model).__name__} ({reason}). Give `example_inputs` "
+            "(on the command line, --data), so that the model can be run and its calls recorded."
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
     nodes: dict[fx.Node, Node] = {}
@@ -232,7 +243,7 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
         if entry.op == "get_attr":
             found = operator.attrgetter(str(entry.target))(model)
             touched.update(id(tensor) for tensor in tensors(found))
-        node = Node(str(entry.target), module if module and atom(module) else None)
+        node = Node(_named(entry), module if module and atom(module) else None)
         node.plain = len(entry.args) == 1 and not entry.kwargs
         node.writes = _may_write(entry, module)
         nodes[entry] = node
@@ -244,6 +255,13 @@ def _traced(model: nn.Module, atom: Callable[[nn.Module], bool]) -> Graph:
                 node.inputs.append(nodes[source])
                 nodes[source].users.append(node)
     return Graph(order, touched)
+
+
+def _named(entry: fx.Node) -> str:
+    """A module's path, an argument's name, or `add()`, which no module is called."""
+    if entry.op not in ("call_function", "call_method"):
+        return str(entry.target)
+    return f"{getattr(entry.target, '__name__', entry.target)}()"
 
 
 def _may_write(entry: fx.Node, module: nn.Module | None) -> bool:
@@ -328,9 +346,12 @@ def _recorded(model: nn.Module, example_inputs: Any, atom: Callable[[nn.Module],
         register_module_forward_pre_hook(recorder.enter),
         register_module_forward_hook(recorder.leave, with_kwargs=True),
     ]
+    given = _copied(example_inputs)  # before, or the copying itself would be recorded
     try:
-        with recorder:
-            result = call(model, example_inputs)
+        with eagerly(), warnings.catch_warnings(), recorder:
+            # The hooks are meant to fire for what torch.compile made, too.
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
+            result = _called(model, given)
     finally:
         for hook in hooks:
             hook.remove()

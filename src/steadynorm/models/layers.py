@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -141,14 +139,14 @@ def why_untouchable(module: nn.Module) -> str | None:
     """Why the weights of a layer cannot be rewritten, None where they can."""
     if "forward" in vars(module):
         return REPLACED
+    if _uninitialized(module):
+        return "it is lazy and has not seen an input yet"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks, which would see other values"
     if parametrize.is_parametrized(module):
         return "its weights are parametrized"
     if not is_host(module):
         return None
-    if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):
-        return "it is lazy and has not seen an input yet"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed, not a parameter"
     if not module.weight.is_floating_point():
@@ -175,6 +173,20 @@ def meets_channels(host: nn.Module, norm: nn.Module) -> bool:
     return True
 
 
+GRANTED = "; inputs are taken to be (N, C), since no example inputs were given"
+
+
+def taken_for_granted(hosts: Iterable[nn.Module], calls: Iterable[Any]) -> str:
+    """What the changes say of a batch norm beside linear layers whose inputs' shapes are not known.
+
+    Over (N, L, C), which a linear layer takes too, a `BatchNorm1d` acts on L. `calls`: of a graph.
+    """
+    unknown = any(call.shape is None for call in calls)
+    if unknown and any(isinstance(host, nn.Linear) for host in hosts):
+        return GRANTED
+    return ""
+
+
 def channels(module: nn.Module) -> tuple[int, int]:
     """Channels in and channels out."""
     if isinstance(module, _ConvNd):
@@ -183,36 +195,6 @@ def channels(module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features
     mean = recognize(module).running_mean  # type: ignore[union-attr]
     return (0, 0) if mean is None else (len(mean), len(mean))
-
-
-def behaves(module: nn.Module, norm: Norm) -> bool:
-    """Whether a batch norm with its own forward computes in inference what its parts say.
-
-    It is called with random numbers, in inference, past its hooks, and left as it was.
-    """
-    if norm.running_mean is None:
-        return False
-    rank = {"1d": 2, "2d": 4, "3d": 5}.get("".join(re.findall(r"\dd", type(module).__name__)), 4)
-    shape = (3, len(norm.running_mean), *(2 for _ in range(rank - 2)))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(norm.running_mean)
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        with torch.no_grad():
-            got = exact(module.forward(x.clone()))
-            scale, shift = (t.view(-1, *(1 for _ in range(rank - 2))) for t in norm.in_inference())
-            expected = exact(x) * scale + shift
-            if norm.activation is not None:
-                expected = copy.deepcopy(norm.activation).to("cpu", torch.float64)(expected)
-    except Exception:  # noqa: BLE001 - whatever a stranger raises, it is none of these
-        return False
-    finally:
-        for part, mode in modes:
-            part.training = mode
-    tolerance = 100 * torch.finfo(x.dtype).eps * float(expected.abs().max().clamp(min=1))
-    return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance)
 
 
 def describe(module: nn.Module) -> str:
@@ -232,6 +214,37 @@ def require_module(model: object, owner: str) -> None:
             f"{owner}: `model` must not be compiled by torch.jit, which keeps no layers to "
             f"recognize; {scripted!r} is. Give the model from before torch.jit.script or trace."
         )
+
+
+def require_no_replicas(model: nn.Module, owner: str) -> None:
+    """Raises ValueError for what DistributedDataParallel wraps: it holds the parameters and buffers
+    that were there when it was made, and waits for those that are gone.
+    """
+    kind = nn.parallel.DistributedDataParallel
+    if found := [name for name, part in named(model) if isinstance(part, kind)]:
+        raise ValueError(
+            f"{owner}: `model` must not be wrapped by DistributedDataParallel, which holds on to "
+            f"parameters and buffers that this removes; {found[0]!r} is. Give the model inside, "
+            f"model.module."
+        )
+
+
+def require_values(model: nn.Module, owner: str) -> None:
+    """Raises ValueError for a model that is about to be run and lacks values.
+
+    Lazy parts would create them in the first run, and change their class: neither can be undone.
+    """
+    for name, part in named(model):
+        if _uninitialized(part):
+            raise ValueError(
+                f"{owner}: every part of `model` must have its parameters; {name!r} is lazy and "
+                f"has not seen an input yet. Run the model on one batch first."
+            )
+        if any(tensor.is_meta for tensor in _own_tensors(part)):
+            raise ValueError(
+                f"{owner}: `model` must hold values; those of {name!r} are on the meta device. "
+                f"Load its weights first (model.to_empty(device='cpu'), load_state_dict)."
+            )
 
 
 def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -260,12 +273,16 @@ def kept_elsewhere(model: nn.Module) -> set[nn.Module]:
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Puts `new` wherever `old` stands, under every name it has; returns the model."""
+    """Puts `new` wherever `old` stands, under every name it has; returns the model.
+
+    A wrapper of torch.compile around `old` goes too: it would go on calling that.
+    """
     if model is old:
         return new
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is old:
+            wraps = child is not None and child._modules.get("_orig_mod") is old
+            if child is old or wraps:
                 parent._modules[name] = new
     return model
 
@@ -311,17 +328,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def batch_norms(model: nn.Module, owner: str) -> list[NormLayer]:
-    """Every batch norm once, in the order of the model.
-
-    Raises ValueError for a model with parts that have not seen an input yet: the first batch would
-    create parameters, which an interruption could not undo.
-    """
-    lazy = next((name for name, part in named(model) if _uninitialized(part)), None)
-    if lazy is not None:
-        raise ValueError(
-            f"{owner}: every part of `model` must have its parameters; {lazy!r} is lazy and has "
-            f"not seen an input yet. Run the model on one batch first."
-        )
+    """Every batch norm once, in the order of the model. Raises ValueError as `require_values`."""
+    require_values(model, owner)
     found = []
     for name, module in named(model):
         norm = recognize(module)
@@ -363,5 +371,10 @@ def _why_left(model: nn.Module, module: nn.Module, frozen: bool) -> str | None:
 
 
 def _uninitialized(module: nn.Module) -> bool:
-    parts = [*module._parameters.values(), *module._buffers.values()]
-    return any(part is not None and is_lazy(part) for part in parts)
+    return any(is_lazy(tensor) for tensor in _own_tensors(module))
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters and buffers."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in own if tensor is not None]

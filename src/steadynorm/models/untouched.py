@@ -113,6 +113,8 @@ class Original:
         for buffer, value in self._values.values():
             # Writing what is there already would fail a backward that has saved the buffer.
             if buffer.layout is not torch.strided or not torch.equal(buffer, value):
+                if buffer.shape != value.shape:  # observers of quantization grow theirs
+                    buffer.resize_(value.shape)
                 buffer.copy_(value)
 
     def restore_random(self) -> None:

@@ -7,7 +7,10 @@ names that are ours, and so can follow `from torch.nn import *`.
 
 from typing import Any
 
-import torch.nn
+from steadynorm._extras import needed_by
+
+with needed_by("steadynorm.nn"):
+    import torch.nn
 
 from steadynorm.nn import functional
 from steadynorm.nn.batchnorm import (

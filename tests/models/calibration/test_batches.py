@@ -1,6 +1,7 @@
 """What a batch may be, and what is said about one that cannot be used."""
 
 from collections import OrderedDict, UserDict
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -172,3 +173,43 @@ def test_the_layer_itself_says_what_is_wrong_with_its_input() -> None:
         sn.calibrate(Model(), [torch.randn(2, 2, 3, 3)], progress=False)
     with pytest.raises(RuntimeError, match="running_mean should contain 3 elements"):
         sn.calibrate(Model(), [torch.randn(4, 3)], progress=False)
+
+
+def test_a_packed_sequence_moves_as_it_knows_how() -> None:
+    """Its lengths stay on the CPU."""
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    there = moved({"x": packed}, torch.device("meta"))["x"]
+    assert there.data.is_meta
+    assert not there.batch_sizes.is_meta
+
+
+@dataclass
+class Sample:
+    x: Tensor
+
+
+@pytest.mark.parametrize("passes", ["one", "layerwise"])
+def test_a_model_that_writes_into_its_input_changes_no_batch(passes: Any) -> None:
+    """Each pass would otherwise begin with what the last one left."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.linear = nn.BatchNorm1d(2), nn.Linear(2, 2)
+            self.second = nn.BatchNorm1d(2)
+
+        def forward(self, batch: Sample) -> Tensor:
+            found: Tensor = self.second(self.linear(self.first(batch.x.sub_(1).mul_(3))).relu())
+            return found
+
+    torch.manual_seed(0)
+    model = Writes()
+    batches = [Sample(torch.randn(8, 2)) for _ in range(3)]
+    before = [batch.x.clone() for batch in batches]
+    sn.calibrate(model, batches, forward=lambda m, b: m(b), passes=passes, progress=False)
+    assert all(torch.equal(a.x, b) for a, b in zip(batches, before, strict=True))
+    x = 3 * (torch.cat(before) - 1)
+    torch.testing.assert_close(model.first.running_mean, x.mean(0))
+    if passes == "layerwise":
+        hidden = model.linear(model.first.eval()(x)).relu()
+        torch.testing.assert_close(model.second.running_mean, hidden.mean(0))

@@ -188,6 +188,19 @@ def test_the_command_converts_a_file_and_says_what_was_lost(tmp_path: Path) -> N
         assert result.stderr.startswith("steadynorm convert-weights: ")
 
 
+def test_the_command_does_not_write_over_its_source(tmp_path: Path) -> None:
+    """The file would hold its batch norms alone then."""
+    held = {**TORCH, "0.weight": np.ones((3, 3))}
+    write(held, tmp_path / "a.safetensors")
+    files = [str(tmp_path / "a.safetensors"), str(tmp_path / "folder" / ".." / "a.safetensors")]
+    (tmp_path / "folder").mkdir()
+    arguments = ["--source", "torch", "--target", "flax"]
+    result = CliRunner().invoke(app, ["convert-weights", *files, *arguments])
+    assert result.exit_code == 2
+    assert "TARGET_FILE must be another file than SOURCE_FILE" in result.stderr
+    assert read(tmp_path / "a.safetensors").keys() == held.keys()
+
+
 def keras_file(path: Path, layers: dict[str, tuple[dict[str, Any], int, bool]]) -> None:
     """A file as Keras 3 writes it: by layer its settings, arrays, and whether a count follows."""
     h5py = pytest.importorskip("h5py")

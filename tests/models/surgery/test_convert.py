@@ -108,13 +108,6 @@ class PlainSubclass(nn.BatchNorm2d):
     """A wrapper that adds nothing to the forward."""
 
 
-class AbsoluteBatchNorm2d(nn.BatchNorm2d):
-    """Named and built like a batch norm, but something else."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).abs()
-
-
 def same(model: nn.Module, converted: nn.Module, x: Tensor, rtol: float = 1e-5) -> None:
     """Outputs, gradients and buffers agree in training and in inference."""
     for training in (True, False):
@@ -225,21 +218,6 @@ def test_mmcv_look_alike() -> None:
     assert (result[0].synchronize, result[0].momentum) == (True, 0.3)
     x = torch.randn(3, 4, 2, 2)
     torch.testing.assert_close(result.eval()(x), model.eval()(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("layer", "why"),
-    [
-        (AbsoluteBatchNorm2d(4), "AbsoluteBatchNorm2d has its own forward, and it is not a"),
-        (BatchNormAct2d(4, nn.PReLU()), "applies PReLU(num_parameters=1), which is not one of our"),
-        (BatchNormAct2d(4, nn.LeakyReLU(0.1)), "which is not one of our activations"),
-    ],
-)
-def test_strangers_are_left_and_named(layer: nn.Module, why: str) -> None:
-    result, changes = convert(nn.Sequential(layer))
-    assert type(result[0]) is type(layer)
-    assert changes.tally() == {"left": 1}
-    assert why in changes[0].why
 
 
 def test_other_norms_are_not_touched() -> None:
@@ -353,18 +331,6 @@ def test_a_model_that_cannot_be_copied() -> None:
         convert(model)
     result, _ = convert(model, inplace=True)
     assert type(result[0]) is sn.BatchNorm1d
-
-
-def test_a_look_alike_with_a_dropout_is_left() -> None:
-    """timm's `BatchNormAct2d(drop_layer=...)`."""
-    layer = BatchNormAct2d(3)
-    layer.drop = nn.Dropout(0.5)
-    result, changes = convert(nn.Sequential(layer))
-    assert type(result[0]) is BatchNormAct2d
-    assert (
-        changes.left[0].why
-        == "BatchNormAct2d also applies its `drop`, Dropout(p=0.5, inplace=False)"
-    )
 
 
 def test_models_are_compared_in_float32_itself_and_the_settings_come_back():

@@ -270,3 +270,40 @@ def test_recording_a_run_leaves_no_global_hook():
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
     fold(network, torch.randn(4, 3))
     assert not torch.nn.modules.module._has_any_global_hook()
+
+
+def test_a_compiled_batch_norm_goes_with_its_wrapper() -> None:
+    compiled: Any = torch.compile(nn.BatchNorm2d(4), backend="eager")
+    model = disturb(nn.Sequential(nn.Conv2d(3, 4, 3), compiled, nn.ReLU())).eval()
+    x = torch.randn(2, 3, 6, 6)
+    folded, changes = fold(model, x)
+    assert changes.tally() == {"folded": 1}
+    assert type(folded[1]) is nn.Identity
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_before_is_named_as_written() -> None:
+    """Not by its address, nor by the copying of the example inputs."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval()
+    _, changes = fold(model, torch.randn(2, 3, 6, 6))
+    assert "its input comes from outside the model, not from" in changes[0].why
+    added = Forward(lambda self, x: self.bn(x + x)).eval()
+    _, changes = fold(added)
+    assert "its input comes from add(), not from" in changes[0].why
+
+
+def test_what_is_taken_for_granted_without_example_inputs_is_said() -> None:
+    """Over (N, L, C) a `BatchNorm1d` after `nn.Linear` acts on L; without inputs nobody knows."""
+    said = "; inputs are taken to be (N, C), since no example inputs were given"
+    linear = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU()).eval()
+    convolution = nn.Sequential(nn.Conv1d(5, 7, 1), nn.BatchNorm1d(7), nn.ReLU()).eval()
+    for tool, why in ((fold, "into 0"), (sn.drop_redundant_bias, "1 subtracts it; its running ")):
+        for model, inputs, expected in (
+            (linear, None, True),
+            (linear, torch.randn(4, 5), False),
+            (convolution, None, False),
+        ):
+            (change,) = tool(model, inputs)[1]
+            assert change.why.startswith(why)
+            assert change.why.endswith(said) is expected

@@ -203,3 +203,27 @@ def test_an_optimizer_with_gradients_from_before_holds_frozen_parameters_still()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     assert torch.equal(model[1].weight, weight)
+
+
+class Delegating(nn.Module):
+    """A wrapper whose attributes are those of what it wraps, as torch.compile's are."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str):
+        modules = vars(self)["_modules"]
+        return modules[name] if name in modules else getattr(modules["wrapped"], name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wrapped(x)
+
+
+@pytest.mark.parametrize("wrap", [Delegating, torch.compile])
+def test_a_wrapper_that_hands_on_attributes_is_not_taken_for_the_layer(wrap) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), wrap(nn.BatchNorm1d(3)))
+    _, frozen = freeze(model)
+    _, unfrozen = unfreeze(model)
+    assert (frozen.tally(), unfrozen.tally()) == ({"frozen": 1}, {"unfrozen": 1})
+    assert "before_freeze" not in {name for part in model.modules() for name in vars(part)}

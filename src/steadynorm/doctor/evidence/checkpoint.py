@@ -1,7 +1,8 @@
-"""Evidence of a checkpoint alone; see `model.py` for that of a model."""
+"""Evidence of a checkpoint alone; see `model.py` for that of a model. Imports no framework."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from steadynorm.doctor.evidence.records import PARTS, Evidence, NormEvidence, NormState
 from steadynorm.models.checkpoints import NAMES, find_layers, join
@@ -51,7 +51,8 @@ def entry_of(value: Any) -> Entry:
     """An array or tensor as an entry of a file."""
     if isinstance(value, Entry):
         return value
-    if isinstance(value, torch.Tensor):
+    torch = sys.modules.get("torch")  # where it is not imported, there is no tensor of its
+    if torch is not None and isinstance(value, torch.Tensor):
         return tensor_entry(value)
     array = np.asarray(value)
     return Entry(array.shape, array.dtype.name, lambda: array)

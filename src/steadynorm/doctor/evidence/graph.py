@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -138,7 +137,7 @@ def _channel_axis(node: Node, depth: int = 50) -> int | None:
 
 
 def _neighbour(node: Node, modules: dict[str, nn.Module]) -> Neighbour:
-    module = node.module or modules.get(node.name)
+    module = node.module or (modules.get(node.name) if node.inputs else None)
     if module is None:
         return Neighbour("", _operator(node))
     parameters = list(module.parameters())
@@ -155,8 +154,7 @@ def _operator(node: Node) -> str:
         return "output"
     if not node.inputs:
         return "input"
-    found = re.search(r"(?:function|method) (\w+)", node.name)
-    return found.group(1) if found else node.name.removeprefix("aten.").rstrip("_")
+    return node.name.removeprefix("aten.").removesuffix("()").rstrip("_")
 
 
 def _peak(host: Any) -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,3 +49,17 @@ def loss_raised_by_calibration(data: ModelData | None) -> LossChange | None:
     loss = None if data is None else data.loss
     worse = None if loss is None else loss_change(loss.calibrated, loss.inference)
     return worse if worse is not None and worse.clear(2) else None
+
+
+def instead_of_calibration(data: ModelData | None) -> dict[str, Any]:
+    """Cure, line of code and safety where calibration would raise the loss; empty where it would
+    not.
+    """
+    worse = loss_raised_by_calibration(data)
+    if worse is None:
+        return {}
+    cure = (
+        f"Do not calibrate: the loss would rise from {worse.after:.3g} to {worse.before:.3g}. The "
+        "weights fit the statistics that they have."
+    )
+    return {"cure": cure, "line": "", "safe": False}

@@ -176,14 +176,15 @@ def _usage(
     left_out: set[int],
 ) -> NormUsage:  # fmt: skip
     policy = getattr(module, "statistics", None)
-    tracked = norm.running_mean is not None and bool(getattr(module, "track_running_stats", True))
+    kept = norm.running_mean is not None or module._buffers.get("running_mean") is not None
+    tracked = kept and bool(getattr(module, "track_running_stats", True))
     affine = {n: p for n, p in module._parameters.items() if p is not None and n in PARTS}
     synchronize: Any = getattr(module, "synchronize", False)
     trains_with = type(policy).__name__ if isinstance(policy, Policy) else "Batch"
     return NormUsage(
         training=module.training,
         policy="Frozen" if norm.frozen else trains_with,
-        moves=tracked and not norm.frozen,
+        moves=tracked and norm.running_mean is not None and not norm.frozen,
         trained={name: parameter.requires_grad for name, parameter in affine.items()},
         track_running_stats=tracked,
         synchronized=isinstance(module, nn.SyncBatchNorm) or synchronize is not False,

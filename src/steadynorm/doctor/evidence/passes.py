@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from steadynorm.doctor.evidence.divergence import ENOUGH
 from steadynorm.doctor.evidence.inputs import InputObserver, InputStatistics, observed
 from steadynorm.doctor.evidence.records import sample_worth
-from steadynorm.models.batches import Batches, checked, moved
+from steadynorm.models.batches import Batches, checked, cloned, moved
 from steadynorm.models.calibrate import adapt, calibrate
 from steadynorm.models.graph import tensors
 from steadynorm.models.layers import NormLayer
@@ -213,30 +212,6 @@ def read(feed: Batches, argument: str) -> list[Any]:
     if not batches:
         raise ValueError(f"diagnose: `{argument}` must hold at least one batch; got none.")
     return batches
-
-
-def cloned(batch: Any, depth: int = 6) -> Any:
-    """A copy of a batch that a model may write into; what holds no tensors is not copied."""
-    if callable(getattr(batch, "clone", None)):
-        return batch.clone()
-    if not depth or next(tensors(batch), None) is None:
-        return batch
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(cloned(part, depth - 1) for part in batch))
-    if type(batch) in (tuple, list):
-        return type(batch)(cloned(part, depth - 1) for part in batch)
-    if isinstance(batch, Mapping):
-        parts = {key: cloned(value, depth - 1) for key, value in batch.items()}
-        if not isinstance(batch, MutableMapping):
-            return parts
-        copied = copy.copy(batch)
-        copied.update(parts)
-        return copied
-    if not hasattr(batch, "__dict__"):
-        return batch
-    copied = copy.copy(batch)  # a dataclass, say
-    vars(copied).update({name: cloned(value, depth - 1) for name, value in vars(batch).items()})
-    return copied
 
 
 def values_in_batch(seen: InputStatistics | None) -> float:

@@ -26,7 +26,7 @@ def _check(layer: NormEvidence, evidence: Evidence) -> Findings:
         return
     first = evidence.layer(before[0].name)
     after = first.usage.after if first is not None and first.usage is not None else None
-    if first is None or after is None or before[0].activated:
+    if first is None or first is layer or after is None or before[0].activated:
         return
     if [user.name for user in after] == [layer.name]:
         yield rule.finding(

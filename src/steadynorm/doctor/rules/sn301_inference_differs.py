@@ -12,7 +12,8 @@ three times its standard error over the batches; information where the outputs a
 deviation apart and inference is no worse, as with batches so small that training is the noisier
 one. Without a loss, from half a standard deviation: a warning where a layer's running statistics
 are more than 0.05 (divergence) from its batches' too, else information, since noise of single
-batches does it as well. Healthy networks at batch 16 to 64 are 0.1 to 0.3 apart.
+batches does it as well. Healthy networks at batch 16 to 64 are 0.1 to 0.3 apart. Where calibration
+would raise the loss, the finding advises against it.
 
 Cure: Apply the cure of the cause named beside it; else measure the statistics anew.
 
@@ -24,7 +25,7 @@ Source: pytorch/pytorch issues 4741 and 5406; Ioffe & Szegedy 2015, section 3.1.
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import CLEARLY, first_divergent
-from steadynorm.doctor.evidence.losses import loss_change
+from steadynorm.doctor.evidence.losses import instead_of_calibration, loss_change
 from steadynorm.doctor.rules.rule import ERROR, INFO, WARNING, Evidence, Findings, Numbers, Rule
 from steadynorm.doctor.rules.sn101_statistics_never_updated import untrained
 
@@ -67,4 +68,5 @@ def _check(evidence: Evidence) -> Findings:
             "std_ratio": divergence.typical_ratio,
             "divergence": divergence.mean_kl,
         }
-    yield rule.finding(None, message, numbers, severity=severity, safe=safe)
+    cure = instead_of_calibration(data) or {"safe": safe}
+    yield rule.finding(None, message, numbers, severity=severity, **cure)

@@ -14,7 +14,7 @@ batches: an error from half the loss that is left, a warning from a twentieth, i
 standard error; else information. Without one: an error from a divergence of 0.5, a warning from
 0.05, else information. Information where nothing of the model was trained yet. Without a loss the
 cure is a question: a network that was fine-tuned with frozen batch norms looks the same, and
-calibration would harm it.
+calibration would harm it. With one, the finding advises against a calibration that would raise it.
 
 Cure: Measure the statistics on training data, with the weights held still.
 
@@ -27,7 +27,7 @@ al. 2019 (the variance shift of dropout).
 from __future__ import annotations
 
 from steadynorm.doctor.evidence.divergence import CLEARLY, Divergence, first_divergent
-from steadynorm.doctor.evidence.losses import LossChange, loss_change
+from steadynorm.doctor.evidence.losses import LossChange, instead_of_calibration, loss_change
 from steadynorm.doctor.rules.rule import ERROR, INFO, WARNING, Evidence, Findings, Rule, Severity
 from steadynorm.doctor.rules.sn101_statistics_never_updated import untrained
 
@@ -63,8 +63,8 @@ def _check(evidence: Evidence) -> Findings:
     severity = _severity(divergence, gain)
     if severity > INFO and untrained(evidence):
         severity = INFO
-    asked = None if gain is not None else ASK
-    yield rule.finding(layer, message, numbers, severity=severity, cure=asked, layers=count)
+    cure = instead_of_calibration(data) or ({} if gain is not None else {"cure": ASK})
+    yield rule.finding(layer, message, numbers, severity=severity, layers=count, **cure)
 
 
 def _severity(divergence: Divergence, gain: LossChange | None) -> Severity:
