@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.reference import Groups
-from steadynorm.kernels.reference.closed_form import Planned, as_saved
+from steadynorm.kernels.reference.closed_form import Planned
+from steadynorm.kernels.reference.differentiable import as_saved, zeroed_padding
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved
 from steadynorm.statistics import (
@@ -148,6 +149,8 @@ class Kind:
         """The gradients, all work per channel inside the kernels."""
         x, weight, bias, residual, mask, y, kept = self._as_saved(*tensors)
         memory = left.memory
+        if mask is not None:
+            grad, x, y, residual = zeroed_padding(mask, grad, x, y, residual, laid_out=True)
         need_x, need_weight, need_bias, need_residual = needs
         plan, grad = self.plan, laid_out_as(grad, x)
         through = need_x and self.measured
