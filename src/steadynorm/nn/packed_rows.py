@@ -36,9 +36,10 @@ def read(
 
 def backwards(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """For packed rows, where each sequence's rows in reverse order come from; its own inverse."""
-    starts = torch.tensor([0, *accumulate(sizes)])
-    per_step = torch.tensor(sizes)
-    time = torch.arange(len(sizes)).repeat_interleave(per_step)
-    sample = torch.arange(int(starts[-1])) - starts[time]
-    length = (per_step.unsqueeze(1) > torch.arange(sizes[0])).sum(0)
+    host: Any = {"device": "cpu"}  # whatever the default device is
+    starts = torch.tensor([0, *accumulate(sizes)], **host)
+    per_step = torch.tensor(sizes, **host)
+    time = torch.arange(len(sizes), **host).repeat_interleave(per_step)
+    sample = torch.arange(int(starts[-1]), **host) - starts[time]
+    length = (per_step.unsqueeze(1) > torch.arange(sizes[0], **host)).sum(0)
     return (starts[length[sample] - 1 - time] + sample).to(device)
