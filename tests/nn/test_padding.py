@@ -151,3 +151,28 @@ def test_what_is_not_padding_still_shows() -> None:
     layer(residual, mask=mask).backward(upstream)
     assert residual.grad is not None
     assert residual.grad.isnan().any()
+
+
+def finished(fill: float, *, whole: bool) -> dict[str, Tensor]:
+    """Gradients of a recurrent network, or of its cell in a loop, over sequences of two lengths."""
+    torch.manual_seed(0)
+    lstm = sn.BatchNormLSTM(2, 4, max_length=5)
+    x = torch.randn(5, 4, 2)
+    x[3:, 2:] = fill
+    x.requires_grad_()
+    if whole:
+        h = lstm(x, lengths=[5, 5, 3, 3])[1][0][0]
+    else:
+        state = None
+        for step in range(5):
+            goes_on = torch.tensor([True, True, step < 3, step < 3])
+            state = lstm.cells[0](x[step], state, step=step, mask=goes_on)
+        h = state[0]  # type: ignore[index]
+    h.square().sum().backward()
+    return {"x": x.grad, "h": h} | {name: t.grad for name, t in lstm.named_parameters()}
+
+
+def test_past_the_end_of_a_sequence() -> None:
+    truth = finished(0.0, whole=True)
+    for whole in (True, False):
+        compare(finished(float("nan"), whole=whole), truth, whole)
