@@ -145,7 +145,7 @@ class BatchNormLSTMCell(nn.Module):
             return h.squeeze(0), c.squeeze(0)
         x, active = input, None  # which sequences go on; the others keep their state
         if mask is None:
-            self._check_size(len(input), step, owner)
+            self._check_size(input.shape[0], step, owner)
         else:
             mask = active = checks.expanded_mask(mask, input, owner)
             x = torch.where(mask.unsqueeze(1), x, 0)  # 0·NaN would reach weight_ih's gradient
