@@ -112,20 +112,25 @@ def test_a_scale_that_is_a_zero_tensor_is_zero(training):
     assert torch.equal(y, torch.ones_like(x))
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("policy", ["batch", "running", sn.Steady(window=None)], ids=str)
-def test_make_fx_records_operators_and_no_kernel_is_one(policy, training):
+def test_make_fx_records_operators_and_no_kernel_is_one(policy, training, masked):
     """What it recorded of a kernel was memory that nobody had written."""
     torch.manual_seed(0)
     layer = sn.BatchNorm2d(32, statistics=policy, activation="relu").train(training)
     layer.requires_grad_(False)
     start = copy.deepcopy(layer.state_dict())
+    mask = torch.rand(SHAPES["kernel"][0], *SHAPES["kernel"][2:]) > 0.3 if masked else None
+
+    def value(x):
+        return layer(x, mask=mask)
 
     def gradient(x):
         x = x.requires_grad_()
-        return torch.autograd.grad(layer(x).square().sum(), x)[0]
+        return torch.autograd.grad(value(x).square().sum(), x)[0]
 
-    for run in (layer, gradient):
+    for run in (value, gradient):
         recorded = make_fx(run)(torch.randn(SHAPES["kernel"]))
         x = torch.randn(SHAPES["kernel"])
         layer.load_state_dict(start)

@@ -67,7 +67,8 @@ def _may_spoil(t: Tensor | None) -> bool:
     """Whether it holds NaN or infinity, where to look waits for no device and breaks no graph."""
     if t is None:
         return False
-    if not t.is_cpu or compat.is_traced() or t.__class__ is not Tensor:
+    recorded = compat.is_traced() or compat.dispatch_modes() > 0
+    if recorded or not t.is_cpu or t.__class__ is not Tensor:
         return True
     return not math.isfinite(t.detach().sum(dtype=statistics_dtype(t)))
 
