@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steadynorm.kernels.reference import Groups
 from steadynorm.kernels.reference.closed_form import Planned
-from steadynorm.kernels.reference.differentiable import as_saved, zeroed_padding
+from steadynorm.kernels.reference.differentiable import as_saved
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved
 from steadynorm.statistics import (
@@ -149,8 +149,6 @@ class Kind:
         """The gradients, all work per channel inside the kernels."""
         x, weight, bias, residual, mask, y, kept = self._as_saved(*tensors)
         memory = left.memory
-        if mask is not None:
-            grad, x, y, residual = zeroed_padding(mask, grad, x, y, residual, laid_out=True)
         need_x, need_weight, need_bias, need_residual = needs
         plan, grad = self.plan, laid_out_as(grad, x)
         through = need_x and self.measured
@@ -333,7 +331,7 @@ def _launch_backward(
         )  # fmt: skip
         return
     if sums:
-        read.reduce(partials, tickets, rows, None, maps, *results, rate, first=first)
+        read.reduce(partials, tickets, rows, None, maps, *results, rate, first=first, mask=mask)
     if dx is not None or dresidual is not None:
         read.map(rows, maps, mask, dx, dresidual)
 

@@ -44,23 +44,14 @@ def without_gradient(live: Moments) -> Moments:
 
 def without_padding(saved: Saved, grad: Tensor) -> tuple[Saved, Tensor]:
     """Both with 0 where padding that is not finite would spoil a gradient; see padding.py."""
-    if saved.mask is None:
+    x, y, residual = saved.x, saved.y, saved.residual
+    if saved.mask is None or not any(_may_spoil(t) for t in (x, y, residual)):
         return saved, grad
-    tensors = (grad, saved.x, saved.y, saved.residual)
-    grad, x, y, residual = zeroed_padding(saved.mask, *tensors, laid_out=saved.signs is not None)
-    return saved._replace(x=x, y=y, residual=residual), grad
-
-
-def zeroed_padding(
-    mask: Tensor, grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None,
-    *, laid_out: bool,
-) -> Any:  # fmt: skip
-    """The four tensors for a backward; `laid_out`: x where sign bits follow it in memory."""
-    if not any(_may_spoil(t) for t in (x, y, residual)):
-        return grad, x, y, residual
-    counts = padding.counting(reference, mask, x, y, residual)
+    counts = padding.counting(reference, saved.mask, x, y, residual)
     grad, filled, y, residual = padding.zeroed(reference, counts, grad, x, y, residual)
-    return grad, as_saved(filled, x.stride()) if laid_out else filled, y, residual
+    if saved.signs is not None:  # which follow x in memory
+        filled = as_saved(filled, x.stride())
+    return saved._replace(x=filled, y=y, residual=residual), grad
 
 
 def _may_spoil(t: Tensor | None) -> bool:
