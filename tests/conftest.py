@@ -34,6 +34,7 @@ SLOW = (
     "nn/test_export.py",
     "nn/test_gradient_memory_compiled.py",
     "nn/test_recurrent.py",
+    "nn/test_recurrent_graphs.py",
     "nn/test_synchronize.py",
     "report/test_browser.py",
     "test_attack.py",

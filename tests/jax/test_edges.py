@@ -136,3 +136,24 @@ def test_running_statistics_in_half_precision_serve_in_inference_alone(dtype: An
         y, after = batch_norm(x, state, **settings)
         assert after is state
         np.testing.assert_allclose(y.astype(jnp.float32), 1.0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("fill", [np.nan, -np.inf])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "tanh"])
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_what_padding_holds_enters_no_gradient(policy: Any, activation: Any, fill: float) -> None:
+    """Where the loss leaves it out; the truth is padding of zeros."""
+    mask = (jnp.arange(20).reshape(4, 5) % 3 > 0)[..., None]
+
+    def loss(x: Any, residual: Any, weight: Any) -> Any:
+        y, _ = batch_norm(
+            x, STATE, weight, residual=residual, mask=mask, statistics=policy, activation=activation
+        )
+        return (jnp.where(mask, y, 0) * X[::-1]).sum()
+
+    def gradients(fill: float) -> Any:
+        tensors = (jnp.where(mask, X, fill), jnp.where(mask, X[:, ::-1], fill), jnp.ones(3))
+        return jax.grad(loss, argnums=(0, 1, 2))(*tensors)
+
+    for found, truth in zip(gradients(fill), gradients(0.0), strict=True):
+        np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-5)

@@ -130,3 +130,20 @@ def test_samples_that_are_masked_out_do_not_count() -> None:
     )
     for one, other in zip(masked.variables, alone.variables, strict=True):
         np.testing.assert_allclose(array(one), array(other), rtol=1e-6)
+
+
+@pytest.mark.parametrize("fill", [np.nan, -np.inf])
+@pytest.mark.parametrize("policy", ["batch", "steady", "running", "renorm"])
+def test_what_padding_holds_enters_no_gradient(policy: str, fill: float) -> None:
+    """Where the loss leaves it out; the truth is padding of zeros."""
+    shape = (6, 5, 3)
+    mask = draw(*shape[:2], seed=2) < 0.5
+    x, grad = draw(*shape), draw(*shape, seed=1) * mask[..., None]
+    found = []
+    for padding in (np.float32(fill), np.float32(0)):
+        layer = built(BatchNormalization, shape, statistics=policy, activation="tanh")
+        filled = np.where(mask[..., None], x, padding)
+        moved = gradients(layer, filled, grad, mask=ops.convert_to_tensor(mask))
+        found.append([*moved, *map(array, layer.non_trainable_variables)])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

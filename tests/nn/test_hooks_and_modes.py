@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import steadynorm as sn
 import steadynorm.nn.functional as F
@@ -56,6 +57,33 @@ def test_a_default_device_is_not_where_kernels_take_memory(policy, shape, traini
         assert torch.equal(mine, truth)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("lengths", [None, [5, 5, 2, 3]], ids=["whole", "lengths"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_nor_is_it_where_a_recurrent_network_computes(policy, lengths, training):
+    torch.manual_seed(0)
+    lstm = sn.BatchNormLSTM(2, 3, 2, bidirectional=True, max_length=5, statistics=policy)
+    lstm(torch.randn(5, 4, 2))
+    other = copy.deepcopy(lstm.train(training))
+    x = torch.randn(5, 4, 2)
+    wanted, _ = lstm(x, lengths=lengths)
+    with torch.device("meta"):
+        found, _ = other(x, lengths=lengths)
+        found.square().sum().backward()
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(other.state_dict(), lstm.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_nor_where_a_recomputation_is_recognized(reentrant):
+    layer, x = sn.BatchNorm2d(4, statistics="running"), torch.randn(3, 4, 2, 2, requires_grad=True)
+    before = layer.num_batches_tracked + 1
+    with torch.device("meta"):
+        checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    assert layer.num_batches_tracked == before
+    assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("policy", [*POLICIES, sn.Renorm()], ids=str)
 def test_fake_tensors_have_shapes_and_no_values(policy):
     layer = sn.BatchNorm2d(32, statistics=policy)
@@ -84,20 +112,25 @@ def test_a_scale_that_is_a_zero_tensor_is_zero(training):
     assert torch.equal(y, torch.ones_like(x))
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("policy", ["batch", "running", sn.Steady(window=None)], ids=str)
-def test_make_fx_records_operators_and_no_kernel_is_one(policy, training):
+def test_make_fx_records_operators_and_no_kernel_is_one(policy, training, masked):
     """What it recorded of a kernel was memory that nobody had written."""
     torch.manual_seed(0)
     layer = sn.BatchNorm2d(32, statistics=policy, activation="relu").train(training)
     layer.requires_grad_(False)
     start = copy.deepcopy(layer.state_dict())
+    mask = torch.rand(SHAPES["kernel"][0], *SHAPES["kernel"][2:]) > 0.3 if masked else None
+
+    def value(x):
+        return layer(x, mask=mask)
 
     def gradient(x):
         x = x.requires_grad_()
-        return torch.autograd.grad(layer(x).square().sum(), x)[0]
+        return torch.autograd.grad(value(x).square().sum(), x)[0]
 
-    for run in (layer, gradient):
+    for run in (value, gradient):
         recorded = make_fx(run)(torch.randn(SHAPES["kernel"]))
         x = torch.randn(SHAPES["kernel"])
         layer.load_state_dict(start)

@@ -387,20 +387,3 @@ def test_autocast_gives_the_types_that_torchs_lstm_gives(bidirectional: bool) ->
         ours.eval()
     found = ours(x)
     assert found[0].dtype is found[1][1].dtype is torch.float32
-
-
-@pytest.mark.parametrize("name", ["batch", "steady"])
-def test_compiles_in_one_graph(name: str) -> None:
-    network = made(POLICIES[name], max_length=2)
-    twin = copy.deepcopy(network)
-    torch._dynamo.reset()
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    grad = torch.randn(3, SAMPLES, HIDDEN, dtype=torch.float64)
-    for _ in range(2):
-        expected, found = network(sequences(time=3)), compiled(sequences(time=3))
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-        expected[0].backward(grad)
-        found[0].backward(grad)
-    for mine, theirs in zip(twin.parameters(), network.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(twin.state_dict(), network.state_dict(), rtol=1e-9, atol=1e-11)

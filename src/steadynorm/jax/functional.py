@@ -21,7 +21,7 @@ from steadynorm.kernels.checks import (
     nonfinite_name,
     residual_shape,
 )
-from steadynorm.kernels.reference import Groups
+from steadynorm.kernels.reference import Groups, padding
 from steadynorm.statistics import (
     Coefficients,
     Context,
@@ -314,11 +314,15 @@ def _forward(
 def _backward(settings: _Settings, saved: _Saved, gradients: tuple[Array, Any]) -> tuple[_Inputs]:
     grad, _ = gradients
     inputs, batch, normalizer, affine = saved.inputs, saved.batch, saved.normalizer, saved.affine
-    arrays = (grad, inputs.x, *affine[:3])
+    x, y, residual = inputs.x, saved.y, inputs.residual
+    if inputs.mask is not None:
+        counts = padding.counting(reference, inputs.mask, x, y, residual, axis=settings.axis)
+        grad, x, y, residual = padding.zeroed(reference, counts, grad, x, y, residual)
+    arrays = (grad, x, *affine[:3])
     branch: dict[str, Any] = {
         "axis": settings.axis,
-        "y": saved.y,
-        "residual": inputs.residual,
+        "y": y,
+        "residual": residual,
         "activation": settings.activation,
         "groups": settings.groups,
     }

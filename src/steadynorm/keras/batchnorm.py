@@ -15,7 +15,7 @@ from steadynorm.keras.arrays import reference, xp
 from steadynorm.keras.gradient_memory import GradientMemoryOfLayer, Seen
 from steadynorm.keras.replica_context import replica_context
 from steadynorm.kernels.checks import momentum_range, nonfinite_name, residual_shape
-from steadynorm.kernels.reference import Groups
+from steadynorm.kernels.reference import Groups, padding
 from steadynorm.statistics import (
     Batch,
     Context,
@@ -205,7 +205,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             normalizer, groups, seen = of_running(self._running(dtype)), None, None
         gamma, beta = (None if w is None else ops.cast(w, dtype) for w in (self.gamma, self.beta))
         affine = coefficients(normalizer, gamma, beta, self.epsilon)
-        y = reference.apply(x, *affine[:3], axis=axis, residual=residual, groups=groups)
+        counts = mask if training else None  # which gradients do
+        branch = {"axis": axis, "residual": residual, "groups": groups}
+        y = padding.apply(reference, x, affine[:3], mask=counts, **branch)
         if seen is not None and self.gradient_memory is not None:
             y = self.gradient_memory.joined(y, x, affine, seen, axis, mask)
         return ops.cast(y if self.activation is None else self.activation(y), self.compute_dtype)

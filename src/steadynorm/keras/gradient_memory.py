@@ -8,6 +8,7 @@ from keras import ops
 
 from steadynorm.keras.arrays import reference, xp
 from steadynorm.keras.replica_context import ReplicaContext
+from steadynorm.kernels.reference import padding
 from steadynorm.statistics import (
     Coefficients,
     GradientCoefficients,
@@ -68,8 +69,11 @@ class GradientMemoryOfLayer:
                 first = not before
                 if first:
                     before.append(ops.cast(self.value, known.rho.dtype))
-                grad = ops.stop_gradient(upstream)
-                sums = reference.reduce_grad(grad, x, *known[:3], axis=axis)
+                grad, seen_x = ops.stop_gradient(upstream), x
+                if mask is not None:
+                    counts = padding.counting(reference, mask, x, z, axis=axis)
+                    grad, seen_x = padding.zeroed(reference, counts, grad, x)
+                sums = reference.reduce_grad(grad, seen_x, *known[:3], axis=axis)
                 if seen.replicas is not None:
                     sums = ops.unstack(seen.replicas.total(ops.stack(sums)))
                 memory = GradientMemory(*ops.unstack(before[0]))

@@ -88,7 +88,7 @@ class Call:
 
     Of a `basic` call a backend may do all in one piece: policy `Batch` in training, without mask,
     groups, replicas or another rule for the running averages than torch's; or inference, where
-    there is no policy. Of any other it measures, lets the call `decide`, and maps.
+    there is no policy, without mask. Of any other it measures, lets the call `decide`, and maps.
     """
 
     x: Tensor
@@ -122,7 +122,7 @@ class Call:
         self.by_running = self.policy is None  # the running statistics normalize
         alone = self.mask is None and self.replicas is None and not self.skip_nonfinite
         batch = policy is Batch and alone and self.momentum is not None
-        self.basic = self.groups is None and (self.by_running or batch)
+        self.basic = self.groups is None and (batch or (self.by_running and self.mask is None))
         self.blends = policy is Steady and alone and self.groups is None
 
     def weights(self, count: int) -> tuple[float, float]:

@@ -169,6 +169,7 @@ def normalize(
         )
     if not training or isinstance(policy, Frozen):
         if running_mean is not None:
+            mask = mask if torch.is_grad_enabled() else None  # the values do not depend on it
             return dispatch.normalize(
                 Call(input, weight, bias, residual, mask, running_mean, running_var, None, None,
                      activation, None, eps, exact=exact)

@@ -22,9 +22,9 @@ def read(
     ended: list[State] = []
     for time, (term, *pair) in enumerate(zip(terms, *served, strict=True), start):
         h, c = state
-        if len(term) < len(h):
-            ended.append((h[len(term) :], c[len(term) :]))
-            state = (h[: len(term)], c[: len(term)])
+        if term.shape[0] < h.shape[0]:
+            ended.append((h[term.shape[0] :], c[term.shape[0] :]))
+            state = (h[: term.shape[0]], c[: term.shape[0]])
         state = cell.advance(term, state, time, pair)
         done.append(state[0])
     if ended:  # the shortest sequences stand last
@@ -36,9 +36,11 @@ def read(
 
 def backwards(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """For packed rows, where each sequence's rows in reverse order come from; its own inverse."""
-    starts = torch.tensor([0, *accumulate(sizes)])
-    per_step = torch.tensor(sizes)
-    time = torch.arange(len(sizes)).repeat_interleave(per_step)
-    sample = torch.arange(int(starts[-1])) - starts[time]
-    length = (per_step.unsqueeze(1) > torch.arange(sizes[0])).sum(0)
+    host: Any = {"device": "cpu"}  # whatever the default device is
+    rows = sum(sizes)  # a number, not read from a tensor: for graphs
+    starts = torch.tensor([0, *accumulate(sizes)], **host)
+    per_step = torch.tensor(sizes, **host)
+    time = torch.arange(len(sizes), **host).repeat_interleave(per_step, output_size=rows)
+    sample = torch.arange(rows, **host) - starts[time]
+    length = (per_step.unsqueeze(1) > torch.arange(sizes[0], **host)).sum(0)
     return (starts[length[sample] - 1 - time] + sample).to(device)

@@ -80,7 +80,8 @@ def recall(running_mean: Tensor, batch: Moments, owner: str) -> Normalizer:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    device = next((t.device for t in (one, other) if isinstance(t, Tensor)), "cpu")
+    return torch.equal(*(torch.as_tensor(t, device=device) for t in (one, other)))
 
 
 REFUSED = (

@@ -143,12 +143,13 @@ class BatchNormLSTMCell(nn.Module):
             rows = (state[0].unsqueeze(0), state[1].unsqueeze(0))
             h, c = self(input.unsqueeze(0), rows, step=step, mask=mask)
             return h.squeeze(0), c.squeeze(0)
-        active = None  # which sequences go on; the others keep their state
+        x, active = input, None  # which sequences go on; the others keep their state
         if mask is None:
-            self._check_size(len(input), step, owner)
+            self._check_size(input.shape[0], step, owner)
         else:
             mask = active = checks.expanded_mask(mask, input, owner)
-        term = self.input_norm(F.linear(input, self.weight_ih), step, mask=mask)
+            x = torch.where(mask.unsqueeze(1), x, 0)  # 0·NaN would reach weight_ih's gradient
+        term = self.input_norm(F.linear(x, self.weight_ih), step, mask=mask)
         h, c = self.advance(term, state, step, mask=mask)
         if active is not None:
             column = active.unsqueeze(1)

@@ -300,7 +300,7 @@ class _AllSteps(Call):
             return None, of_running(RunningStatistics(mean, var, None))
         running = _stacked(self.steps)
         wide, device = batch.mean.dtype, batch.mean.device
-        running = RunningStatistics(*(torch.as_tensor(rows).to(wide) for rows in running))
+        running = RunningStatistics(*(torch.as_tensor(t, device=device).to(wide) for t in running))
         samples = torch.tensor(self.groups, dtype=wide, device=device).unsqueeze(1)
         if first.statistics.counts_batches:
             running = running._replace(batches=batches_seen(running, xp=torch, rows=True))
@@ -315,7 +315,7 @@ class _AllSteps(Call):
 
     @torch.no_grad()
     def _write(self, after: RunningStatistics) -> None:
-        batches = torch.as_tensor(after.batches).flatten()
+        batches = torch.as_tensor(after.batches, device=after.mean.device).flatten()
         for name, rows in (
             ("running_mean", after.mean),
             ("running_var", after.var),

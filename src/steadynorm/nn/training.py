@@ -75,7 +75,9 @@ class TrainingStep(Call):
 
     def _refuse_one_value(self, batch: Moments, policy: Policy) -> None:
         """Where only the data tell, if reading them is cheap."""
-        if batch.count.__class__ is not Tensor or compat.is_traced():  # a number, or a fake
+        if batch.count.__class__ is not Tensor:  # a number, or a fake
+            return
+        if compat.is_traced() or compat.dispatch_modes():  # which record what reads a value
             return
         if batch.count.device.type == "cpu" and bool((batch.count == 1).any()):
             checks.one_value(self.x, policy, self.owner)

@@ -148,6 +148,28 @@ def test_gradients_in_inference(branch, frozen):
         cases.close(a, b, 1e-6, "gradient")
 
 
+@pytest.mark.parametrize("policy", [sn.Batch(), sn.Steady(), sn.Ghost(3), sn.Frozen()], ids=str)
+@pytest.mark.parametrize("branch", [*BRANCHES, {"activation": "silu", "residual": True}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_padding_holds_enters_no_gradient(layout, branch, policy):
+    """Where the upstream gradient is 0; the truth is padding of zeros."""
+    case = Case((6, 2, 20), policy, **LAYOUTS[layout], **branch, mask="some")
+    found = []
+    for fill in (float("nan"), 0.0):
+        tensors = Tensors(case)
+        valid = tensors.mask.unsqueeze(1)
+        x, residual = (
+            t if t is None else torch.where(valid, t.detach(), fill).requires_grad_()
+            for t in (tensors.x, tensors.residual)
+        )
+        y = tensors.layer(x, residual=residual, mask=tensors.mask)
+        inputs = [x, *([] if residual is None else [residual]), *tensors.layer.parameters()]
+        found.append(torch.autograd.grad(y, inputs, tensors.grad * valid))
+        found[-1] += tuple(tensors.layer.buffers())
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 # Bits, passes through one graph, derivatives of derivatives ---------------------------------------
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadynorm.kernels.reference.closed_form import Planned, as_saved
+from steadynorm.kernels.reference.closed_form import Planned
+from steadynorm.kernels.reference.differentiable import as_saved
 from steadynorm.kernels.spec import (
     Call,
     Gradients,

@@ -22,11 +22,12 @@ from .tiles import (
 
 
 @triton.jit
-def before_activation(grad, x, extra, signs, offsets, in_bounds, center, scale, shift, row_block,
-                      block, part, group, row_blocks, column_splits, TILE_ROWS: tl.constexpr,
-                      TILE_COLUMNS: tl.constexpr, FOUR: tl.constexpr, ACT: tl.constexpr,
-                      KEPT: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
-    """The gradient at z, and x - center.
+def before_activation(grad, x, extra, signs, mask, offsets, all_rows, columns, in_bounds, within,
+                      center, scale, shift, row_block, block, part, group, vectors, row_blocks,
+                      column_splits, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+                      VEC: tl.constexpr, LAST: tl.constexpr, FOUR: tl.constexpr,
+                      ACT: tl.constexpr, KEPT: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+    """The gradient at z, and x - center; 0 at padding that is not finite (reference/padding.py).
 
     KEPT, what its derivative is taken from: "signs"; "output", which is `extra`; "rebuilt", from x,
     and from the residual `extra` where there is one; None for no activation.
@@ -34,6 +35,9 @@ def before_activation(grad, x, extra, signs, offsets, in_bounds, center, scale, 
     g = tl.load(grad + offsets, mask=in_bounds, other=0.0, eviction_policy=EVICT).to(tl.float32)
     values = tl.load(x + offsets, mask=in_bounds, other=0.0, eviction_policy=EVICT).to(tl.float32)
     centered = values - center[None, :]
+    if mask is not None:
+        counts = valid_at(mask, all_rows, columns, in_bounds, within, vectors, VEC, LAST)
+        finite = values - values == 0.0
     if KEPT == "signs":
         sign_places = bits_at(
             signs, row_block, block, tl.num_programs(0), part, group, row_blocks, column_splits,
@@ -43,19 +47,26 @@ def before_activation(grad, x, extra, signs, offsets, in_bounds, center, scale, 
     if KEPT == "output":
         y = tl.load(extra + offsets, mask=in_bounds, other=0.0, eviction_policy=EVICT)
         y = y.to(tl.float32)
+        if mask is not None:
+            finite = finite & (y - y == 0.0)
         g = tl.where(in_bounds, through(g, y, ACT), 0.0)
     if KEPT == "rebuilt":
         z = tl.fma(centered, scale[None, :], shift[None, :])
         if extra is not None:
             added = tl.load(extra + offsets, mask=in_bounds, other=0.0, eviction_policy=EVICT)
             z += added.to(tl.float32)
+            if mask is not None:
+                finite = finite & (added - added == 0.0)
         g = tl.where(in_bounds, through(g, z, ACT), 0.0)  # z there may be infinite
+    if mask is not None:
+        g = tl.where(counts | finite, g, 0.0)
+        centered = tl.where(counts | finite, centered, 0.0)
     return g, centered
 
 
 @triton.jit(do_not_specialize_on_alignment=["signs"])
-def reduce_grad(grad, x, extra, signs, starts, partials, tickets, rows, sums, maps, dweight, dbias,
-                before, state, rate, N, C, vectors, row_splits, column_splits, row_blocks,
+def reduce_grad(grad, x, extra, signs, mask, starts, partials, tickets, rows, sums, maps, dweight,
+                dbias, before, state, rate, N, C, vectors, row_splits, column_splits, row_blocks,
                 TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
                 VEC: tl.constexpr, LAST: tl.constexpr, BIG: tl.constexpr, FOUR: tl.constexpr,
                 UNROLL: tl.constexpr, PARTS_AT_ONCE: tl.constexpr, ACT: tl.constexpr,
@@ -88,8 +99,9 @@ def reduce_grad(grad, x, extra, signs, starts, partials, tickets, rows, sums, ma
             begin, length, group_rows, columns, block, C, vectors, VEC, LAST, BIG
         )
         g, centered = before_activation(
-            grad, x, extra, signs, offsets, in_bounds, center, scale, shift, row_block, block, part,
-            own_group, row_blocks, column_splits, TILE_ROWS, TILE_COLUMNS, FOUR, ACT, KEPT, "",
+            grad, x, extra, signs, mask, offsets, all_rows, columns, in_bounds, group_rows < length,
+            center, scale, shift, row_block, block, part, own_group, vectors, row_blocks,
+            column_splits, TILE_ROWS, TILE_COLUMNS, VEC, LAST, FOUR, ACT, KEPT, "",
         )  # fmt: skip
         lane_grad += g
         lane_grad_x = tl.fma(g, centered, lane_grad_x)
@@ -157,9 +169,9 @@ def apply_grad(grad, x, extra, signs, mask, dx, dresidual, starts, rows, maps, N
             begin, length, group_rows, columns, block, C, vectors, VEC, LAST, BIG
         )
         g, centered = before_activation(
-            grad, x, extra, signs, offsets, in_bounds, center, scale, shift, row_block, block, part,
-            group, row_blocks, column_splits, TILE_ROWS, TILE_COLUMNS, FOUR, ACT, KEPT,
-            "evict_first",
+            grad, x, extra, signs, mask, offsets, all_rows, columns, in_bounds, group_rows < length,
+            center, scale, shift, row_block, block, part, group, vectors, row_blocks,
+            column_splits, TILE_ROWS, TILE_COLUMNS, VEC, LAST, FOUR, ACT, KEPT, "evict_first",
         )  # fmt: skip
         if dresidual is not None:
             tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=in_bounds)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels.reference import Groups
-from steadynorm.kernels.reference.closed_form import Planned, as_saved
+from steadynorm.kernels.reference.closed_form import Planned
+from steadynorm.kernels.reference.differentiable import as_saved
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.spec import Call, Gradients, Keep, Packed, Saved
 from steadynorm.statistics import (
@@ -330,7 +331,7 @@ def _launch_backward(
         )  # fmt: skip
         return
     if sums:
-        read.reduce(partials, tickets, rows, None, maps, *results, rate, first=first)
+        read.reduce(partials, tickets, rows, None, maps, *results, rate, first=first, mask=mask)
     if dx is not None or dresidual is not None:
         read.map(rows, maps, mask, dx, dresidual)
 

@@ -199,7 +199,7 @@ class Read(NamedTuple):
 
     def reduce(
         self, partials: Tensor | None, tickets: Tensor | None, rows: Tensor, sums: Tensor | None,
-        *finished: Any, first: bool = True,
+        *finished: Any, first: bool = True, mask: Tensor | None = None,
     ) -> None:  # fmt: skip
         """The kernel `reduce_grad`; `finished` are its arguments from `maps` to `rate`."""
         row = ACTIVATIONS.get(self.activation or "")
@@ -207,7 +207,8 @@ class Read(NamedTuple):
         plan, itemsize = self.plan, self.x.element_size()
         replay.launch(
             backward.reduce_grad, plan, self.x,
-            *self.tensors, self.starts, partials, tickets, rows, sums, *finished, *plan.sizes(),
+            *self.tensors, mask, self.starts, partials, tickets, rows, sums, *finished,
+            *plan.sizes(),
             plan.row_blocks, FIRST=first, **plan.reduction(itemsize, light=light),
             **self.constants(),
         )  # fmt: skip

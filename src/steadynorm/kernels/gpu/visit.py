@@ -136,8 +136,9 @@ def normalize_grad(grad, x, extra, signs, mask, dx, dresidual, rows, dweight, db
         0, N, group_rows, columns, block, C, vectors, VEC, LAST, BIG
     )
     g, centered = before_activation(
-        grad, x, extra, signs, offsets, in_bounds, center, scale, shift, block * 0, block, 0, 0, 1,
-        1, TILE_ROWS, TILE_COLUMNS, FOUR, ACT, KEPT, "evict_first",
+        grad, x, extra, signs, mask, offsets, all_rows, columns, in_bounds, group_rows < N, center,
+        scale, shift, block * 0, block, 0, 0, vectors, 1, 1, TILE_ROWS, TILE_COLUMNS, VEC, LAST,
+        FOUR, ACT, KEPT, "evict_first",
     )  # fmt: skip
     facts = gradient_facts(rows, 0, 1, c, inside, C)
     sum_grad = to_channels(tl.sum(g, AXIS), LAST)

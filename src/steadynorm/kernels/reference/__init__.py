@@ -124,7 +124,7 @@ class Reference:
         xp = self.xp
         widen = xp.widened if mask is None else xp.cast
         wide = widen(x, xp.statistics_dtype(x))
-        valid = self._beside(mask, x, axis)
+        valid = self.beside(mask, x, axis)
         parts = [
             self._moments_of_run(run, *arrays)
             for run, arrays, _ in self._split([wide, valid], [], axis, groups)
@@ -141,19 +141,20 @@ class Reference:
         count = None
         if valid is not None:
             count = xp.cast(xp.sum(xp.cast(valid, xp.int32), run.axes), values.dtype)
+            values = xp.where(valid, values, 0)  # first, so that no derivative meets a NaN there
 
         def mean(t: Array) -> Array:
-            if valid is None or count is None:
+            if count is None:
                 return xp.mean(t, run.axes)
-            return xp.sum(xp.where(valid, t, 0), run.axes) / at_least_one(count)
+            return xp.sum(t, run.axes) / at_least_one(count)
 
         high = xp.stop_gradient(mean(values))  # a pivot: the mean's gradient flows through `low`
         centered = values - high
         if valid is None:
             low, var = xp.mean_and_variance(centered, run.axes)
         else:
-            low = mean(centered)
-            var = mean(xp.square(centered - low))
+            low = mean(xp.where(valid, centered, 0))
+            var = mean(xp.where(valid, xp.square(centered - low), 0))
         low = xp.where(xp.isfinite(high), low, 0)  # else NaN, where the mean is infinite
         if count is not None:
             count = xp.reshape(count, (*run.per_channel[:-1], -1))  # 1 or C values
@@ -244,7 +245,7 @@ class Reference:
     ) -> tuple[Array, Array | None]:
         """`dx = scale·g + [valid]·(slope·(x - center) + constant)`, and g itself if wanted."""
         xp = self.xp
-        valid = self._beside(mask, x, axis)
+        valid = self.beside(mask, x, axis)
         dx, dresidual = [], []
         for run, (d, t, out, extra, ok), (middle, gain, step, tilt, level) in self._split(
             [grad, x, y, residual, valid], [center, scale, shift, slope, constant], axis, groups
@@ -315,7 +316,8 @@ class Reference:
             for run in _runs(len(shape), shape[axis], axis, groups)
         ]
 
-    def _beside(self, mask: Array | None, x: Array, axis: int) -> Array | None:
+    def beside(self, mask: Array | None, x: Array, axis: int) -> Array | None:
+        """`mask` in a shape that broadcasts against x."""
         whole = mask is None or len(mask.shape) == len(x.shape)
         return mask if whole else self.xp.expand_dims(mask, axis)
 

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from steadynorm.kernels import compat
-from steadynorm.kernels.reference.differentiable import in_operators
+from steadynorm.kernels.reference.differentiable import (
+    as_saved,
+    in_operators,
+    without_padding,
+)
 from steadynorm.kernels.reference.gradient_memory import Memory
 from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.kernels.spec import Backend, Call, Gradients, Keep, Packed, Saved, coefficients_of
@@ -125,6 +129,7 @@ class ClosedForm(Backend):
     def gradients(self, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
         """The gradients in closed form, from what was saved, in full."""
         need_x, need_weight, need_bias, need_residual = needs
+        saved, grad = without_padding(saved, grad)
         stages, known, normalizer = self.stages, saved.coefficients, saved.normalizer
         if saved.y is not None and not self.compiled:  # once, not in both stages
             grad = stages.gradient_from_output(grad, saved.y, saved.activation, known.center.dtype)
@@ -168,13 +173,6 @@ class ClosedForm(Backend):
             _like_parameter(dbias, saved.bias) if need_bias else None,
             None if dresidual is None else dresidual.to(saved.residual_dtype),
         )
-
-
-def as_saved(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A tensor as it lay in memory when it was saved: hooks may give a copy of another layout."""
-    if t.stride() == strides:
-        return t
-    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def _like_parameter(gradient: Any, parameter: Tensor | None) -> Tensor | None:

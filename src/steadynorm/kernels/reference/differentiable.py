@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch.torch_version import TorchVersion
 
 from steadynorm.kernels import compat
 from steadynorm.kernels.activations import ACTIVATIONS, functions
+from steadynorm.kernels.reference import padding
 from steadynorm.kernels.reference.torch_arrays import reference
-from steadynorm.kernels.spec import Gradients, Saved, coefficients_of
+from steadynorm.kernels.spec import Gradients, Saved, coefficients_of, statistics_dtype
 from steadynorm.statistics import GradientCoefficients, Moments, attach, with_memory
 
 REFUSED_BY_TORCH = TorchVersion(torch.__version__) >= "2.14"
@@ -29,12 +31,9 @@ def differentiable(saved: Saved, live: Moments | None) -> Tensor:
     if live is not None:
         normalizer = attach(normalizer, without_gradient(live), live)
     known = coefficients_of(normalizer, x, weight, bias, saved.eps)
-    branch: dict[str, Any] = {
-        "residual": saved.residual,
-        "activation": saved.activation,
-        "groups": saved.groups,
-    }
-    y: Tensor = reference.apply(x, *known[:3], **branch)
+    names = ("mask", "residual", "activation", "groups")
+    branch: dict[str, Any] = {name: getattr(saved, name) for name in names}
+    y: Tensor = padding.apply(reference, x, known[:3], **branch)
     return y
 
 
@@ -43,12 +42,42 @@ def without_gradient(live: Moments) -> Moments:
     return live._replace(var=live.var.detach(), mean_low=live.mean_low.detach())
 
 
+def without_padding(saved: Saved, grad: Tensor) -> tuple[Saved, Tensor]:
+    """Both with 0 where padding that is not finite would spoil a gradient; see padding.py."""
+    x, y, residual = saved.x, saved.y, saved.residual
+    if saved.mask is None or not any(_may_spoil(t) for t in (x, y, residual)):
+        return saved, grad
+    counts = padding.counting(reference, saved.mask, x, y, residual)
+    grad, filled, y, residual = padding.zeroed(reference, counts, grad, x, y, residual)
+    if saved.signs is not None:  # which follow x in memory
+        filled = as_saved(filled, x.stride())
+    return saved._replace(x=filled, y=y, residual=residual), grad
+
+
+def _may_spoil(t: Tensor | None) -> bool:
+    """Whether it holds NaN or infinity, where to look waits for no device and breaks no graph."""
+    if t is None:
+        return False
+    recorded = compat.is_traced() or compat.dispatch_modes() > 0
+    if recorded or not t.is_cpu or t.__class__ is not Tensor:
+        return True
+    return not math.isfinite(t.detach().sum(dtype=statistics_dtype(t)))
+
+
+def as_saved(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor as it lay in memory when it was saved: hooks may give a copy of another layout."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+
 def second_order(backend: Any, saved: Saved, grad: Tensor, needs: Any) -> Gradients:
     """The backward in differentiable operations."""
+    saved, grad = without_padding(saved, grad)
     live = None
     if saved.batch is not None:
         live = live_moments(saved, reference.moments(saved.x, mask=saved.mask, groups=saved.groups))
-    z = differentiable(saved._replace(activation=None), live)
+    z = differentiable(saved._replace(activation=None, mask=None), live)
     g, y = grad, saved.y
     if saved.activation is not None:
         forward, gradient = functions(saved.activation, reference.xp)
