@@ -35,6 +35,27 @@ def test_forward_is_within_the_bar(mean: float, policy: Any, masked: bool) -> No
     assert tolerances.error(after.var, expected.running.var) <= 1e-6
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@pytest.mark.parametrize("std", [1e-13, 1e15])
+def test_gradients_are_right_at_any_scale(std: float, policy: Any) -> None:
+    """ρ³ is outside float32: the gradient was NaN at 1e-13, and off by 0.2 at 1e15."""
+    rng = np.random.default_rng(3)
+    x = ((rng.standard_normal((64, 5)) + 3) * std).astype(np.float32)
+    grad = rng.standard_normal(x.shape).astype(np.float32)
+    running = truth.Running(np.full(5, np.float32(3 * std)), np.full(5, np.float32(std**2)), 9)
+    setting = truth.Setting(momentum=0.01, unbiased=False, eps=1e-30)
+    expected = truth.train(x, policy, running, setting, grad=grad)
+    state = RunningStatistics(jnp.asarray(running.mean), jnp.asarray(running.var), jnp.asarray(9))
+
+    def call(x: jax.Array) -> jax.Array:
+        return batch_norm(x, state, statistics=policy, momentum=0.99, epsilon=1e-30)[0]
+
+    y, pull = jax.vjp(call, jnp.asarray(x))
+    (dx,) = pull(jnp.asarray(grad))
+    assert tolerances.error(y, expected.y) <= 1e-6
+    assert tolerances.error(np.float64(dx) * std, expected.dx * std) <= 2e-6
+
+
 @pytest.mark.parametrize("shape", [(200_000, 2), (8, 64, 64, 3)])
 def test_large_batches_are_within_the_bar(shape: tuple[int, ...]) -> None:
     x = (np.random.default_rng(0).standard_normal(shape) + 1e6).astype(np.float32)

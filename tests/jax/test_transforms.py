@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.test_util import check_grads
 
 import steadynorm as sn
@@ -115,6 +116,32 @@ def test_a_backward_keeps_the_input_and_no_copy_of_it(activation: str | None, si
     assert len(kept) == sized
     others = sum(t.size for t in jax.tree.leaves(pull) if hasattr(t, "size")) - sized * x.size
     assert others < 200
+
+
+@pytest.mark.parametrize("policy", ["batch", "steady", "running", "renorm", "frozen"])
+def test_a_training_call_is_exported_for_any_batch_size(policy: str) -> None:
+    """`jax.export` raised AttributeError: a symbol for the size is no number."""
+    x, grad, state = draw(6, 5, 3), draw(6, 5, 3, seed=1), initial_state(3)
+
+    def call(x: jax.Array, grad: jax.Array) -> Any:
+        y, pull, after = jax.vjp(lambda x: batch_norm(x, state, statistics=policy), x, has_aux=True)
+        return y, pull(grad), after
+
+    sizes = export.symbolic_shape("samples, positions")
+    shape = jax.ShapeDtypeStruct((*sizes, 3), x.dtype)
+    found = export.export(jax.jit(call))(shape, shape).call(x, grad)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(call(x, grad)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_ghost_is_exported_for_one_batch_size() -> None:
+    call = jax.jit(lambda x: batch_norm(x, None, statistics=sn.Ghost(2))[0])
+    samples, positions = export.symbolic_shape("samples, positions")
+    with pytest.raises(ValueError, match=r"got the symbol samples\. Export for one batch size\."):
+        export.export(call)(jax.ShapeDtypeStruct((samples, 5, 3), jnp.float32))
+    x = draw(6, 5, 3)
+    exported = export.export(call)(jax.ShapeDtypeStruct((6, positions, 3), x.dtype))
+    np.testing.assert_allclose(exported.call(x), call(x), atol=1e-6)
 
 
 def test_scan_moves_the_state_as_a_loop_does() -> None:

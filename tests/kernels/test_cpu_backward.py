@@ -40,8 +40,8 @@ def check_backward(case, activation=None, add=False, mask=None):
     assert error(sums[0] / size, right["sum_grad"] / size) < 1e-6 if real is F32 else 1e-12
     n = torch.tensor([[x.size / x.shape[1]] for x in case.split(case.x)], dtype=real)
     n = n if case.groups else n[0]
-    rho2 = 1 / (moments.var + EPS)
-    slope_factor, constant_factor = scale * rho2 / n, scale / n
+    rho = (moments.var + EPS).rsqrt()
+    constant_factor = scale / n
     low = moments.mean_low
 
     def check(dx, dresidual):
@@ -52,14 +52,14 @@ def check_backward(case, activation=None, add=False, mask=None):
         else:
             assert dresidual is None
 
-    slope = -slope_factor * (sums[1] - low * sums[0])
+    slope = -constant_factor * rho**2 * (sums[1] - low * sums[0])
     constant = -constant_factor * sums[0] - slope * low
     check(*cpu.apply_grad(case.grad, case.x, *at, slope, constant, want_residual=add, **options))
     *both, total, moved = cpu.normalize_grad(
         case.grad,
         case.x,
         *at,
-        slope_factor,
+        rho,
         constant_factor,
         low,
         low,

@@ -124,6 +124,26 @@ def test_the_closed_form_on_every_library(name: str, policy: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("std", [1e-13, 1e15])
+def test_the_closed_form_at_any_scale(name: str, std: float) -> None:
+    """ρ³ is outside float32; no factor, product or sum of the closed form is."""
+    _, make = library(name)
+    x, grad = np.float64(np.float32(data() * std)), data(1, 0.0)
+    setting = truth.Setting(eps=1e-30)
+    expected = truth.train(x, stats.Batch(), None, setting, grad=grad)
+    batch = measured(x, make)
+    normalizer = stats.of_batch(batch)
+    known = stats.coefficients(normalizer, None, None, 1e-30)
+    center, scale, _ = (truth.beside(np.float64(np.asarray(v)), 3) for v in known[:3])
+    sums = make(grad.sum((0, 2))), make((grad * (x - center)).sum((0, 2)))
+    factors = stats.gradient_factors(normalizer, batch, known.scale, known.rho)
+    terms = stats.gradient_coefficients(factors, *sums)
+    slope, constant = (truth.beside(np.float64(np.asarray(v)), 3) for v in terms)
+    found = scale * grad + slope * (x - center) + constant
+    np.testing.assert_allclose(found * std, expected.dx * std, atol=1e-5)
+
+
 def test_fold() -> None:
     x = data()
     running = truth.Running(np.linspace(1, 4, 4), np.linspace(2, 5, 4))

@@ -25,6 +25,7 @@ class JaxArrays(ImmutableArrays):
     where = staticmethod(jnp.where)
     square = staticmethod(jnp.square)
     isfinite = staticmethod(jnp.isfinite)
+    maximum = staticmethod(jnp.maximum)
     reshape = staticmethod(jnp.reshape)
     expand_dims = staticmethod(jnp.expand_dims)
     concatenate = staticmethod(jnp.concatenate)
@@ -52,8 +53,9 @@ class JaxArrays(ImmutableArrays):
         return jnp.array(numbers, like.dtype)
 
     @staticmethod
-    def size(x: Array, axes: tuple[int, ...]) -> int:
-        return prod(x.shape[axis] for axis in axes)
+    def size(x: Array, axes: tuple[int, ...]) -> Any:
+        size = prod(x.shape[axis] for axis in axes)  # a symbol, under `jax.export`, is no int
+        return size if isinstance(size, int) else jnp.asarray(size, JaxArrays.statistics_dtype(x))
 
     @staticmethod
     def sum_over(x: Array, axis: int) -> Array:

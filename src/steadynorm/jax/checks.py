@@ -32,6 +32,15 @@ def input_and_axis(x: Array, axis: int, policy: Policy, owner: str) -> int:
     return axis
 
 
+def samples_known(x: Array, policy: Ghost, owner: str) -> None:
+    """How many samples there are is a number, as it is not when `jax.export` takes any number."""
+    if not isinstance(x.shape[0], int):
+        raise ValueError(
+            f"{owner}: statistics={policy!r} groups samples along axis 0 and must know how many "
+            f"there are; got the symbol {x.shape[0]}. Export for one batch size."
+        )
+
+
 def per_channel(
     x: Array,
     axis: int,

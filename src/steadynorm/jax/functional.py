@@ -203,8 +203,9 @@ def batch_norm(
         index_groups = tuple(tuple(group) for group in axis_index_groups or ())
         replicas = NamedAxis(axis_name, index_groups or None)
     groups = None
-    if isinstance(policy, Ghost) and not inference and x.size:
-        groups = policy.lengths(x.shape[0])
+    if isinstance(policy, Ghost) and not inference:
+        checks.samples_known(x, policy, owner)
+        groups = policy.lengths(x.shape[0]) if x.size else None
     settings = _Settings(
         policy,
         inference,
@@ -241,7 +242,7 @@ def _policy_step(
         return None, of_running(running), state
     batch = reference.moments(x, axis=settings.axis, mask=inputs.mask, groups=settings.groups)
     # Samples lie on the first axis that is not the channels'.
-    samples: Any = x.shape[int(settings.axis == 0)] if x.ndim > 1 else 1
+    samples = reference.xp.size(x, (int(settings.axis == 0),)) if x.ndim > 1 else 1
     if settings.pooled is not None:
         batch, samples = settings.pooled.pool(batch, samples)
     context = Context(samples, 1 - settings.momentum, settings.epsilon, jnp, unbiased=False)

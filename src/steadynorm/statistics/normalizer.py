@@ -46,11 +46,11 @@ class Coefficients(NamedTuple):
 class GradientFactors(NamedTuple):
     """What turns the two sums of the backward reduction into `GradientCoefficients`.
 
-    dx = scale·g - constant·S₁ - slope·S₂·((x - center) - mean_gap), with
+    dx = scale·g - constant·S₁ - constant·ρ²·S₂·((x - center) - mean_gap), with
     S₁ = Σg and S₂ = Σg·(x - center) - mean_low·S₁.
     """
 
-    slope: Array
+    rho: Array
     constant: Array
     mean_low: Array
     mean_gap: Array
@@ -74,7 +74,7 @@ def coefficients(
     the mean that float32 cannot hold enters through the shift. Without a weight γ is 1, without a
     bias β is 0.
     """
-    rho = (normalizer.var + eps) ** -0.5
+    rho = 1 / (normalizer.var + eps) ** 0.5  # the derivative of ** -0.5 has ρ³, below float32
     scale = rho if _is(normalizer.gain, 1) else rho * normalizer.gain
     shift = -normalizer.mean_low * scale
     if weight is not None:
@@ -133,14 +133,18 @@ def gradient_factors(
     """
     per_value = scale * (normalizer.share / at_least_one(batch.count))
     gap = (batch.mean - normalizer.mean) + batch.mean_low
-    return GradientFactors(per_value * rho * rho, per_value, normalizer.mean_low, gap)
+    return GradientFactors(rho, per_value, normalizer.mean_low, gap)
 
 
 def gradient_coefficients(
     factors: GradientFactors, sum_grad: Array, sum_grad_x: Array
 ) -> GradientCoefficients:
-    """The two terms that reach x through the batch's own mean and variance, from the sums."""
-    slope = -factors.slope * (sum_grad_x - factors.mean_low * sum_grad)
+    """The two terms that reach x through the batch's own mean and variance, from the sums.
+
+    S₂ is scaled by ρ first: ρ³ leaves float32 where x has a standard deviation of 1e13 or 1e-13.
+    """
+    sum_grad_xhat = factors.rho * (sum_grad_x - factors.mean_low * sum_grad)
+    slope = -factors.constant * sum_grad_xhat * factors.rho
     return GradientCoefficients(slope, -factors.constant * sum_grad - slope * factors.mean_gap)
 
 

@@ -87,6 +87,22 @@ def test_training_steps(case, monkeypatch):
     check(case, seed=CASES.index(case))
 
 
+@pytest.mark.parametrize("policy", [sn.Batch(), sn.Steady(), sn.Ghost(3)], ids=repr)
+@pytest.mark.parametrize("std", [1e-13, 1e15])
+def test_gradients_are_right_at_any_scale(std, policy):
+    """ρ³ is outside float32; no factor, product or sum of the closed form is."""
+    draw = torch.Generator().manual_seed(0)
+    x = (torch.randn(6, 2, 20, generator=draw) + 3).mul(std).requires_grad_()
+    grad = torch.randn(6, 2, 20, generator=draw)
+    layer = sn.BatchNorm1d(2, eps=1e-30, statistics=policy)
+    layer(x).backward(grad)
+    memory = None if policy.gradient_rate(1) is None else np.zeros((2, 2))
+    running, setting = truth.Running(np.zeros(2), np.ones(2)), truth.Setting(eps=1e-30)
+    arrays = (numpy(x), policy, running, setting)
+    expected = truth.train(*arrays, grad=numpy(grad), memory=memory)
+    np.testing.assert_allclose(numpy(x.grad) * std, expected.dx * std, atol=2e-6)
+
+
 def test_there_are_enough_cases():
     assert len(CASES) >= 60
     assert len({str(case) for case in CASES}) == len(CASES)

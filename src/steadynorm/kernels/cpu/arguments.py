@@ -29,8 +29,8 @@ _SHAPE = (
 _FLOATS = ("count", "rate", "eps", "momentum", "share")
 ROWS = (
     # What a forward measures and maps by, and leaves for the backward.
-    "center", "center_low", "var", "scale", "shift", "rho", "slope_factor", "constant_factor",
-    "mean_gap", "batch_var",
+    "center", "center_low", "var", "scale", "shift", "rho", "constant_factor", "mean_gap",
+    "batch_var",
     # The backward's own: a sum, and the map's share by way of the statistics.
     "sum_grad_x", "slope", "constant",
 )  # fmt: skip

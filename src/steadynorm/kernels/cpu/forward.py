@@ -129,7 +129,6 @@ def record_step(args: Any, chunk: Any, var: Any, scale: Any) -> None:
     """What a forward leaves for its backward, `statistics.gradient_factors`; counts the batch."""
     noinline()
     rho = pointer_like(args[at.rho], var)
-    slope = pointer_like(args[at.slope_factor], var)
     constant = pointer_like(args[at.constant_factor], var)
     eps, part = as_float(args[at.eps]), as_float(args[at.share]) / as_float(args[at.count])
     if args[at.num_batches_tracked] != 0 and chunk.first == 0:
@@ -137,7 +136,6 @@ def record_step(args: Any, chunk: Any, var: Any, scale: Any) -> None:
     for c in range(chunk.first, chunk.first + chunk.in_block):
         r = 1.0 / math.sqrt(var[c] + eps)
         rho[c] = like(r, rho[c])
-        slope[c] = like(scale[c] * r * r * part, slope[c])
         constant[c] = like(scale[c] * part, constant[c])
 
 

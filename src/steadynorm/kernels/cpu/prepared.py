@@ -188,9 +188,9 @@ class CpuPlan:
             0 if dbias is None else dbias.data_ptr(), 0 if dweight is None else dweight.data_ptr(),
             0 if before is None else before.data_ptr(), 0 if after is None else after.data_ptr(),
         )  # fmt: skip
-        if not left.share:  # the factors are 0: they serve as slope and constant, unmultiplied
-            a.slope, a.constant = a.slope_factor, a.constant_factor
-            a.slope_factor = a.constant_factor = 0
+        if not left.share:  # the factor is 0: it serves as slope and constant, unmultiplied
+            a.slope = a.constant = a.constant_factor
+            a.constant_factor = 0
         kernel = self._backward[want] or self._load(want=want)
         kernel(a, self.threads)
         return (

@@ -250,7 +250,7 @@ def normalize_grad(
     center: Tensor,
     scale: Tensor,
     shift: Tensor,
-    slope_factor: Tensor,
+    rho: Tensor,
     constant_factor: Tensor,
     mean_low: Tensor,
     mean_gap: Tensor,
@@ -263,15 +263,15 @@ def normalize_grad(
 
     With S₁ = Σg and S₂ = Σg·(x - center) - mean_low·S₁:
 
-        dx = scale·g - constant_factor·S₁ - slope_factor·S₂·((x - center) - mean_gap)
+        dx = scale·g - constant_factor·(S₁ + rho²·S₂·((x - center) - mean_gap))
 
     Returns dx, g or None, Σg, Σg·(x - center). Without an activation g is `grad`, not a copy.
     """
     read = _Backward(grad, x, (center, scale, shift), **kept)
     groups, writes = read.sources.groups, read.sources.is_written(want_residual)
     dx, dresidual = read.results(writes, out)
-    slope_factor, constant_factor, mean_low, mean_gap = (
-        per_channel(t, x, groups) for t in (slope_factor, constant_factor, mean_low, mean_gap)
+    rho, constant_factor, mean_low, mean_gap = (
+        per_channel(t, x, groups) for t in (rho, constant_factor, mean_low, mean_gap)
     )
     sum_grad, sum_grad_x, slope, constant = _results_per_channel(4, x, groups)
     kernel = read.kernel(want=writes)
@@ -279,8 +279,7 @@ def normalize_grad(
         slab.values(dx=dx, dresidual=dresidual)
         slab.by_channel(
             sum_grad=sum_grad, sum_grad_x=sum_grad_x, slope=slope, constant=constant,
-            slope_factor=slope_factor, constant_factor=constant_factor, center_low=mean_low,
-            mean_gap=mean_gap,
+            rho=rho, constant_factor=constant_factor, center_low=mean_low, mean_gap=mean_gap,
         )  # fmt: skip
         slab.run(kernel, *slab.cut.backward())
     return dx, dresidual if writes or not want_residual else grad, sum_grad, sum_grad_x

@@ -281,7 +281,7 @@ def finish_gradient(sum_grad, sum_grad_x, facts, maps, before, state, rate, grou
     n, mean, mean_low, var, center, low, gain, offset, share, scale, rho = facts
     exact = tl.fma(-low, sum_grad, sum_grad_x)  # Σg·(x - mean), with the mean unrounded
     per_value = scale * tl.div_rn(share, n)
-    slope = -per_value * rho * rho * exact
+    slope = -per_value * (rho * exact) * rho  # ρ³ may leave float32
     gap = (mean - center) + mean_low
     constant = -per_value * sum_grad - slope * gap
     if before is not None:

@@ -40,7 +40,7 @@ class Steady(Policy):
     that no part of it along 1 or x̂ lasts; see `remember`.
 
     `prior`: the weight of the running statistics, in what n counts; 0 equals `Batch`, where the
-    batch has a variance.
+    batch has a variance; with a `window`, in gradients up to what ε is of that variance.
     `horizon`: how many samples the running averages span, at every batch size. It replaces
     `momentum`: 640 samples equal momentum 0.1 at batch 64.
     `window`: how many samples the memory of the gradient spans. None keeps none, and is one-way:
