@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from steadynorm.kernels.reference import padding
+from steadynorm.kernels.reference.torch_arrays import reference
 from steadynorm.nn import checks, packed_rows, recurrent_checks
 from steadynorm.nn.recurrent_checks import State
 from steadynorm.nn.steps import Served, StepNorm, learns
@@ -148,7 +150,8 @@ class BatchNormLSTMCell(nn.Module):
             self._check_size(input.shape[0], step, owner)
         else:
             mask = active = checks.expanded_mask(mask, input, owner)
-            x = torch.where(mask.unsqueeze(1), x, 0)  # 0·NaN would reach weight_ih's gradient
+            # NaN there would reach the gradient of weight_ih.
+            (x,) = padding.zeroed(reference, mask.unsqueeze(1), input)
         term = self.input_norm(F.linear(x, self.weight_ih), step, mask=mask)
         h, c = self.advance(term, state, step, mask=mask)
         if active is not None:

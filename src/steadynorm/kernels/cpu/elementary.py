@@ -5,9 +5,9 @@ In float32 they are polynomials, in float64 the C library's.
 The C library's functions are called value by value, 5 to 40 times slower. The polynomial of exp is
 that of Cephes' expf (Moshier 1989); that of the normal distribution was fitted here: at -a it is
 exp(-a²/2) times a smooth function (Mills' ratio) of a/(a + 1/0.35), which a polynomial follows to
-3e-8. All are right to about 1e-7, but exp is 0 below e^-87.7 and infinite from e^88.4 on; a NaN goes
-through. Compiled apart from the sums around them: reordering would undo the two-step subtraction of
-n·ln 2.
+3e-8. All are right to about 1e-7, but that exp is 0 below -87.7 and infinite from 88.4 on; a NaN
+goes through. Compiled apart from the sums around them: reordering would undo the two-step
+subtraction of n·ln 2.
 """
 
 from __future__ import annotations
