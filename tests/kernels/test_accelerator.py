@@ -52,8 +52,8 @@ HALF_BY_STAGES = {  # in passes of a half-precision tensor: intermediates are fl
 SMALL = {
     "torch.nn": (1, 0, 0),
     "Batch": (1, 0, 0),
-    "Batch, exact": (21, 17, 8),
-    "Steady": (63, 78, 0),
+    "Batch, exact": (22, 17, 9),
+    "Steady": (64, 78, 0),
 }
 
 

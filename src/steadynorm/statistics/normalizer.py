@@ -74,7 +74,8 @@ def coefficients(
     the mean that float32 cannot hold enters through the shift. Without a weight γ is 1, without a
     bias β is 0.
     """
-    rho = 1 / (normalizer.var + eps) ** 0.5  # the derivative of ** -0.5 has ρ³, below float32
+    # In two steps: the derivative of ** -0.5 has ρ³, which leaves float32.
+    rho = ((normalizer.var + eps) ** 0.5) ** -1
     scale = rho if _is(normalizer.gain, 1) else rho * normalizer.gain
     shift = -normalizer.mean_low * scale
     if weight is not None:
