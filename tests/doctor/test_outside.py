@@ -240,9 +240,7 @@ def test_several_optimizers_and_wrapped_ones() -> None:
 def test_a_model_on_the_meta_device() -> None:
     model = build("ResNet").to("meta")
     assert sn.diagnose(model).worst in (None, Severity.INFO)
-    with pytest.raises(
-        ValueError, match=r"must hold values to be run on batches; .* is on the meta"
-    ):
+    with pytest.raises(ValueError, match=r"must hold values; those of .* are on the meta device"):
         sn.diagnose(model, data())
 
 
