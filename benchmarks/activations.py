@@ -3,8 +3,7 @@
     python benchmarks/activations.py [--rounds 7] [--dtypes float32,bfloat16]
 
 Forward with backward in training, and inference, on (16, 256, 1000) and one thread: milliseconds of
-processor time, each the least of interleaved rounds. On several threads memory is slower beside
-computing, and the activation inside gains more.
+processor time, each the least of interleaved rounds.
 """
 
 from __future__ import annotations
