@@ -1,4 +1,4 @@
-"""One of three replicas, of which rank 1 dies: `doomed_replica.py DEATH RANK FOLDER`."""
+"""One of three replicas, of which rank 1 dies; started by tests/replicas.py."""
 
 import os
 import sys
@@ -7,25 +7,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tests import replicas
 
 import steadynorm as sn
 
-TIMEOUT = 120  # seconds, of the group; the test demands an end well before
+TIMEOUT = timedelta(seconds=120)  # of the group; the test demands an end well before
 DEATHS = ("before the forward", "between forward and backward")
 
 
-def main(death: str, rank: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(folder / "store"), 3),
-        rank=rank,
-        world_size=3,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
+def main(folder: Path, death: str) -> None:
+    replicas.join(folder, TIMEOUT)
     layer = sn.BatchNorm1d(4, statistics="steady", synchronize=True)
     layer(torch.randn(5, 4)).sum().backward()  # all is well at first
     x = torch.randn(5, 4, requires_grad=True)
-    doomed = rank == 1
+    doomed = dist.get_rank() == 1
     if doomed and death == "before the forward":
         os._exit(9)
     y = layer(x)
@@ -35,4 +30,4 @@ def main(death: str, rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,7 +1,7 @@
 """One replica of a process group: runs every case, compares with one process that saw everything.
 
-Started by `torchrun` with the folder for results as its only argument. Every replica holds the
-whole batch, normalizes its own part of it in the group, and the whole of it alone.
+Started by tests/replicas.py with the folder for results as its only argument. Every replica holds
+the whole batch, normalizes its own part of it in the group, and the whole of it alone.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests import replicas
 from tests.nn import replica_disagreements  # noqa: F401 - its cases, too
 from tests.nn.replica_cases import CASES, Collectives, case, error_of
 from torch.nn.parallel import DistributedDataParallel
@@ -316,7 +317,7 @@ def ghost_does_not_compile_into_one_graph() -> None:
 
 
 def main(results: Path) -> None:
-    dist.init_process_group("gloo")
+    replicas.join(results)
     outcome = {}
     for name, run in CASES.items():
         try:
@@ -324,6 +325,7 @@ def main(results: Path) -> None:
             outcome[name] = ""
         except Exception:  # noqa: BLE001 - the test shows it
             outcome[name] = traceback.format_exc()
+            sys.stderr.write(f"{name}: {outcome[name]}\n")  # also if the others go no further
         failed = torch.tensor([outcome[name] != ""])
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)  # stay in step also after a failure
     (results / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))

@@ -1,10 +1,7 @@
 """Several replicas are one process: values, gradients, buffers, and how it ends when one dies."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,31 +9,16 @@ import pytest
 import torch.distributed as dist
 from tests.nn import replica_worker
 from tests.nn.doomed_replica import DEATHS, TIMEOUT
+from tests.replicas import start, start_well
 
 import steadynorm as sn
-
-HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids="{} replicas".format)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list:
     """What every case said on every replica; they are started once for all cases."""
     results = tmp_path_factory.mktemp("replicas")
-    started = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(request.param)),
-            *("-m", "tests.nn.replica_worker", str(results)),
-        ],
-        env=ENVIRONMENT,
-        cwd=HERE.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert started.returncode == 0, started.stderr[-4000:]
+    start_well("tests.nn.replica_worker", folder=results, replicas=request.param)
     return [json.loads((results / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
@@ -48,31 +30,19 @@ def test_replicas_equal_one_process(outcomes: list[dict[str, str]], case: str) -
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_replica_that_died_ends_the_others(death: str, tmp_path: Path) -> None:
-    """Each process on its own, since torchrun would end the others itself."""
     begin = time.monotonic()
-    replicas = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "doomed_replica.py"), death, str(rank), str(tmp_path)],
-            env=ENVIRONMENT,
-            cwd=HERE.parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    said = [replica.communicate(timeout=TIMEOUT)[1] for replica in replicas]
-    assert time.monotonic() - begin < TIMEOUT
-    assert replicas[1].returncode == 9
+    ended = start("tests.nn.doomed_replica", death, folder=tmp_path, replicas=3)
+    assert time.monotonic() - begin < TIMEOUT.total_seconds()
+    assert ended[1].returncode == 9
     for rank in (0, 2):
         # After the error, gloo's threads may end the process with "terminate called without an
         # active exception" (seen with torch 2.13 on a busy machine).
-        assert replicas[rank].returncode in (1, -signal.SIGABRT)
+        assert ended[rank].returncode in (1, -signal.SIGABRT)
         assert (
             "RuntimeError: BatchNorm1d: `synchronize`: the exchange of statistics with the other "
             "replicas failed: another replica stopped, or did not reach this layer in time. Look "
             "at the first replica that ended; all replicas must call the layer equally often. ("
-        ) in said[rank]
+        ) in ended[rank].stderr
 
 
 def test_without_replicas_synchronize_means_nothing() -> None:

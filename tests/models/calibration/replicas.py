@@ -1,10 +1,11 @@
-"""What one of three replicas does in test_replicas.py; run by torchrun."""
+"""What one of three replicas does in test_replicas.py; started by tests/replicas.py."""
 
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tests.replicas import join
 from torch import Tensor, nn
 
 import steadynorm as sn
@@ -32,7 +33,7 @@ def failing(rank: int):
 
 
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+    join(folder)
     rank = dist.get_rank()
     results: dict[str, object] = {}
     for name, call in (("calibrate", sn.calibrate), ("adapt", sn.adapt)):

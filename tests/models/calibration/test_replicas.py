@@ -1,28 +1,18 @@
 """Three processes with uneven data keep the same statistics, those of all data at once."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.models.calibration.replicas import SIZES, batches, network
-
-SCRIPT = Path(__file__).with_name("replicas.py")
+from tests.replicas import start_well
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("replicas")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_well("tests.models.calibration.replicas", folder=folder, replicas=len(SIZES))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in SIZES]
 
 
