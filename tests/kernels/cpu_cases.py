@@ -8,9 +8,11 @@ from tests import truth
 from tests.tolerances import close
 
 from steadynorm.kernels.cpu import stages as cpu
+from steadynorm.kernels.cpu.kernels import SCALARS
 
 EPS = 1e-5
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, F64 = torch.float32, torch.float64
+HALVES = [dtype for dtype in SCALARS if dtype.itemsize == 2]  # float16 where the processor has it
 
 # Strips, planes and rows together; odd, prime, single samples, channels and positions.
 SHAPES = [

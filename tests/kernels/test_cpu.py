@@ -3,18 +3,20 @@
 All tests run with fresh memory filled with NaN, so that an element left out cannot pass.
 """
 
+import platform
 import threading
 
+import numba
 import numpy as np
 import pytest
 import torch
 from tests import truth
 from tests.kernels.cpu_cases import (
-    BF16,
     EDGES,
     EPS,
     F32,
     F64,
+    HALVES,
     LAYOUTS,
     SHAPES,
     Case,
@@ -27,6 +29,7 @@ from tests.kernels.cpu_cases import (
 )
 from tests.tolerances import error, within_bar
 
+from steadynorm.kernels.cpu import kernels
 from steadynorm.kernels.cpu import runtime as cpu_runtime
 from steadynorm.kernels.cpu import stages as cpu
 from steadynorm.kernels.cpu.backend import CPU
@@ -53,7 +56,7 @@ def test_moments_of_ghosts(groups, layout, way):
 
 @pytest.mark.parametrize("groups", [None, (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, *HALVES], ids=str)
 def test_masked_moments(layout, groups, dtype, way):
     for shape in ((6, 50, 9, 11), (6, 3, 30, 30), (6, 20, 24, 24), (6, 5)):
         case = Case(shape, layout, dtype, groups=groups)
@@ -83,7 +86,7 @@ def test_forward_of_every_activation(activation, layout, way):
         check_forward(Case(shape, layout), activation, add=True)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES], ids=str)
 @pytest.mark.parametrize("groups", [None, (1, 2, 1)], ids=str)
 def test_forward_of_types_and_ghosts(groups, dtype, way):
     for layout in LAYOUTS:
@@ -91,7 +94,7 @@ def test_forward_of_types_and_ghosts(groups, dtype, way):
             check_forward(Case(shape, layout, dtype, groups=groups))
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES], ids=str)
 def test_results_wherever_in_a_cache_line_they_begin(dtype, way):
     """What goes past the caches goes by lines: what is before and after must stay as it was."""
     for shape in ((3, 3, 40, 40), (6, 50, 9, 11), (3, 5)):
@@ -169,14 +172,23 @@ def test_nan_and_infinity_stay_in_their_channel(layout, way):
             assert torch.equal(y[:, rest], clean[:, rest])
 
 
-def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
-    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(BF16)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_rounds_to_nearest_even_and_keeps_nan(dtype):
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = every.reshape(256, 256)
     zero = torch.zeros(256)
     y = cpu.apply(x, zero, zero + 1 / 3, zero)
-    right = (x.float() * (zero + 1 / 3)).to(BF16)
+    right = (x.float() * (zero + 1 / 3)).to(dtype)
     assert torch.equal(y.isnan(), right.isnan())
     assert torch.equal(y.nan_to_num(), right.nan_to_num())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="F16C is x86's")
+def test_float16_is_taken_where_the_compiled_code_may_convert_it(monkeypatch):
+    """Else LLVM would call a library function that the process does not have."""
+    for features, taken in (("", False), ("+avx2,+f16c", True), ("+avx2,-f16c", False)):
+        monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+        assert kernels.converts_float16() is taken
 
 
 # Memory, types, layouts -----------------------------------------------------------------------
@@ -211,8 +223,9 @@ def test_other_strides_of_the_companions_are_brought_in_line():
     assert (total == 4 * 6 * 7).all()
 
 
+TAKEN = [str(dtype).removeprefix("torch.") for dtype in kernels.SCALARS]
 REFUSED = {
-    "the input is float16, not float32, float64 or bfloat16": lambda x: x.half(),
+    f"the input is int32, not {', '.join(TAKEN[:-1])} or {TAKEN[-1]}": lambda x: x.int(),
     "the input is empty": lambda x: x[:0],
     "the input is contiguous neither channels-first nor channels-last": lambda x: x[:, ::2],
     "`x` is on meta, not on cpu": lambda x: x.to("meta"),
@@ -230,9 +243,13 @@ def test_what_is_refused_and_why(reason):
 
 def test_what_is_taken():
     x = torch.randn(4, 6, 5, 5)
-    taken = [x, x.double(), x.bfloat16(), x.to(memory_format=torch.channels_last), x[1:], x[..., 0]]
-    assert [refusal(t) for t in taken[:5]] == [None] * 5
-    assert refusal(taken[5]) is not None
+    taken = [
+        x.to(memory_format=torch.channels_last),
+        x[1:],
+        *(x.to(dtype) for dtype in kernels.SCALARS),
+    ]
+    assert [refusal(t) for t in taken] == [None] * len(taken)
+    assert refusal(x[..., 0]) is not None
     assert refusal(x, x.half()) == "the residual is float16, the input float32"
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from tests import truth
 from tests.kernels.cpu_cases import (
-    BF16,
     EDGES,
     EPS,
     F32,
     F64,
+    HALVES,
     LAYOUTS,
     SHAPES,
     Case,
@@ -107,7 +107,7 @@ def test_backward_of_every_activation(activation, layout, way):
         check_backward(Case(shape, layout), activation, add=True)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES], ids=str)
 @pytest.mark.parametrize("groups", [None, (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_backward_of_types_and_ghosts(activation, groups, dtype, way):
@@ -123,7 +123,7 @@ def test_backward_is_as_exact_at_a_large_mean(mean, way):
             check_backward(Case(shape, layout, mean=mean), "silu", add=True)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES], ids=str)
 @pytest.mark.parametrize("groups", [None, (2, 3, 2)], ids=str)
 def test_masked_positions_get_no_gradient_through_the_statistics(groups, dtype, way):
     for layout in LAYOUTS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.cpu_cases import BF16, EDGES, EPS, F32, F64, LAYOUTS, Case
+from tests.kernels.cpu_cases import EDGES, EPS, F32, F64, HALVES, LAYOUTS, Case
 
 import steadynorm as sn
 from steadynorm.kernels.cpu import stages as cpu
@@ -22,7 +22,7 @@ def forward(case, activation, signs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES], ids=str)
 @pytest.mark.parametrize("groups", [None, "two"])
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_signs_tell_where_the_activation_is_open(activation, groups, dtype, way):
@@ -47,7 +47,7 @@ def sums_close(mine, other):
     torch.testing.assert_close(mine, other, rtol=2e-6, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES], ids=str)
 @pytest.mark.parametrize("groups", [None, (2, 3, 2)], ids=str)
 def test_gradients_by_signs_are_those_by_the_output(groups, dtype, way):
     for layout in LAYOUTS:

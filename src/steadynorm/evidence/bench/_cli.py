@@ -116,7 +116,7 @@ def bench(
 
 
 def warmup(
-    dtypes: Annotated[str, typer.Option(help="float32, float64, bfloat16.")] = "float32",
+    dtypes: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")] = "float32",
     activations: Annotated[str, typer.Option(help="none, relu, silu, ...")] = "none,relu",
     json: Json = False,
 ) -> None:
@@ -128,8 +128,9 @@ def warmup(
 
         from steadynorm.kernels.activations import ACTIVATIONS
         from steadynorm.kernels.cpu import kernels
+        from steadynorm.kernels.cpu.readable import name_of
 
-        kinds = _words(dtypes, ("float32", "float64", "bfloat16"), "--dtypes")
+        kinds = _words(dtypes, tuple(map(name_of, kernels.SCALARS)), "--dtypes")
         names = _words(activations, ("none", *ACTIVATIONS), "--activations")
         start = time.perf_counter()
         with Console(stderr=True).status("compiling"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import torch
+from llvmlite import binding as llvm
+from numba.core import config
 
 from steadynorm.kernels.spec import Keep
 
@@ -16,11 +19,27 @@ from .forward import forward
 from .readable import name_of
 from .runtime import Kernel, compile_kernel
 
+
+def converts_float16() -> bool:
+    """Whether the processor that Numba compiles for has instructions from and to float16.
+
+    Without them LLVM would call functions of a library that the process does not have.
+    """
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return True
+    if config.CPU_FEATURES is not None:
+        return "+f16c" in config.CPU_FEATURES
+    return bool(llvm.get_host_cpu_features().get("f16c"))
+
+
+# How values are held, half precision by its bits, and what they are computed in.
 SCALARS = {
     torch.float32: (np.float32, np.float32),
     torch.float64: (np.float64, np.float64),
-    torch.bfloat16: (np.uint16, np.float32),  # by its bits
+    torch.bfloat16: (np.uint16, np.float32),
 }
+if converts_float16():
+    SCALARS[torch.float16] = np.int16, np.float32
 
 
 @cache

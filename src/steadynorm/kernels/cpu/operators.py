@@ -18,7 +18,7 @@ from steadynorm.kernels import compat
 from steadynorm.kernels.reference.closed_form import REFERENCE, ClosedForm
 from steadynorm.kernels.reference.collectives import all_reduce
 from steadynorm.kernels.reference.gradient_memory import Memory
-from steadynorm.kernels.spec import Call, Keep, Saved, coefficients_of, statistics_dtype
+from steadynorm.kernels.spec import HALF, Call, Keep, Saved, coefficients_of, statistics_dtype
 from steadynorm.statistics import Moments, Normalizer
 
 from .backend import CPU
@@ -42,7 +42,7 @@ def serve(call: Call) -> bool:
         and not compat.is_transforming()
         and call.replicas is None
         and x.is_cpu
-        and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and x.dtype in (torch.float32, torch.float64, *HALF)
         and x.numel() > 0
         and (residual is None or residual.dtype == x.dtype)
         and (x.is_contiguous() or (x.ndim > 2 and x.movedim(1, -1).is_contiguous()))

@@ -181,38 +181,54 @@ def like(typing: Any, value: Any, model: Any) -> Any:
     return model(value, model), generate
 
 
+BFLOAT16, FLOAT16 = types.uint16, types.int16
+"""The types by which values in half precision are held, as their bits."""
+
+
+def float32_of(builder: Any, bits: Any, stored: Any) -> Any:
+    """LLVM instructions that turn half precision, held by its bits, into float32; also vectors."""
+    lanes = getattr(bits.type, "count", None)
+
+    def kind(scalar: Any) -> Any:
+        return scalar if lanes is None else ir.VectorType(scalar, lanes)
+
+    if stored == FLOAT16:
+        return builder.fpext(builder.bitcast(bits, kind(ir.HalfType())), kind(ir.FloatType()))
+    word = kind(ir.IntType(32))
+    sixteen = ir.Constant(word, 16 if lanes is None else [16] * lanes)
+    return builder.bitcast(builder.shl(builder.zext(bits, word), sixteen), kind(ir.FloatType()))
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def widen(typing: Any, value: Any) -> Any:
-    """A loaded value as one to compute with: bfloat16, held as uint16, becomes float32.
+    """A loaded value as one to compute with: half precision, held by its bits, becomes float32.
 
     `freeze` keeps the load unconditional. Without it the compiler turns a load and a later select
     into a masked load, which does not start the hardware prefetcher on AMD's Zen 5: summing 103 MB
     then costs 1.2 copies in place of 0.7 (benchmarks/memory_traffic.py).
     """
+    half = value in (BFLOAT16, FLOAT16)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Instruction(builder.block, arguments[0].type, "freeze", [arguments[0]])
         builder._insert(v)
-        if value != types.uint16:
-            return v
-        bits = builder.shl(builder.zext(v, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(bits, ir.FloatType())
+        return float32_of(builder, v, value) if half else v
 
-    return (types.float32 if value == types.uint16 else value)(value), generate
+    return (types.float32 if half else value)(value), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def narrow(typing: Any, value: Any, target: Any) -> Any:
-    """The computed value as one to store at `target`: bfloat16's bits by rounding to nearest."""
+    """The computed value as one to store at `target`: half precision's bits, rounded to nearest."""
     stored = target.dtype
-    if stored != types.uint16:
 
-        def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return context.cast(builder, arguments[0], value, stored)
+    def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], value, stored)
 
-        return stored(value, target), cast
+    def to_float16(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def to_bfloat16(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word, half = ir.IntType(32), ir.IntType(16)
         bits = builder.bitcast(arguments[0], word)
         odd = builder.and_(builder.lshr(bits, word(16)), word(1))
@@ -222,6 +238,7 @@ def narrow(typing: Any, value: Any, target: Any) -> Any:
         bits = builder.select(nan, word(0x7FC00000), rounded)
         return builder.trunc(builder.lshr(bits, word(16)), half)
 
+    generate = {BFLOAT16: to_bfloat16, FLOAT16: to_float16}.get(stored, cast)
     return stored(value, target), generate
 
 

@@ -22,7 +22,7 @@ from steadynorm.kernels.reference import Groups
 
 from .activations import CODES, NAMES, by_activation
 from .loops import called
-from .pointers import LANES, like, noinline, widen
+from .pointers import BFLOAT16, FLOAT16, LANES, float32_of, like, noinline, widen
 from .slabs import slabs
 
 GATES = frozenset(CODES[name] for name, row in ACTIVATIONS.items() if row.gate is not None)
@@ -72,11 +72,8 @@ def sign_word(typing: Any, values: Any, index: Any, code: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.VectorType(context.get_data_type(stored), LANES)
         v = _load(builder, arguments[0], arguments[1], kind)
-        if stored == types.uint16:  # bfloat16
-            wide = ir.VectorType(ir.IntType(32), LANES)
-            sixteen = ir.Constant(wide, [16] * LANES)
-            real = ir.VectorType(ir.FloatType(), LANES)
-            v = builder.bitcast(builder.shl(builder.zext(v, wide), sixteen), real)
+        if stored in (BFLOAT16, FLOAT16):
+            v = float32_of(builder, v, stored)
         inside = builder.fcmp_unordered("ugt", v, ir.Constant(v.type, [low] * LANES))
         if high < math.inf:
             below = builder.fcmp_unordered("ult", v, ir.Constant(v.type, [high] * LANES))
@@ -92,7 +89,7 @@ def gate(typing: Any, word: Any, source: Any, target: Any, index: Any) -> Any:
     stored = source.dtype
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = ir.IntType({types.float32: 32, types.float64: 64, types.uint16: 16}[stored])
+        bits = ir.IntType(stored.bitwidth)
         kind = ir.VectorType(bits, LANES)
         word, source, target, index = arguments
         v = _load(builder, source, index, kind)

@@ -1,4 +1,4 @@
-"""The stages on CPU, compiled by Numba: float32, float64 and bfloat16, channels first or last.
+"""The stages on CPU, compiled by Numba: all floating types, channels first or last.
 
 The same names and arguments as in `reference.py`, plus `normalize` and `normalize_grad`, which do
 both stages of a direction while a block of channels is still in the cache. `unsupported` says what
@@ -50,7 +50,8 @@ def unsupported(
 ) -> str | None:
     """Why the kernels do not take such an input and type of residual; None if they do."""
     if dtype not in SCALARS:
-        return f"the input is {name_of(dtype)}, not float32, float64 or bfloat16"
+        *others, last = map(name_of, SCALARS)
+        return f"the input is {name_of(dtype)}, not {', '.join(others)} or {last}"
     like = torch.empty_strided(shape, strides, device="meta")
     if like.numel() == 0:
         return "the input is empty"
