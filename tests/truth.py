@@ -276,8 +276,8 @@ def train(
         rows = slice(start, start + size)
         valid, extra, upper = (t if t is None else t[rows] for t in (mask, residual, grad))
         batch = moments(x[rows], valid)
-        seen = samples  # with a memory, those with a valid position
-        if memory is not None and valid is not None:
+        seen = samples  # with a mask, those with a valid position
+        if valid is not None:
             seen = int(valid.reshape(len(valid), -1).any(1).sum())
         if batch.count == 0:
             assert before is not None

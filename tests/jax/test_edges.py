@@ -1,6 +1,7 @@
 """At the edges: empty and masked-out batches, infinities, and what is refused, with which words."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,6 +54,17 @@ def test_a_batch_of_one_trains(policy: str) -> None:
     x = X[:1, 0]
     dx = jax.grad(lambda x: (batch_norm(x, STATE, statistics=policy)[0] * x[::-1]).sum())(x)
     assert float(jnp.abs(dx).min()) > 0
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != sn.Ghost(2)])
+def test_samples_of_padding_alone_change_nothing(policy: Any) -> None:
+    """As where a last batch of 2 is filled up to the shape that was compiled."""
+    mask = jnp.arange(5) < jnp.array([[3], [5], [0], [0]])
+    state = STATE._replace(batches=jnp.asarray(10_000))  # the horizon, not the count, decides
+    y, after = batch_norm(X, state, statistics=policy, mask=mask)
+    short, short_after = batch_norm(X[:2], state, statistics=policy, mask=mask[:2])
+    np.testing.assert_allclose(y[:2], short, rtol=1e-5, atol=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), after, short_after)
 
 
 def test_changing_the_mask_under_it_changes_nothing_at_valid_positions() -> None:

@@ -160,6 +160,21 @@ def test_the_memory_of_the_gradient_on_torch_and_one_way_elsewhere(masked: bool)
     assert layer.gradient_memory is None or not array(layer.gradient_memory.value).any()
 
 
+def test_samples_of_padding_alone_change_nothing() -> None:
+    """Under `Steady`, whose statistics move by how many samples there are."""
+    shape, axis = SHAPES["first"]
+    mask = draw(*np.delete(shape, axis), seed=1) < 0.5
+    mask[2:] = False
+    found = []
+    for rows in (shape[0], 2):
+        layer, *_ = start(sn.Steady(horizon=2, window=None), shape, axis)
+        given = ops.convert_to_tensor(draw(*shape)[:rows])
+        layer(given, training=True, mask=ops.convert_to_tensor(mask[:rows]))
+        found.append([array(w.value) for w in layer.weights])
+    for padded, short in zip(*found, strict=True):
+        np.testing.assert_allclose(padded, short, rtol=1e-6)
+
+
 def test_the_memory_moves_once_for_a_forward() -> None:
     if BACKEND != "torch":
         return  # the test above says that there is none

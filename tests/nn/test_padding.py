@@ -68,6 +68,26 @@ def test_it_spoils_no_gradient(policy: str, fill: float, beside: bool) -> None:
         compare(found, truth, activation)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "ghost"])
+def test_samples_of_padding_alone_change_nothing(policy: str, compiled: bool) -> None:
+    """As where a last batch of 2 is filled up to 64."""
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(64, 3, 5, generator=generator) for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([3, 5] + [0] * 62).unsqueeze(1)
+    upstream *= mask.unsqueeze(1)
+    found: list[Any] = []
+    for rows in (64, 2):
+        layer = made(policy)
+        layer.num_batches_tracked.fill_(10_000)  # the horizon, not the count, decides
+        call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        given = x[:rows].clone().requires_grad_()
+        y = call(given, mask=mask[:rows])
+        y.backward(upstream[:rows])
+        found.append({"y": y.detach()[:2], "x": given.grad[:2]} | dict(layer.named_buffers()))
+    compare(*found, policy)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("policy", ["batch", "steady", "ghost"])
 def test_by_plain_operations_too(

@@ -32,6 +32,7 @@ from steadynorm.statistics import (
     Policy,
     PolicyName,
     RunningStatistics,
+    Steady,
     batches_seen,
     coefficients,
     gradient_coefficients,
@@ -228,6 +229,17 @@ def _normalize(settings: _Settings, inputs: _Inputs) -> tuple[Array, RunningStat
     return _forward(settings, inputs)[0]
 
 
+def _samples(settings: _Settings, x: Array, mask: Array | None) -> Any:
+    """How many samples there are, on the first axis that is not the channels'.
+
+    With a mask those that have a valid position, where the policy asks for their number.
+    """
+    if mask is None or mask.ndim == 0 or not isinstance(settings.policy, Steady):
+        return reference.xp.size(x, (int(settings.axis == 0),)) if x.ndim > 1 else 1
+    valid = mask.any(axis=tuple(range(1, mask.ndim)))
+    return valid.sum(dtype=reference.statistics_dtype(x))
+
+
 def _policy_step(
     settings: _Settings, inputs: _Inputs
 ) -> tuple[Moments | None, Normalizer, RunningStatistics | None]:
@@ -241,8 +253,7 @@ def _policy_step(
         assert running is not None  # checks.running_known
         return None, of_running(running), state
     batch = reference.moments(x, axis=settings.axis, mask=inputs.mask, groups=settings.groups)
-    # Samples lie on the first axis that is not the channels'.
-    samples = reference.xp.size(x, (int(settings.axis == 0),)) if x.ndim > 1 else 1
+    samples = _samples(settings, x, inputs.mask)
     if settings.pooled is not None:
         batch, samples = settings.pooled.pool(batch, samples)
     context = Context(samples, 1 - settings.momentum, settings.epsilon, jnp, unbiased=False)

@@ -92,7 +92,7 @@ def calibrate(
 
     Differs from `torch.optim.swa_utils.update_bn`: that runs the whole model in training mode,
     weighs every batch alike, averages variances within batches without the spread between their
-    means, and overwrites frozen layers.
+    means, and overwrites layers held in inference mode.
 
     Source: Ioffe & Szegedy 2015, Alg. 2; Wu & Johnson 2021, section 3 ("PreciseBN").
     """

@@ -205,7 +205,7 @@ def describe(module: nn.Module) -> str:
 
 
 def require_module(model: object, owner: str) -> None:
-    """Raises TypeError for what is no model, or one that torch.jit has compiled."""
+    """Raises TypeError for what is no model, or one that torch.jit or torch.export has made."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{owner}: `model` must be a torch.nn.Module; got {type(model).__name__}.")
     scripted = next((n for n, part in named(model) if isinstance(part, torch.jit.ScriptModule)), "")
@@ -214,6 +214,20 @@ def require_module(model: object, owner: str) -> None:
             f"{owner}: `model` must not be compiled by torch.jit, which keeps no layers to "
             f"recognize; {scripted!r} is. Give the model from before torch.jit.script or trace."
         )
+    exported = next((n for n, part in named(model) if _is_exported(part)), "")
+    if exported:
+        raise TypeError(
+            f"{owner}: `model` must not be made by torch.export, which keeps operators and no "
+            f"layers to recognize; {exported!r} holds the statistics of a batch norm. Give the "
+            f"model from before torch.export.export."
+        )
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Whether it is what torch.export, or its unflatten, has left of a batch norm."""
+    kind = type(module)
+    left = kind is nn.Module or kind.__module__.startswith("torch.export.")
+    return left and _holds_statistics(module)
 
 
 def require_no_replicas(model: nn.Module, owner: str) -> None:

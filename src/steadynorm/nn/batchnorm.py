@@ -16,7 +16,7 @@ from steadynorm.kernels.spec import HALF
 from steadynorm.nn import checks
 from steadynorm.nn.functional import Settings, normalize
 from steadynorm.nn.synchronize import Synchronize
-from steadynorm.statistics import Policy, PolicyName
+from steadynorm.statistics import Frozen, Policy, PolicyName
 
 
 def _for_rebuilding(name: str) -> Any:
@@ -140,9 +140,19 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
             memory.zero_()
 
     def reset_running_stats(self) -> None:
-        """Running statistics as a new layer has them, and no memory of the gradient."""
+        """Running statistics as a new layer has them, and no memory of the gradient.
+
+        Under `Frozen` they stay: `torch.optim.swa_utils.update_bn` resets every layer first, and
+        nothing would fill them again.
+        """
+        if not isinstance(vars(self).get("statistics"), Frozen):
+            super().reset_running_stats()
+            self._forget_gradient()
+
+    def reset_parameters(self) -> None:
+        """Everything as a new layer has it, frozen statistics too."""
         super().reset_running_stats()
-        self._forget_gradient()
+        super().reset_parameters()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

@@ -18,6 +18,7 @@ from steadynorm.statistics import (
     Normalizer,
     Policy,
     RunningStatistics,
+    Steady,
     batches_seen,
     step,
 )
@@ -52,7 +53,8 @@ class TrainingStep(Call):
         """Moments pooled over replicas and what normalizes; moves the running statistics."""
         assert batch is not None  # a training step always measures its batch
         assert self.policy is not None
-        samples: Any = self.x.shape[0] if self.memory is None else self.valid_samples()
+        counts = isinstance(self.policy, Steady)
+        samples: Any = self.valid_samples() if counts else self.x.shape[0]
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)
         self._refuse_one_value(batch, self.policy)

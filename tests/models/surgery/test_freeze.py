@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -227,3 +228,29 @@ def test_a_wrapper_that_hands_on_attributes_is_not_taken_for_the_layer(wrap) -> 
     _, unfrozen = unfreeze(model)
     assert (frozen.tally(), unfrozen.tally()) == ({"frozen": 1}, {"unfrozen": 1})
     assert "before_freeze" not in {name for part in model.modules() for name in vars(part)}
+
+
+@pytest.mark.parametrize("how", ["freeze", "convert", "layer"])
+def test_update_bn_leaves_frozen_statistics(how: str) -> None:
+    """It resets every batch norm before its pass, which fills the frozen ones no more."""
+    model: Any = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model(torch.randn(16, 4) + 3)
+    if how == "freeze":
+        sn.freeze(model[1:2])
+    elif how == "convert":
+        model[1], _ = sn.convert(model[1], "frozen")
+    else:
+        layer = sn.BatchNorm1d(3, statistics="frozen")
+        layer.load_state_dict(model[1].state_dict())
+        model[1] = layer
+    kept = {name: t.clone() for name, t in model[1].state_dict().items()}
+    batches = [torch.randn(8, 4) for _ in range(3)]
+    torch.optim.swa_utils.update_bn(batches, model)
+    for name, value in model[1].state_dict().items():
+        assert value.equal(kept[name]), name
+    assert model[1].momentum == 0.1
+    assert model[2].num_batches_tracked == 3
+    model[1].reset_parameters()
+    assert model[1].running_mean.tolist() == [0.0] * 3
+    assert model[1].running_var.tolist() == [1.0] * 3
+    assert model[1].num_batches_tracked == 0

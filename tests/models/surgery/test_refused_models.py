@@ -54,3 +54,28 @@ def test_without_inputs_lazy_layers_are_left_and_named() -> None:
     (change,) = sn.drop_redundant_bias(model)[1]
     assert change.why == "it is lazy and has not seen an input yet"
     assert [f.code for f in sn.diagnose(model).findings] == []
+
+
+@pytest.mark.parametrize("unflattened", [False, True])
+@pytest.mark.parametrize("ours", [False, True])
+def test_exported_models_are_refused(ours: bool, unflattened: bool) -> None:
+    """They hold no layers: the weight of a batch norm would get weight decay as any other."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    program = torch.export.export(sn.convert(model)[0] if ours else model, (X,))
+    exported = torch.export.unflatten(program) if unflattened else program.module()
+    calls = {
+        "convert": sn.convert,
+        "fold": sn.fold,
+        "freeze": sn.freeze,
+        "calibrate": lambda m: sn.calibrate(m, [X]),
+        "parameter_groups": lambda m: sn.parameter_groups(m, weight_decay=0.1),
+    }
+    for tool, call in calls.items():
+        with pytest.raises(TypeError) as raised:
+            call(exported)  # type: ignore[operator]
+        assert str(raised.value) == (
+            f"{tool}: `model` must not be made by torch.export, which keeps operators and no "
+            f"layers to recognize; '1' holds the statistics of a batch norm. Give the model from "
+            f"before torch.export.export."
+        )
+    sn.convert(torch.export.export(nn.Linear(3, 4), (torch.randn(2, 3),)).module())

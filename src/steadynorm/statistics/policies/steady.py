@@ -20,8 +20,9 @@ from steadynorm.statistics.running import (
 class Steady(Policy):
     """Batch and running statistics, each weighted by what it has seen: for every batch size.
 
-    With N samples in the batch, n = N of them (without a `window` n counts its values per channel),
-    t batches seen before, and δ = μ - running_mean:
+    With N samples in the batch (those with a valid position, where there is a mask), n = N of them
+    (without a `window` n counts its values per channel), t batches seen before, and
+    δ = μ - running_mean:
 
         k = max(n/(n + prior), 1/(t + 1))
         m = running_mean + k·δ
