@@ -32,7 +32,6 @@ from steadynorm.statistics import (
     Policy,
     PolicyName,
     RunningStatistics,
-    Steady,
     batches_seen,
     coefficients,
     gradient_coefficients,
@@ -234,7 +233,7 @@ def _samples(settings: _Settings, x: Array, mask: Array | None) -> Any:
 
     With a mask those that have a valid position, where the policy asks for their number.
     """
-    if mask is None or mask.ndim == 0 or not isinstance(settings.policy, Steady):
+    if mask is None or mask.ndim == 0 or not settings.policy.counts_samples:
         return reference.xp.size(x, (int(settings.axis == 0),)) if x.ndim > 1 else 1
     valid = mask.any(axis=tuple(range(1, mask.ndim)))
     return valid.sum(dtype=reference.statistics_dtype(x))

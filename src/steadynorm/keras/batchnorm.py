@@ -26,7 +26,6 @@ from steadynorm.statistics import (
     Policy,
     PolicyName,
     RunningStatistics,
-    Steady,
     attach,
     batches_seen,
     coefficients,
@@ -234,7 +233,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         live = reference.moments(x, axis=axis, mask=mask, groups=groups)
         first = int(axis == 0)  # samples lie on the first axis that is not the channels'
         samples = xp.size(x, (first,)) if len(x.shape) > 1 else 1
-        if isinstance(self.statistics, Steady) and mask is not None and len(x.shape) > 1:
+        if self.statistics.counts_samples and mask is not None and len(x.shape) > 1:
             place = first if len(mask.shape) == len(x.shape) else 0
             mask_of = ops.moveaxis(mask, place, 0)
             valid = ops.any(ops.reshape(mask_of, (mask_of.shape[0], -1)), axis=1)

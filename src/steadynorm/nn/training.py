@@ -18,7 +18,6 @@ from steadynorm.statistics import (
     Normalizer,
     Policy,
     RunningStatistics,
-    Steady,
     batches_seen,
     step,
 )
@@ -53,7 +52,7 @@ class TrainingStep(Call):
         """Moments pooled over replicas and what normalizes; moves the running statistics."""
         assert batch is not None  # a training step always measures its batch
         assert self.policy is not None
-        counts = isinstance(self.policy, Steady)
+        counts = self.policy.counts_samples
         samples: Any = self.valid_samples() if counts else self.x.shape[0]
         if self.replicas is not None:
             batch, samples = self.replicas.pool(batch, samples)

@@ -259,7 +259,7 @@ def decidable(call: Call) -> bool:
     if call.momentum is None and call.running_mean is not None and call.num_batches_tracked is None:
         return False  # refused, in words, where the call decides
     memory = call.memory
-    if call.mask is not None and isinstance(call.policy, Steady):
+    if call.mask is not None and call.policy.counts_samples:
         return False  # the number of samples that it leaves is one reduction more
     return memory is None or (memory.__class__ is Memory and memory.state.is_contiguous())
 

@@ -37,6 +37,8 @@ class Policy:
     """Whether the running variance it keeps may be unbiased, as torch's is."""
     counts_batches: ClassVar[bool] = True
     """Whether it asks how many batches the running statistics have seen."""
+    counts_samples: ClassVar[bool] = False
+    """Whether it asks how many samples a batch has; with a mask, those with a valid position."""
     uses_momentum: ClassVar[bool] = True
     """Whether the layer's `momentum` says how fast the running statistics move."""
 

@@ -62,6 +62,7 @@ class Steady(Policy):
     window: float | None = 16
 
     unbiased = False
+    counts_samples = True
     uses_momentum = False
 
     def __post_init__(self) -> None:
