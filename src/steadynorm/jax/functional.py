@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ from steadynorm.statistics import (
     policy_from,
     step,
 )
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Settings(NamedTuple):
@@ -223,6 +226,21 @@ def batch_norm(
     return y, state if inference else after
 
 
+def _by_own_rules(function: Callable[P, R]) -> Callable[P, R]:
+    """Traced with JAX's default promotion of types and ranks, however strict the user's code is.
+
+    Forward and backward mix types and ranks on purpose: half precision with float32 statistics,
+    rows per group with values per channel.
+    """
+
+    @wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return traced
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalize(settings: _Settings, inputs: _Inputs) -> tuple[Array, RunningStatistics | None]:
     return _forward(settings, inputs)[0]
@@ -276,12 +294,14 @@ def _moved_by(value: Array, share: Array, live: Array) -> Array:
 
 
 @_moved_by.defjvp
+@_by_own_rules
 def _moved_by_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     value, share, _ = primals
     # Itself again as the value: a plain `value` would be a constant in the next derivative.
     return _moved_by(*primals), jnp.asarray(share * tangents[2], value.dtype)
 
 
+@_by_own_rules
 def _forward(
     settings: _Settings, inputs: _Inputs
 ) -> tuple[tuple[Array, RunningStatistics | None], _Saved]:
@@ -312,6 +332,7 @@ def _forward(
     return (y, after), saved
 
 
+@_by_own_rules
 def _backward(settings: _Settings, saved: _Saved, gradients: tuple[Array, Any]) -> tuple[_Inputs]:
     grad, _ = gradients
     inputs, batch, normalizer, affine = saved.inputs, saved.batch, saved.normalizer, saved.affine
