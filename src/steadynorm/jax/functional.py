@@ -102,8 +102,8 @@ def initial_state(num_features: int, *, dtype: DTypeLike = jnp.float32) -> Runni
 def batch_norm(
     x: ArrayLike,
     state: RunningStatistics | None,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     use_running_average: bool = False,
     axis: int = -1,
@@ -137,8 +137,8 @@ def batch_norm(
         bias: (C,), or None for 0.
         use_running_average: whether this is inference.
         axis: the channel axis. Samples lie on axis 0, or on axis 1 where axis 0 is the channels'.
-        momentum: weight of the old average.
-        epsilon: added to the variance.
+        momentum: weight of the old average; a number, as `epsilon` is, not a traced array.
+        epsilon: added to the variance; 0 or above.
         statistics: a policy or its lower-case name. `Steady` is one-way here, as with
             `window=None`: nothing but gradients leaves a backward pass in JAX.
         activation: None, or one of relu, relu6, leaky_relu (slope 0.01), silu, gelu (exact),
@@ -153,7 +153,7 @@ def batch_norm(
             replica.
         axis_index_groups: subsets of that axis that pool on their own.
         nonfinite: "propagate", or "skip" to keep a batch with NaN or infinity out of the state.
-        dtype: type of y; None is x's.
+        dtype: floating-point type of y; None is x's.
         owner: the name that errors begin with.
 
     Returns:
@@ -186,8 +186,16 @@ def batch_norm(
     policy = policy_from(statistics).one_way()
     activation_name(activation, owner)
     nonfinite_name(nonfinite, owner)
+    use_running_average = checks.constant(use_running_average, "use_running_average", bool, owner)
+    momentum = checks.constant(momentum, "momentum", float, owner)
+    epsilon = checks.constant(epsilon, "epsilon", float, owner)
     momentum_range(momentum, owner)
+    checks.positive_or_zero(epsilon, owner)
     x = jnp.asarray(x)
+    weight, bias, residual = (
+        None if t is None else jnp.asarray(t) for t in (weight, bias, residual)
+    )
+    checks.real(owner, weight=weight, bias=bias, residual=residual)
     axis = checks.input_and_axis(x, axis, policy, owner)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(jnp.float32)
@@ -219,7 +227,7 @@ def batch_norm(
         nonfinite == "skip",
         replicas,
         groups,
-        jnp.dtype(x.dtype if dtype is None else dtype),
+        checks.result_dtype(x.dtype if dtype is None else dtype, owner),
     )
     weight, bias, residual = varying_like(x, (weight, bias, residual))
     y, after = _compiled(settings, _Inputs(x, weight, bias, residual, mask, state))
