@@ -50,6 +50,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(stream.fileno())
         part.replace(target)
         _sync_folder(target.parent)
+    except OSError as error:  # a full disk names no file, or the temporary one
+        if error.errno is None or error.filename not in (None, name):
+            raise
+        raise _not_written(error, path) from error
     finally:
         os.close(handle)
         part.unlink(missing_ok=True)
