@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
-from steadynorm.files import check_writable, replace_file
+from steadynorm.files import check_writable, replace_file, replacing
 
 
 def test_writes_text_and_bytes_and_makes_folders(tmp_path):
@@ -55,3 +59,27 @@ def test_checking_leaves_nothing_behind(tmp_path):
     (tmp_path / "old").write_text("old")
     check_writable(tmp_path / "old")
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("old", "old")]
+
+
+def test_a_full_disk_names_the_file_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message was "[Errno 28] No space left on device" alone."""
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)") as caught:
+        replace_file(path, "new")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "old")]
+
+
+def test_errors_about_other_files_pass_as_they_are(tmp_path: Path) -> None:
+    other = tmp_path / "missing"
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "report.html"):
+        other.read_bytes()
+    assert caught.value.filename == str(other)

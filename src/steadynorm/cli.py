@@ -68,6 +68,7 @@ def main(
 ) -> None:
     """Batch normalization that stays steady."""
     command.verbose = verbose
+    command.escape_what_stdout_cannot_write()
 
 
 app.command()(tour)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from steadynorm._extras import lacking
+from steadynorm.files import escaped
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 DataDir = Annotated[
@@ -22,6 +26,21 @@ DataDir = Annotated[
 
 verbose = False
 """Whether `--verbose` was given."""
+
+
+def escape_what_stdout_cannot_write() -> None:
+    r"""On a terminal that cannot show 日, `\u65e5` stands in its place; else an error ends it all.
+
+    As in JSON, also below 256, where Python's "backslashreplace" writes `\xe9`.
+    """
+    codecs.register_error("steadynorm", _as_json_escapes)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="steadynorm")
+
+
+def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)  # stdout only writes
+    return "".join(map(escaped, error.object[error.start : error.end])), error.end
 
 
 @contextmanager
@@ -51,14 +70,25 @@ def errors_in_one_line(command: str, interrupted: str = "nothing was written.") 
 
 def show(result: Any, *, json: bool) -> None:
     """Print a result as its table, or as its JSON."""
-    typer.echo(result.to_json().rstrip("\n") if json else result)
+    if json:
+        echo_json(result.to_json())
+    else:
+        typer.echo(result)
 
 
 def print_json(record: object) -> None:
     """Print a record as JSON, and nothing else."""
     from steadynorm.files import json_text
 
-    typer.echo(json_text(record), nl=False)
+    echo_json(json_text(record))
+
+
+def echo_json(text: str) -> None:
+    """Print JSON; where stdout is not UTF-8, which JSON has to be, in ASCII."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if codecs.lookup(encoding).name != "utf-8":
+        text = "".join(c if c.isascii() else escaped(c) for c in text)
+    typer.echo(text, nl=False)
 
 
 def say(text: str, *, stderr: bool = False) -> None:

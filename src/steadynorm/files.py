@@ -50,6 +50,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(stream.fileno())
         part.replace(target)
         _sync_folder(target.parent)
+    except OSError as error:  # a full disk names no file, or the temporary one
+        if error.errno is None or error.filename not in (None, name):
+            raise
+        raise _not_written(error, path) from error
     finally:
         os.close(handle)
         part.unlink(missing_ok=True)
@@ -137,9 +141,10 @@ def json_text(record: object) -> str:
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if text.replace("\n", "").isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else escaped(c) for c in text)
 
 
-def _escaped(character: str) -> str:
+def escaped(character: str) -> str:
+    """The character as a JSON string can hold it in ASCII."""
     units = character.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,6 +94,28 @@ def test_text(shop: Path) -> None:
     assert "error SN101 statistics never updated" in result.stdout
     assert "sn.calibrate(model, batches)" in result.stdout
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf_8_gets_the_whole_report(tmp_path: Path, encoding: str) -> None:
+    """It ended at the first name that was not ASCII, with 2 for the exit code."""
+    name = "b\u00fcro.\u65e5\u672c"
+    state = {f"{name}.running_mean": torch.zeros(3), f"{name}.running_var": -torch.ones(3)}
+    write(state, tmp_path / "odd.safetensors")
+    printed = [
+        subprocess.run(
+            [sys.executable, "-m", "steadynorm", "doctor", "odd.safetensors", "--format", form],
+            env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+            cwd=tmp_path, capture_output=True, check=False,
+        )
+        for form in ("text", "json")
+    ]  # fmt: skip
+    assert [(p.returncode, p.stderr) for p in printed] == [(1, b"")] * 2
+    text, record = (p.stdout for p in printed)
+    shown = name.encode(encoding, "backslashreplace").replace(b"\\xfc", b"\\u00fc")
+    assert shown in text
+    assert b"Why: steadynorm doctor --explain" in text  # the last line
+    assert json.loads(record.decode())["findings"][0]["layer"] == name
 
 
 @pytest.mark.parametrize(

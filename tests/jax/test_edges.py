@@ -99,11 +99,35 @@ def test_changing_the_mask_under_it_changes_nothing_at_valid_positions() -> None
             "`state.mean` must be a floating-point array; got int32. Use jnp.asarray(",
         ),
         ({"axis": 0, "statistics": "ghost"}, ValueError, "groups samples along axis 0"),
+        ({"epsilon": -1e-3}, ValueError, "`epsilon` must be 0 or above; got -0.001."),
+        ({"dtype": "int32"}, TypeError, "`dtype` must be a floating-point type; got int32."),
+        ({"weight": jnp.ones(3) * 1j}, TypeError, "`weight` must hold real numbers; got complex64"),
+        ({"residual": X * 1j}, TypeError, "`residual` must hold real numbers; got complex64."),
     ],
 )
 def test_what_is_refused(arguments: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=re.escape(words)):
         batch_norm(**{"x": X, "state": STATE, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_running_average", True), ("momentum", 0.75), ("epsilon", 0.5)]
+)
+def test_settings_are_constants(name: str, value: float) -> None:
+    """Arrays of one number were "non-hashable", tracers an error from inside."""
+
+    def call(value: Any) -> Any:
+        return batch_norm(X, STATE, **{name: value})
+
+    jax.tree.map(np.testing.assert_array_equal, call(jnp.asarray(value)), call(value))
+    with pytest.raises(TypeError, match=f"`{name}` must be known when JAX traces the call"):
+        jax.jit(call)(value)
+
+
+def test_a_weight_may_be_a_list() -> None:
+    y, _ = batch_norm(X, STATE, [1.0, 2.0, 3.0], residual=np.asarray(X))
+    wanted, _ = batch_norm(X, STATE, jnp.array([1.0, 2.0, 3.0]), residual=X)
+    np.testing.assert_array_equal(y, wanted)
 
 
 def test_a_mask_of_one_reading_is_taken_with_as_many_axes_or_one_fewer() -> None:

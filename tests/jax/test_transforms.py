@@ -144,6 +144,29 @@ def test_ghost_is_exported_for_one_batch_size() -> None:
     np.testing.assert_allclose(exported.call(x), call(x), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [("renorm", "bfloat16"), ("running", "float32"), (sn.Ghost(3), "float32")],
+    ids=repr,
+)
+def test_a_program_that_refuses_promotion_gets_the_same(policy: Any, dtype: str) -> None:
+    """`Ghost` raised under "raise", and half precision and counts of batches under "strict"."""
+    x, grad, state = draw(8, 4, 3).astype(dtype), draw(8, 4, 3, seed=1), initial_state(3)
+    weight, mask = draw(3, seed=2), draw(8, 4, seed=3) > -0.5
+
+    def loss(x: jax.Array, weight: jax.Array) -> Any:
+        y, after = batch_norm(
+            x, state, weight, weight, statistics=policy, mask=mask, activation="silu", residual=x
+        )
+        return (y.astype("float32") * grad).sum(), (y, after)
+
+    call = jax.value_and_grad(jax.jit(loss), (0, 1), has_aux=True)
+    wanted = call(x, weight)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = call(x, weight)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_scan_moves_the_state_as_a_loop_does() -> None:
     batches, state = draw(5, 8, 3), initial_state(3)
     scanned, _ = jax.lax.scan(

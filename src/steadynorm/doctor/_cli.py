@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from steadynorm._extras import lacking
-from steadynorm.command import Json, errors_in_one_line, print_json
+from steadynorm.command import Json, echo_json, errors_in_one_line, print_json
 from steadynorm.doctor.diagnosis import Report, diagnose
 from steadynorm.doctor.finding import Severity
 from steadynorm.doctor.rules import all_rules, find_rule
@@ -206,7 +206,9 @@ def _show(report: Report, output_format: str, output: Path | None) -> None:
 
     made = {"text": report.__str__, "json": report.to_json, "sarif": report.to_sarif, "html": html}
     text = made[output_format]()
-    if output is None:
+    if output is None and output_format in ("json", "sarif"):
+        echo_json(text)
+    elif output is None:
         typer.echo(text, nl=not text.endswith("\n"))
     else:
         replace_file(output, text)

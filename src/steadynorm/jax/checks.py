@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from steadynorm.statistics import Ghost, Policy, RunningStatistics
+
+T = TypeVar("T")
+
+
+def constant(value: Any, name: str, kind: Callable[[Any], T], owner: str) -> T:
+    """A setting as a plain number: the compiled call is made for it, so no tracer can be one."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        return value  # type: ignore[no-any-return]
+    try:
+        return kind(value)
+    except jax.errors.ConcretizationTypeError:
+        raise TypeError(
+            f"{owner}: `{name}` must be known when JAX traces the call; got a tracer of "
+            f"{value.dtype}. Make it a static argument of jit, or no argument of the function."
+        ) from None
+
+
+def positive_or_zero(epsilon: float, owner: str) -> None:
+    """Below 0 a channel of small variance is NaN."""
+    if not epsilon >= 0:
+        raise ValueError(f"{owner}: `epsilon` must be 0 or above; got {epsilon!r}.")
+
+
+def real(owner: str, **arrays: Any) -> None:
+    """What enters y is real: a complex number would lose its imaginary part."""
+    for name, array in arrays.items():
+        if array is not None and jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"{owner}: `{name}` must hold real numbers; got {array.dtype}.")
+
+
+def result_dtype(dtype: Any, owner: str) -> Any:
+    """y's type is a floating-point one: an integer would drop fractions."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{owner}: `dtype` must be a floating-point type; got {jnp.dtype(dtype)}.")
+    return jnp.dtype(dtype)
 
 
 def input_and_axis(x: Array, axis: int, policy: Policy, owner: str) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ from steadynorm.statistics import (
     policy_from,
     step,
 )
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Settings(NamedTuple):
@@ -99,8 +102,8 @@ def initial_state(num_features: int, *, dtype: DTypeLike = jnp.float32) -> Runni
 def batch_norm(
     x: ArrayLike,
     state: RunningStatistics | None,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     use_running_average: bool = False,
     axis: int = -1,
@@ -134,8 +137,8 @@ def batch_norm(
         bias: (C,), or None for 0.
         use_running_average: whether this is inference.
         axis: the channel axis. Samples lie on axis 0, or on axis 1 where axis 0 is the channels'.
-        momentum: weight of the old average.
-        epsilon: added to the variance.
+        momentum: weight of the old average; a number, as `epsilon` is, not a traced array.
+        epsilon: added to the variance; 0 or above.
         statistics: a policy or its lower-case name. `Steady` is one-way here, as with
             `window=None`: nothing but gradients leaves a backward pass in JAX.
         activation: None, or one of relu, relu6, leaky_relu (slope 0.01), silu, gelu (exact),
@@ -150,7 +153,7 @@ def batch_norm(
             replica.
         axis_index_groups: subsets of that axis that pool on their own.
         nonfinite: "propagate", or "skip" to keep a batch with NaN or infinity out of the state.
-        dtype: type of y; None is x's.
+        dtype: floating-point type of y; None is x's.
         owner: the name that errors begin with.
 
     Returns:
@@ -183,8 +186,16 @@ def batch_norm(
     policy = policy_from(statistics).one_way()
     activation_name(activation, owner)
     nonfinite_name(nonfinite, owner)
+    use_running_average = checks.constant(use_running_average, "use_running_average", bool, owner)
+    momentum = checks.constant(momentum, "momentum", float, owner)
+    epsilon = checks.constant(epsilon, "epsilon", float, owner)
     momentum_range(momentum, owner)
+    checks.positive_or_zero(epsilon, owner)
     x = jnp.asarray(x)
+    weight, bias, residual = (
+        None if t is None else jnp.asarray(t) for t in (weight, bias, residual)
+    )
+    checks.real(owner, weight=weight, bias=bias, residual=residual)
     axis = checks.input_and_axis(x, axis, policy, owner)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(jnp.float32)
@@ -216,11 +227,26 @@ def batch_norm(
         nonfinite == "skip",
         replicas,
         groups,
-        jnp.dtype(x.dtype if dtype is None else dtype),
+        checks.result_dtype(x.dtype if dtype is None else dtype, owner),
     )
     weight, bias, residual = varying_like(x, (weight, bias, residual))
     y, after = _compiled(settings, _Inputs(x, weight, bias, residual, mask, state))
     return y, state if inference else after
+
+
+def _by_own_rules(function: Callable[P, R]) -> Callable[P, R]:
+    """Traced with JAX's default promotion of types and ranks, however strict the user's code is.
+
+    Forward and backward mix types and ranks on purpose: half precision with float32 statistics,
+    rows per group with values per channel.
+    """
+
+    @wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -286,12 +312,14 @@ def _moved_by(value: Array, share: Array, live: Array) -> Array:
 
 
 @_moved_by.defjvp
+@_by_own_rules
 def _moved_by_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     value, share, _ = primals
     # Itself again as the value: a plain `value` would be a constant in the next derivative.
     return _moved_by(*primals), jnp.asarray(share * tangents[2], value.dtype)
 
 
+@_by_own_rules
 def _forward(
     settings: _Settings, inputs: _Inputs
 ) -> tuple[tuple[Array, RunningStatistics | None], _Saved]:
@@ -322,6 +350,7 @@ def _forward(
     return (y, after), saved
 
 
+@_by_own_rules
 def _backward(settings: _Settings, saved: _Saved, gradients: tuple[Array, Any]) -> tuple[_Inputs]:
     grad, _ = gradients
     inputs, batch, normalizer, affine = saved.inputs, saved.batch, saved.normalizer, saved.affine
