@@ -1,5 +1,6 @@
-"""Which tests are slow: `make test` leaves them to `make test-slow`."""
+"""Which tests are slow, and so left to `make test-slow`; and nothing compiled outlives a test."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not slow.isdisjoint((item.path, *item.path.parents)):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forget what a test has compiled: torch.compile refuses a ninth variant of one function."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

@@ -332,14 +332,12 @@ def test_scalars_go_to_a_summary_writer(tmp_path):
 
 
 def test_compiled_models_are_read_too():
-    torch._dynamo.reset()
     model = torch.compile(network(), backend="eager")
     train(model, batches(2))
     with sn.monitor(model, every=2) as watch:
         train(model, batches(4))
     assert [(r.step, r.layer) for r in watch.readings] == [(0, "1"), (0, "4"), (2, "1"), (2, "4")]
     assert torch._dynamo.eval_frame._stance.stance == "default"
-    torch._dynamo.reset()
 
 
 def test_a_model_compiled_in_place_is_refused():

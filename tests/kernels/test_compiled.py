@@ -45,7 +45,6 @@ def test_the_kernels_run_and_agree_with_eager(
     if dtype not in SCALARS:
         pytest.skip(f"this processor does not convert {dtype}")
     monkeypatch.setattr(aten, "LIMIT", 0)
-    torch._dynamo.reset()
     layer = sn.BatchNorm2d(5, statistics=policy, activation=activation)
     with torch.no_grad():
         layer.weight.uniform_(0.5, 2)

@@ -84,7 +84,6 @@ def test_inductor(name: str) -> None:
 def test_settings(settings: dict[str, Any]) -> None:
     made = sn.BatchNorm2d(3, **settings)
     twin = copy.deepcopy(made)
-    torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         x = torch.randn(4, 3, 2, 2)
@@ -98,7 +97,6 @@ def test_two_modes_and_batch_sizes_of_one_network() -> None:
         torch.nn.Conv2d(2, 3, 3, bias=False), layer(sn.Steady(), activation="relu")
     )
     twin = copy.deepcopy(made)
-    torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for samples, training in ((4, True), (7, True), (5, False), (1, True)):
         x = torch.randn(samples, 2, 6, 6)
@@ -112,7 +110,6 @@ def test_two_modes_and_batch_sizes_of_one_network() -> None:
 def test_ghosts_of_batches_of_changing_size(dynamic: Any) -> None:
     """From the second size on the compiler knows the length of the batch by a symbol alone."""
     made = sn.BatchNorm1d(3, statistics=sn.Ghost(2))
-    torch._dynamo.reset()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for samples in (4, 5, 7, 6):
         x = torch.randn(samples, 3, 6)

@@ -18,7 +18,6 @@ DIRECTIONS: dict[str, Any] = {"one": {}, "two": {"bidirectional": True, "num_lay
 def test_compiles_in_one_graph(name: str, directions: str) -> None:
     network = made(POLICIES[name], max_length=2, **DIRECTIONS[directions])
     twin = copy.deepcopy(network)
-    torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     features = HIDDEN * (2 if network.bidirectional else 1)
     grad = torch.randn(3, SAMPLES, features, dtype=torch.float64)
