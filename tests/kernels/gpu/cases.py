@@ -241,7 +241,7 @@ def compare(case: Case, step: Step, expected: truth.Result) -> None:
 
 def check_cost(case: Case, step: Step, tensors: Tensors) -> None:
     """The passes of the design's table, two launches each way, and no operation beside them."""
-    fused = case.mask is None or getattr(case.policy, "window", None) is None
+    fused = case.mask is None or not case.policy.counts_samples
     once = step.plan.whole and fused
     if fused:
         assert step.operations == []
