@@ -16,7 +16,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from steadynorm._extras import lacking
-from steadynorm.files import escaped
+from steadynorm.files import escaped, json_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 DataDir = Annotated[
@@ -78,8 +78,6 @@ def show(result: Any, *, json: bool) -> None:
 
 def print_json(record: object) -> None:
     """Print a record as JSON, and nothing else."""
-    from steadynorm.files import json_text
-
     echo_json(json_text(record))
 
 
