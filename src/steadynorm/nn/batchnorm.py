@@ -145,14 +145,18 @@ class SteadyNorm(torch.nn.modules.batchnorm._BatchNorm):
         Under `Frozen` they stay: `torch.optim.swa_utils.update_bn` resets every layer first, and
         nothing would fill them again.
         """
-        if not isinstance(vars(self).get("statistics"), Frozen):
+        if not self._is_frozen():
             super().reset_running_stats()
             self._forget_gradient()
 
     def reset_parameters(self) -> None:
         """Everything as a new layer has it, frozen statistics too."""
-        super().reset_running_stats()
+        if self._is_frozen():
+            super().reset_running_stats()
         super().reset_parameters()
+
+    def _is_frozen(self) -> bool:
+        return isinstance(vars(self).get("statistics"), Frozen)  # none yet while it is made
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
